@@ -1,0 +1,120 @@
+"""Methods find themselves: one file in a room is one method, and its signature is its configuration.
+
+A method file ``repforget/locate/probe_sweep.py`` defines a function of the same name. Its keyword-only
+parameters (other than the context that the caller provides) are its hyperparameters: their annotations and
+defaults validate a recipe, and the docstring makes the method table. Third parties add methods through the
+entry points ``repforget.locators``, ``repforget.editors`` and ``repforget.verifiers``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from repforget.errors import RecipeError, RepforgetError, UnknownNameError, nearest
+
+ROOMS = {"locate": "repforget.locators", "edit": "repforget.editors", "verify": "repforget.verifiers"}
+CONTEXT = frozenset({"seed", "where", "twins", "references", "progress"})  # given by the caller, never by a recipe
+PRIVATE_MODULES = frozenset({"verdict", "battery", "arms", "statistics"})  # parts of a room that are no method
+
+
+@dataclass(frozen=True)
+class Method:
+    """A discovered method: its name, its room, the family folder it lies in, and the function itself."""
+
+    name: str
+    room: str
+    family: str
+    function: Callable[..., Any]
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.function) or "").strip().split("\n\n")[0].replace("\n", " ")
+
+    @property
+    def hyperparameters(self) -> Mapping[str, inspect.Parameter]:
+        parameters = inspect.signature(self.function).parameters
+        return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and name not in CONTEXT}
+
+    @property
+    def context(self) -> frozenset[str]:
+        return CONTEXT & set(inspect.signature(self.function).parameters)
+
+    def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Validate ``given`` against the signature and return the full settings with defaults filled in."""
+        from pydantic import ConfigDict, ValidationError, create_model
+
+        hints = get_type_hints(self.function)
+        unknown = sorted(set(given) - set(self.hyperparameters))
+        if unknown:
+            hint = nearest(unknown[0], self.hyperparameters)
+            raise RecipeError(f"Method '{self.name}' has no setting '{unknown[0]}': {hint}")
+        fields: dict[str, Any] = {
+            name: (hints[name], ... if p.default is p.empty else p.default) for name, p in self.hyperparameters.items()
+        }
+        config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+        model = create_model(f"{self.name}_settings", __config__=config, **fields)
+        try:
+            checked = model(**given)
+        except ValidationError as error:
+            faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise RecipeError(f"Settings of method '{self.name}' are wrong: {faults}.") from None
+        return {name: getattr(checked, name) for name in fields}
+
+
+def _files(room: str) -> dict[str, str]:
+    """Method name -> module path for every method file in a room, without importing any of them."""
+    root = Path(__file__).parent / room
+    found: dict[str, str] = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if any(part.startswith("_") for part in parts) or parts[-1] in PRIVATE_MODULES:
+            continue
+        found[parts[-1]] = ".".join(("repforget", room, *parts))
+    return found
+
+
+def names(room: str) -> tuple[str, ...]:
+    """Names of all methods of a room, own and third-party, without importing them."""
+    plugins = (point.name for point in entry_points(group=ROOMS[room]))
+    return tuple(sorted({*_files(room), *plugins}))
+
+
+@cache
+def _load(room: str, module_path: str, name: str) -> Method:
+    module = importlib.import_module(module_path)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise RepforgetError(f"Method file '{module_path}' does not define a function '{name}': "
+                             "name the function like its file.")  # fmt: skip
+    family = module_path.split(".")[2] if module_path.count(".") > 2 else room
+    return Method(name, room, family, function)
+
+
+def method(room: str, name: str) -> Method:
+    """Return one method by name; an unknown name is answered with the nearest valid ones."""
+    files = _files(room)
+    if name in files:
+        return _load(room, files[name], name)
+    for point in entry_points(group=ROOMS[room]):
+        if point.name == name:
+            return Method(name, room, point.value.split(":")[0].split(".")[0], point.load())
+    raise UnknownNameError(f"There is no method '{name}' in {room}: {nearest(name, names(room))}")
+
+
+def methods(room: str) -> tuple[Method, ...]:
+    """Every method of a room, imported."""
+    return tuple(method(room, name) for name in names(room))
+
+
+def walk_modules(package: str) -> tuple[str, ...]:
+    """All module names below a package, for tests that import everything."""
+    root = importlib.import_module(package)
+    return tuple(info.name for info in pkgutil.walk_packages(root.__path__, prefix=f"{package}."))
