@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from repforget._callable import make_callable
 from repforget.errors import KnowledgeError
 
 Split = Literal["dev", "gate", "sealed"]
@@ -256,3 +257,6 @@ def _faults(forget: Sequence[Item], retain: Sequence[Item], neighbours: Sequence
         faults.append(f"the forget set has {len(clusters)} clusters and needs at least {MIN_CLUSTERS} to be split "
                       "into dev, gate and sealed; give each subject its own 'cluster'")  # fmt: skip
     return faults
+
+
+make_callable(__name__, "repforget.knowledge_files:load_knowledge")  # rf.knowledge("bios-people")
