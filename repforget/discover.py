@@ -9,6 +9,7 @@ entry points ``repforget.locators``, ``repforget.editors`` and ``repforget.verif
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -70,14 +71,18 @@ class Method:
 
 
 def _files(room: str) -> dict[str, str]:
-    """Method name -> module path for every method file in a room, without importing any of them."""
-    root = Path(__file__).parent / room
+    """Method name -> module path for every method file in a room, without importing any of them.
+
+    A folder appended to the room's ``__path__`` is searched too, so that a method can live outside the package.
+    """
+    spec = importlib.util.find_spec(f"repforget.{room}")
     found: dict[str, str] = {}
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        if any(part.startswith("_") for part in parts) or parts[-1] in PRIVATE_MODULES:
-            continue
-        found[parts[-1]] = ".".join(("repforget", room, *parts))
+    for root in map(Path, (spec and spec.submodule_search_locations) or ()):
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            if any(part.startswith("_") for part in parts) or parts[-1] in PRIVATE_MODULES:
+                continue
+            found[parts[-1]] = ".".join(("repforget", room, *parts))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -53,13 +54,19 @@ def test_unknown_method_is_answered_with_the_nearest() -> None:
         discover.method("edit", "laece")
 
 
-def test_a_file_without_its_function_is_named(tmp_path: Path) -> None:
-    room = Path(discover.__file__).parent / "edit"
-    stray = room / "stray_test_method.py"
-    stray.write_text("x = 1\n")
+def test_a_dropped_in_file_is_found_and_one_without_its_function_is_named(
+    tmp_path: Path,
+) -> None:
+    room = importlib.import_module("repforget.edit")
+    room.__path__.append(str(tmp_path))
+    (tmp_path / "dropped_in_editor.py").write_text(
+        'def dropped_in_editor(model, data, *, strength: float = 1.0):\n    """Do nothing at all."""\n'
+    )
+    (tmp_path / "stray_file.py").write_text("x = 1\n")
     try:
-        assert "stray_test_method" in discover.names("edit")
-        with pytest.raises(RepforgetError, match="does not define a function 'stray_test_method'"):
-            discover.method("edit", "stray_test_method")
+        assert {"dropped_in_editor", "stray_file"} <= set(discover.names("edit"))
+        assert discover.method("edit", "dropped_in_editor").settings({}) == {"strength": 1.0}
+        with pytest.raises(RepforgetError, match="does not define a function 'stray_file'"):
+            discover.method("edit", "stray_file")
     finally:
-        stray.unlink()
+        room.__path__.remove(str(tmp_path))
