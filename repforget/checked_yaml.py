@@ -86,7 +86,7 @@ def read_text(path: Path, what: str) -> str:
     except IsADirectoryError:
         raise RecipeError(f"'{path}' is a folder, not a {what}: give the file inside it.") from None
     except UnicodeDecodeError as error:
-        raise RecipeError(f"The {what} '{path}' is not UTF-8 (byte {error.start}): save it as UTF-8.") from None
+        raise RecipeError(f"The {what} '{path}' is not UTF-8 text (byte {error.start}): save it so.") from None
     except OSError as error:
         raise RecipeError(f"The {what} '{path}' cannot be read: {error.strerror}.") from None
 

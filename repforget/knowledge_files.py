@@ -243,7 +243,7 @@ def _hub_rows(source: SetFile) -> Iterator[_Row]:
         table = load_dataset(source.hub, source.config, split=source.split)
     except (OSError, ValueError) as error:  # the hub's own errors derive from these two
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise KnowledgeError(f"The hub data set '{source.hub}' (config {source.config}, split {source.split}) "
+        raise KnowledgeError(f"Hub data set '{source.hub}' (config {source.config}, split {source.split}) "
                              f"cannot be loaded: {reason}") from None  # fmt: skip
     for number, values in enumerate(table):
         yield _Row(f"{source.hub}, row {number + 1}", number, values)
