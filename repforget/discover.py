@@ -17,9 +17,12 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from repforget.errors import RecipeError, RepforgetError, UnknownNameError, nearest
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 ROOMS = {"locate": "repforget.locators", "edit": "repforget.editors", "verify": "repforget.verifiers"}
 CONTEXT = frozenset({"seed", "where", "twins", "references", "progress"})  # given by the caller, never by a recipe
@@ -50,24 +53,43 @@ class Method:
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Validate ``given`` against the signature and return the full settings with defaults filled in."""
-        from pydantic import ConfigDict, ValidationError, create_model
+        from pydantic import ValidationError
 
-        hints = get_type_hints(self.function)
         unknown = sorted(set(given) - set(self.hyperparameters))
         if unknown:
             hint = nearest(unknown[0], self.hyperparameters)
             raise RecipeError(f"Method '{self.name}' has no setting '{unknown[0]}': {hint}")
-        fields: dict[str, Any] = {
-            name: (hints[name], ... if p.default is p.empty else p.default) for name, p in self.hyperparameters.items()
-        }
-        config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
-        model = create_model(f"{self.name}_settings", __config__=config, **fields)
+        model = self._settings_model()
         try:
             checked = model(**given)
         except ValidationError as error:
             faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise RecipeError(f"Settings of method '{self.name}' are wrong: {faults}.") from None
-        return {name: getattr(checked, name) for name in fields}
+        return {name: getattr(checked, name) for name in model.model_fields}
+
+    def faults(self, given: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+        """Every (setting, what is wrong with it) of ``given``, unknown names with their nearest; empty if none."""
+        from pydantic import ValidationError
+
+        known = self.hyperparameters
+        found = [(name, f"method '{self.name}' has no such setting; {nearest(name, known)}")
+                 for name in given if name not in known]  # fmt: skip
+        try:
+            self._settings_model()(**{name: value for name, value in given.items() if name in known})
+        except ValidationError as error:
+            found += [(str(entry["loc"][0]), entry["msg"][:1].lower() + entry["msg"][1:]) for entry in error.errors()]
+        return tuple(found)
+
+    def _settings_model(self) -> type[BaseModel]:
+        from pydantic import ConfigDict, create_model
+
+        hints = get_type_hints(self.function)
+        fields: dict[str, Any] = {
+            name: (hints[name], ... if p.default is p.empty else p.default) for name, p in self.hyperparameters.items()
+        }
+        config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+        model: type[BaseModel] = create_model(f"{self.name}_settings", __config__=config, **fields)
+        return model
 
 
 def _files(room: str) -> dict[str, str]:

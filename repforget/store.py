@@ -107,8 +107,8 @@ def refusing(path: Path) -> Iterator[None]:
         code = error.errno if isinstance(error, OSError) else None
         if code in _FULL or "(os error 28)" in str(error):  # how safetensors reports a full disk
             raise ResourceError(
-                f"The disk is full while writing '{path}': free some space, or choose another folder with --out; "
-                "everything finished before is kept."
+                f"The disk is full while writing '{path}': free some space, or choose another folder with "
+                "--out; everything finished before is kept."
             ) from error
         if isinstance(error, OSError) and code in _DENIED and _about(error, path):
             raise ResourceError(
@@ -119,7 +119,7 @@ def refusing(path: Path) -> Iterator[None]:
 
 
 def _about(error: OSError, path: Path) -> bool:
-    """True when the refused file lies at, below, beside or above ``path``: not one that a stage only reads."""
+    """True when the refused file lies at, beside, below or above ``path``, not one that is only read."""
     refused, folder = Path(os.fsdecode(error.filename or path)).absolute(), path.absolute().parent
     return refused.is_relative_to(folder) or folder.is_relative_to(refused)
 
