@@ -1,0 +1,48 @@
+"""A hash of what a model is: names, shapes and values of its parameters and saved buffers."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
+
+from repforget.models._names import core
+
+CHUNK = 1 << 24  # elements hashed at a time, so that memory does not grow with the tensor
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Return the sha256 of a model's content as 64 hex digits.
+
+    Values are hashed in float32 (float64 where a tensor is float64), so that the same checkpoint has one
+    fingerprint whether it is held in bfloat16 on an accelerator or widened to float32 on a CPU. Hooks,
+    compilation, device and whether equal tensors are tied make no difference. Cost: one read of all weights;
+    memory of one chunk per thread.
+    """
+    module = core(module)
+    tensors = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if _is_tensor(tensor)}
+    distinct = {(t.data_ptr(), t.shape, t.dtype, t.device, t.stride()): t for t in tensors.values()}
+    with ThreadPoolExecutor(max_workers=2) as pool:  # hashing releases the interpreter lock
+        digests = dict(zip(distinct, pool.map(_digest, distinct.values()), strict=True))
+    whole = hashlib.sha256(type(module).__name__.encode())
+    for name in sorted(tensors):
+        t = tensors[name]
+        whole.update(name.encode() + b"\0" + digests[(t.data_ptr(), t.shape, t.dtype, t.device, t.stride())])
+    return whole.hexdigest()
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _digest(tensor: Tensor) -> bytes:
+    digest = hashlib.sha256(repr(tuple(tensor.shape)).encode())
+    flat = tensor.detach().reshape(-1)
+    for start in range(0, len(flat), CHUNK):
+        part = flat[start : start + CHUNK]
+        if part.is_floating_point():
+            part = part.to("cpu", torch.float64 if part.dtype == torch.float64 else torch.float32)
+        digest.update(part.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.digest()

@@ -1,0 +1,44 @@
+"""Fixtures that every test may use; the builders behind them are in tiny_models.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+
+torch.set_num_threads(1)  # tiny models: threads only cost
+
+
+@pytest.fixture(params=tiny_models.ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    """Each of the fifteen proven architectures."""
+    return str(request.param)
+
+
+@pytest.fixture
+def module(architecture: str) -> Any:
+    """A fresh tiny random model of ``architecture``."""
+    return tiny_models.build(architecture)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return tiny_models.tiny_tokenizer()
+
+
+@pytest.fixture
+def tiny_llama(tokenizer: Any) -> Any:
+    """A LoadedModel around a fresh tiny Llama (grouped-query attention, untied), with the tiny tokenizer."""
+    from repforget.models.load import wrap
+
+    return wrap(tiny_models.build("llama"), tokenizer, "tiny-llama")
+
+
+@pytest.fixture
+def tiny_gpt2(tokenizer: Any) -> Any:
+    """A LoadedModel around a fresh tiny GPT-2 (tied embeddings, learned positions, Conv1D)."""
+    from repforget.models.load import wrap
+
+    return wrap(tiny_models.build("gpt2"), tokenizer, "tiny-gpt2")
