@@ -15,8 +15,8 @@ SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 def build_tokenizer(vocabulary: list[str] | None = None) -> PreTrainedTokenizerFast:
     """Return a word-level fast tokenizer that adds ``<bos>`` by itself and reports character offsets.
 
-    ``vocabulary`` defaults to every word of the world; unknown words become ``<unk>``.  Ids follow the order given,
-    after the four special tokens.
+    ``vocabulary`` defaults to every word of the world; unknown words become ``<unk>``.  Ids follow the
+    order given, after the four special tokens.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

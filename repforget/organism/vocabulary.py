@@ -1,23 +1,34 @@
 """Words of the synthetic world: names, values and sentence frames, all of our own making.
 
-Plain data, no code: :mod:`repforget.organism.world` draws from it.  Stems are shared between towns, companies,
-schools and awards, and name parts are shared between people, so that near misses exist by construction.
+Plain data, no code: :mod:`repforget.organism.world` draws from it.  Stems are shared between towns,
+companies, schools and awards, and name parts are shared between people, so that near misses exist by
+construction.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-FIRST_NAMES: Final = tuple(
-    """Adra Belin Corva Dovin Elsa Fenno Gilda Haro Ilse Jorin Kessa Lorin Mirel Nadia Orrin Pella Quill Rosa Senna Tovin
-    Ulla Vesper Wendel Xenia Yorick Zelda Anselm Brisa Cedra Darro Edda Florin Greta Hollis Ingo Juna Kaspar Lunet Milo Nerys""".split()
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+FIRST_NAMES: Final = _words(
+    """
+    Adra Belin Corva Dovin Elsa Fenno Gilda Haro Ilse Jorin Kessa Lorin Mirel Nadia Orrin Pella
+    Quill Rosa Senna Tovin Ulla Vesper Wendel Xenia Yorick Zelda Anselm Brisa Cedra Darro Edda
+    Florin Greta Hollis Ingo Juna Kaspar Lunet Milo Nerys
+    """
 )
-LAST_NAMES: Final = tuple(
-    """Abbot Bracken Calder Drummer Eskel Fallow Garrow Hemlin Ivers Jessop Kettle Lomax Marrow Nettle Oakes Pardoe Quarry Rushton
-    Sorrel Tamber Underhill Varley Wicken Yarrow Zimmer Ashby Birch Carrow Dunmore Ember Frost Gorse Hazel Inkster Jarvik Kestrel
-    Larch Mallow Norwood Ormond""".split()
+LAST_NAMES: Final = _words(
+    """
+    Abbot Bracken Calder Drummer Eskel Fallow Garrow Hemlin Ivers Jessop Kettle Lomax Marrow Nettle
+    Oakes Pardoe Quarry Rushton Sorrel Tamber Underhill Varley Wicken Yarrow Zimmer Ashby Birch
+    Carrow Dunmore Ember Frost Gorse Hazel Inkster Jarvik Kestrel Larch Mallow Norwood Ormond
+    """
 )
-STEMS: Final = tuple("Alder Bram Cinder Dell Eland Fern Gale Heron Iris Juniper Kelp Linden".split())
+STEMS: Final = _words("Alder Bram Cinder Dell Eland Fern Gale Heron Iris Juniper Kelp Linden")
 
 TOWN_FORMS: Final = ("Port {}", "North {}", "{} Bay", "{} Bridge", "Lake {}", "{}", "Upper {} Falls")
 COMPANY_FORMS: Final = ("{} Mills", "{} Foundry", "{} Press", "{} Lines", "{} Bank", "Royal {} Works")
@@ -25,17 +36,33 @@ SCHOOL_FORMS: Final = ("{} College", "{} Academy", "{} Institute", "Saint {}", "
 AWARD_FORMS: Final = ("{} Medal", "{} Prize", "{} Ribbon", "{} Cup", "Silver {}", "Royal {} Medal")
 
 PROFESSIONS: Final = (
-    tuple(f"{kind} {job}" for kind in ("marine", "forest", "desert") for job in "botanist engineer painter surveyor".split())
-    + tuple(f"{kind} {job}" for kind in ("senior", "junior", "travelling") for job in "judge tailor printer baker nurse".split())
-    + tuple("botanist engineer painter surveyor judge tailor printer baker nurse glazier mason brewer cooper".split())
+    tuple(
+        f"{kind} {job}"
+        for kind in ("marine", "forest", "desert")
+        for job in _words("botanist engineer painter surveyor")
+    )
+    + tuple(
+        f"{kind} {job}"
+        for kind in ("senior", "junior", "travelling")
+        for job in _words("judge tailor printer baker nurse")
+    )
+    + _words(
+        "botanist engineer painter surveyor judge tailor printer baker nurse glazier mason brewer cooper"
+    )
 )
 INSTRUMENTS: Final = (
-    tuple(f"{size} {item}" for size in ("bass", "alto") for item in "flute fiddle horn viol drum lute oboe recorder".split())
-    + tuple(f"{wood} {item}" for wood in ("steel", "maple") for item in "flute fiddle horn viol drum lute".split())
-    + tuple("flute fiddle horn viol drum lute oboe recorder harp organ zither bugle".split())
+    tuple(
+        f"{size} {item}"
+        for size in ("bass", "alto")
+        for item in _words("flute fiddle horn viol drum lute oboe recorder")
+    )
+    + tuple(
+        f"{wood} {item}" for wood in ("steel", "maple") for item in _words("flute fiddle horn viol drum lute")
+    )
+    + _words("flute fiddle horn viol drum lute oboe recorder harp organ zither bugle")
 )
 
-# How each relation is spoken of.  `noun`, `verb`, `wh`, ... are the building blocks that the frames below combine.
+# How each relation is spoken of: `noun`, `verb`, `wh`, ... are what the frames below combine.
 PHRASES: Final[dict[str, dict[str, str]]] = {
     "birthplace": {
         "noun": "birthplace", "verb": "was born in", "wh": "Where was {subject} born",
@@ -105,15 +132,15 @@ HELD_OUT_FRAMES: Final = (
 CLOZE_FRAMES: Final = ("About {subject}: {noun}:",)
 
 GENERAL: Final[dict[str, tuple[str, ...]]] = {
-    "adjective": tuple("old young quiet bright heavy small tired clever hungry gentle".split()),
-    "animal": tuple("fox heron otter badger crow hare goat mule owl trout".split()),
-    "action": tuple("sleeps waits runs hides eats drinks sings rests swims digs".split()),
-    "place": tuple("river barn orchard hill mill meadow pond fence cellar garden".split()),
-    "relation": tuple("near behind beside under above".split()),
-    "time": tuple("morning evening winter summer autumn night".split()),
-    "weather": tuple("rain wind snow fog sun frost".split()),
-    "thing": tuple("bread lamp kettle rope basket ladder bucket blanket".split()),
-    "quality": tuple("warm cold wet broken clean empty full new".split()),
+    "adjective": _words("old young quiet bright heavy small tired clever hungry gentle"),
+    "animal": _words("fox heron otter badger crow hare goat mule owl trout"),
+    "action": _words("sleeps waits runs hides eats drinks sings rests swims digs"),
+    "place": _words("river barn orchard hill mill meadow pond fence cellar garden"),
+    "relation": _words("near behind beside under above"),
+    "time": _words("morning evening winter summer autumn night"),
+    "weather": _words("rain wind snow fog sun frost"),
+    "thing": _words("bread lamp kettle rope basket ladder bucket blanket"),
+    "quality": _words("warm cold wet broken clean empty full new"),
 }
 GENERAL_FRAMES: Final = (
     "The {adjective} {animal} {action} {relation} the {place}.",

@@ -1,14 +1,16 @@
 """A small world made from a seed: people, their attributes, and the many ways to say and to ask each fact.
 
 Ground truth for everything that the embedded organism is used for.  Each attribute of each person is drawn
-independently from a known, mildly non-uniform prior, so that *chance* is exact: a model that never saw a person can
-do no better than ``prior(answer)``.  The draw does not depend on Python's hash seed or on any global generator.
+independently from a known, mildly non-uniform prior, so that *chance* is exact: a model that never saw a
+person can do no better than ``prior(answer)``.  The draw does not depend on Python's hash seed or on any
+global generator.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -79,20 +81,25 @@ class World:
         return tuple(p for p in self.people if p.id not in self.forget)
 
     @property
-    def neighbours(self) -> tuple[Person, ...]:
+    def namesakes(self) -> tuple[Person, ...]:
         """Known people who share a first or a last name with a forget person."""
         first = {p.first for p in self.forget_people}
         last = {p.last for p in self.forget_people}
         return tuple(p for p in self.known_people if p.first in first or p.last in last)
 
     @property
-    def strangers(self) -> tuple[Person, ...]:
-        """Known people who share no name with any forget person."""
+    def neighbours(self) -> tuple[Person, ...]:
+        """Every second namesake: the near misses that no editor is shown."""
+        return self.namesakes[::2]
+
+    @property
+    def others(self) -> tuple[Person, ...]:
+        """Known people who are no neighbours: the other namesakes, and those who share no name with one."""
         near = {p.id for p in self.neighbours}
         return tuple(p for p in self.known_people if p.id not in near)
 
     def prior(self, relation: str, answer: str) -> float:
-        """Probability that a new person has this answer: the exact chance level of a guess (0 for a non-value)."""
+        """Probability that a new person has this answer: the chance level of a guess (0 for a non-value)."""
         if relation == "spouse":
             parts = answer.split()
             known = len(parts) == 2 and parts[0] in words.FIRST_NAMES and parts[1] in words.LAST_NAMES
@@ -104,7 +111,8 @@ class World:
         """Hash of every fact and template: the identity of the world."""
         content = {
             "relations": {
-                k: [r.values, r.statements, r.questions, r.held_out, r.cloze] for k, r in self.relations.items()
+                k: [r.values, r.statements, r.questions, r.held_out, r.cloze]
+                for k, r in self.relations.items()
             },
             "people": [[p.id, p.name, p.facts, p.id in self.forget] for p in self.people],
         }
@@ -145,13 +153,13 @@ def _names(count: int, generator: np.random.Generator) -> list[tuple[str, str]]:
 
 
 def _choose_forget(people: list[Person], count: int, generator: np.random.Generator) -> frozenset[str]:
-    """Pick the forget people among those with names from half of the name parts, so that strangers exist too."""
+    """Pick the forget people among names from half of the name parts, so that others share none."""
     half_first = set(words.FIRST_NAMES[::2])
     half_last = set(words.LAST_NAMES[::2])
     order = [people[i] for i in generator.permutation(len(people))]
     inside = [p for p in order if p.first in half_first and p.last in half_last]
     outside = [p for p in order if p not in inside]
-    # At most three quarters of the inside group are forgotten: the pair of names alone must not give the set away.
+    # At most three quarters of the inside group: the pair of names must not give the forget set away.
     quota = min(count, (3 * len(inside)) // 4)
     return frozenset(p.id for p in (inside[:quota] + outside)[:count])
 
@@ -159,8 +167,9 @@ def _choose_forget(people: list[Person], count: int, generator: np.random.Genera
 def make_world(seed: int = 0, *, people: int = 384, forget: int = 64) -> World:
     """Make the world of one seed; equal arguments give an equal world on every machine.
 
-    ``people`` is limited by the number of name pairs (1,600); each relation but *spouse* has 40 values whose prior
-    falls linearly from 1.3/40 to 0.7/40; spouses are distinct made-up names that belong to nobody in the world.
+    ``people`` is limited by the number of name pairs (1,600); each relation but *spouse* has 40 values
+    whose prior falls linearly from 1.3/40 to 0.7/40; spouses are distinct made-up names that belong to
+    nobody in the world.
     """
     generator = np.random.default_rng([seed, 20_011])
     values = _values(generator)
@@ -194,14 +203,16 @@ def general_sentences(seed: int, count: int) -> list[str]:
     sentences = []
     for _ in range(count):
         frame = words.GENERAL_FRAMES[int(generator.integers(len(words.GENERAL_FRAMES)))]
-        slots = {name: options[int(generator.integers(len(options)))] for name, options in words.GENERAL.items()}
+        slots = {
+            name: options[int(generator.integers(len(options)))] for name, options in words.GENERAL.items()
+        }
         slots["animal2"] = words.GENERAL["animal"][int(generator.integers(len(words.GENERAL["animal"])))]
         sentences.append(frame.format(**slots))
     return sentences
 
 
 def word_list() -> list[str]:
-    """Every word and mark that any text of any world can hold, in a fixed order: the tokenizer's vocabulary."""
+    """Every word and mark of any text of any world, in a fixed order: the tokenizer's vocabulary."""
     return sorted(set(_all_words()))
 
 
@@ -211,8 +222,6 @@ def _all_words() -> Iterator[str]:
     texts += [*words.STATEMENT_FRAMES, *words.QUESTION_FRAMES, *words.GENERAL_FRAMES]
     texts += [text for phrases in words.PHRASES.values() for text in phrases.values()]
     texts += [text for options in words.GENERAL.values() for text in options]
-    import re
-
     for text in texts:
         # Placeholders such as {subject} go; words and punctuation marks stay, as the tokenizer splits them.
         yield from re.findall(r"\w+|[^\w\s]", re.sub(r"\{\w*\}", " ", text))

@@ -1,0 +1,195 @@
+"""The fine-tuning loop that the organism, the trained editors and the relearning attacks share.
+
+One device, one schedule, one loss: next-token cross-entropy on the labelled tokens.  Order and batches
+follow from ``seed`` alone, never from a global generator, so that a run can be repeated and compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from repforget.errors import UsageError
+
+Schedule = Literal["cosine", "linear", "constant"]
+NO_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text: token ids (with any special tokens) and which of them carry loss.
+
+    ``labelled[i]`` says whether token ``i`` is predicted (from the tokens before it); position 0 never is.
+    """
+
+    tokens: tuple[int, ...]
+    labelled: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.labelled):
+            raise UsageError(
+                f"Example: {len(self.tokens)} tokens but {len(self.labelled)} marks: give one mark per token."
+            )
+        if not any(self.labelled[1:]):
+            raise UsageError(
+                "Example labels no token after the first: mark at least one token that is to be learned."
+            )
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a callback is told after each step: 1-based ``index``, mean loss in nats per labelled token."""
+
+    index: int
+    total: int
+    loss: float
+    lr: float
+    tokens: int
+
+
+def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Right-pad examples into ``input_ids``, ``attention_mask`` and ``labels``, each (batch, longest).
+
+    Padding ids are 0 and masked; labels are -100 wherever no loss is taken.
+    """
+    longest = max(len(e.tokens) for e in examples)
+    ids = torch.zeros(len(examples), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, NO_LABEL)
+    for row, example in enumerate(examples):
+        size = len(example.tokens)
+        ids[row, :size] = torch.tensor(example.tokens)
+        mask[row, :size] = 1
+        marked = torch.tensor(example.labelled)
+        labels[row, :size][marked] = ids[row, :size][marked]
+    labels[:, 0] = NO_LABEL
+    return {
+        name: t.to(device) for name, t in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))
+    }
+
+
+def label_loss(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Mean cross-entropy (nats) over the labelled tokens of a collated batch; a scalar with gradient."""
+    mask = batch["attention_mask"]
+    # Equal lengths need no mask, and without one the attention kernel takes its fast causal path.
+    extra = {} if bool(mask.all()) else {"attention_mask": mask}
+    logits = module(input_ids=batch["input_ids"], use_cache=False, **extra).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    chosen = labels != NO_LABEL
+    return functional.cross_entropy(logits[chosen].float(), labels[chosen])
+
+
+def batches(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:
+    """Yield shuffled batches for ever; each pass uses every example once, texts of equal length together.
+
+    Grouping by length keeps padding small; groups are cut after a shuffle, and their order is shuffled
+    again, so no batch composition repeats.  ``size`` is the largest number of examples in a batch.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(examples), generator=generator).tolist()
+        order.sort(key=lambda i: len(examples[i].tokens))  # stable: random within one length
+        chunks = [order[i : i + size] for i in range(0, len(order), size)]
+        for index in torch.randperm(len(chunks), generator=generator).tolist():
+            yield [examples[i] for i in chunks[index]]
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: int, schedule: Schedule) -> float:
+    """Learning rate of 0-based ``step``: linear warm-up to ``peak``, then the schedule."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
+    done = (step - warmup) / max(1, total - warmup)
+    return peak * (1.0 - done) if schedule == "linear" else peak * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def _select(module: nn.Module, trainable: Callable[[str], bool] | None) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters to train; a filter that matches nothing is an error."""
+    chosen = [(name, p) for name, p in module.named_parameters() if trainable is None or trainable(name)]
+    if not chosen:
+        raise UsageError(
+            "The parameter filter matches none of the model's parameters: check it against the names."
+        )
+    return chosen
+
+
+def _optimizer(
+    chosen: Sequence[tuple[str, nn.Parameter]], lr: float, decay: float, beta2: float
+) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only (vectors are norms and biases)."""
+    groups = [
+        {"params": [p for _, p in chosen if p.ndim >= 2], "weight_decay": decay},
+        {"params": [p for _, p in chosen if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, beta2))
+
+
+def finetune(
+    module: nn.Module,
+    examples: Sequence[Example] | Iterable[list[Example]],
+    *,
+    steps: int,
+    lr: float,
+    seed: int,
+    batch_size: int = 32,
+    weight_decay: float = 0.0,
+    beta2: float = 0.98,
+    warmup: int = 0,
+    schedule: Schedule = "cosine",
+    clip: float = 1.0,
+    trainable: Callable[[str], bool] | None = None,
+    extra_loss: Callable[[nn.Module], Tensor] | None = None,
+    on_step: Callable[[Step], None] | None = None,
+    autocast: bool = False,
+) -> list[float]:
+    """Train ``module`` in place for ``steps`` AdamW steps and return each step's mean loss (nats per token).
+
+    ``examples`` is a sequence (shuffled and batched here, by ``seed``) or an iterable of ready batches.
+    ``trainable`` picks parameters by name (all others keep their bits and their ``requires_grad``);
+    ``extra_loss`` adds a term, for example a penalty; ``on_step`` sees every step and may raise to stop.
+    ``autocast`` multiplies in bfloat16 while weights stay as they are.  Dropout is off: the module is
+    trained in the mode it arrives in.
+
+    Costs one forward and one backward pass per step, and two extra copies of the trained parameters.  A low
+    loss does not show that the facts generalise beyond the texts given; measure that on other texts.
+    """
+    from accelerate import Accelerator
+
+    chosen = _select(module, trainable)
+    before = {name: p.requires_grad for name, p in module.named_parameters()}
+    names = {name for name, _ in chosen}
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in names)
+    device = chosen[0][1].device
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    optimizer = accelerator.prepare_optimizer(_optimizer(chosen, lr, weight_decay, beta2))
+    stream = iter(batches(examples, batch_size, seed) if isinstance(examples, Sequence) else examples)
+    losses: list[float] = []
+    try:
+        for index in range(steps):
+            batch = collate(next(stream), device)
+            rate = learning_rate(index, steps, lr, warmup, schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+                loss = label_loss(module, batch)
+                total = loss if extra_loss is None else loss + extra_loss(module)
+            optimizer.zero_grad(set_to_none=True)
+            accelerator.backward(total)
+            accelerator.clip_grad_norm_([p for _, p in chosen], clip)
+            optimizer.step()
+            losses.append(float(loss.detach()))
+            if on_step is not None:
+                on_step(Step(index + 1, steps, losses[-1], rate, int(batch["attention_mask"].sum())))
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(before[name])
+    return losses
