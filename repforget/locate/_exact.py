@@ -1,0 +1,193 @@
+"""Exact effects of components on forget facts, less those on matched retain facts, and the random control."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from math import comb, prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repforget.causal import Metric, Patch, Run, patch_effects
+from repforget.errors import UsageError
+from repforget.locate._units import node_of
+from repforget.models.load import LoadedModel
+from repforget.progress import Progress
+from repforget.records import Component, RandomBand
+
+Array = NDArray[np.float64]
+MIN_SELECTIONS = 41  # fewer possible selections cannot place one above the central 95 % of all
+MIN_DRAWS = 20
+AFTER_SPLIT = "of the top {k} ranked on one half of the facts, measured on the other half"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is patched: runs (base to be changed, donor to be written in), donors, metric, weight of the contrast."""
+
+    model: LoadedModel
+    forget: tuple[Run, ...]
+    retain: tuple[Run, ...] = ()
+    donors: tuple[LoadedModel | None, ...] = (None,)
+    metric: Metric = "logprob"
+    contrast: float = 0.0
+
+    def half(self, second: bool, seed: int) -> Task:
+        """The runs of one half of the clusters."""
+        return replace(self, forget=_kept(self.forget, second, seed), retain=_kept(self.retain, second, seed))
+
+
+def in_second_half(clusters: Sequence[str], seed: int) -> NDArray[np.bool_]:
+    """Which entries belong to the second half of the clusters, split by seed; all False for a single cluster."""
+    names = sorted(set(clusters))
+    random.Random(f"band-{seed}").shuffle(names)
+    second = set(names[(len(names) + 1) // 2 :])
+    return np.array([c in second for c in clusters], dtype=bool)
+
+
+def _kept(runs: Sequence[Run], second: bool, seed: int) -> tuple[Run, ...]:
+    chosen = in_second_half([r.cluster for r in runs], seed)
+    return tuple(run for run, late in zip(runs, chosen, strict=True) if bool(late) is second)
+
+
+@dataclass(frozen=True)
+class Moves:
+    """How far each patch moves each forget run [p, n] and retain run [p, m], and the gap it could close [n]."""
+
+    forget: Array
+    gap: Array
+    retain: Array
+    clusters: tuple[str, ...]
+    retain_clusters: tuple[str, ...]
+
+    def scores(self, contrast: float, seed: int | None = None) -> Array:
+        """Share of the mean forget gap that each patch moves, less ``contrast`` times the move on retain facts [p].
+
+        With ``seed``, only on the first half of the clusters.  Both moves are divided by the forget gap, because
+        a donor that knows the retain facts leaves no gap there.
+        """
+        first = np.ones(len(self.gap), dtype=bool) if seed is None else ~in_second_half(self.clusters, seed)
+        gap = float(self.gap[first].mean())
+        if gap <= 1e-6:
+            raise UsageError(f"There is nothing to locate: the prompts with the knowledge score its answers only {gap:.1e} "
+                             "higher than those without it; choose facts that the model answers.")  # fmt: skip
+        score = self.forget[:, first].mean(axis=1) / gap
+        if contrast and self.retain.shape[1]:
+            kept = np.ones(self.retain.shape[1], dtype=bool)
+            if seed is not None and not in_second_half(self.retain_clusters, seed).all():
+                kept = ~in_second_half(self.retain_clusters, seed)
+            score = score - contrast * self.retain[:, kept].mean(axis=1) / gap
+        return np.asarray(score, dtype=np.float64)
+
+
+def measure(task: Task, patches: Sequence[Patch], progress: Progress | None = None, sign: float = 1.0) -> Moves:
+    """Exact moves of every patch, averaged over the donors; ``sign`` makes "more important" positive."""
+    parts = [patch_effects(task.model, task.forget, patches, donor=d, metric=task.metric, progress=progress)
+             for d in task.donors]  # fmt: skip
+    retain = np.zeros((len(patches), 0))
+    if task.retain:
+        retain = np.mean([patch_effects(task.model, task.retain, patches, donor=d, metric=task.metric,
+                                        progress=progress).moved for d in task.donors], axis=0)  # fmt: skip
+    forget, gap = np.mean([e.moved for e in parts], axis=0), np.mean([e.gap for e in parts], axis=0)
+    return Moves(sign * forget, sign * gap, sign * retain, tuple(r.cluster for r in task.forget),
+                 tuple(r.cluster for r in task.retain))  # fmt: skip
+
+
+def forwards(task: Task, patches: int) -> float:
+    """Sequences run for :func:`measure`: base, donor twice (values, score) and one per patch, for each donor."""
+    return float((len(task.forget) + len(task.retain)) * len(task.donors) * (patches + 3))
+
+
+def ranked(components: Sequence[Component], scores: Array) -> tuple[tuple[Component, ...], tuple[float, ...]]:
+    """Components best first, ties in their own order."""
+    order = sorted(range(len(components)), key=lambda k: (-scores[k], components[k]))
+    return tuple(components[k] for k in order), tuple(float(scores[k]) for k in order)
+
+
+def _possible(pool: Sequence[Component], chosen: Sequence[Component]) -> int:
+    """How many selections have as many components of each node kind as ``chosen``."""
+    return prod(comb(sum(node_of(c) == node for c in pool), sum(node_of(c) == node for c in chosen))
+                for node in {node_of(c) for c in chosen})  # fmt: skip
+
+
+def top_size(order: Sequence[Component], top: int | str) -> int:
+    """``auto``: the fewest leading components of which enough random selections of the same kinds exist."""
+    if top != "auto":
+        if not 1 <= int(top) < len(order):
+            raise UsageError(f"A top of {top} components cannot be compared with random ones among {len(order)}: choose "
+                             f"1 to {len(order) - 1}, or 'auto'.")  # fmt: skip
+        return int(top)
+    sizes = range(1, max(2, len(order) // 2 + 1))
+    return next((k for k in sizes if _possible(order, order[:k]) >= MIN_SELECTIONS), max(sizes))
+
+
+def selections(pool: Sequence[Component], chosen: Sequence[Component], draws: int, seed: int) -> list[Patch]:
+    """Random selections with as many components of each kind as ``chosen``: all of them where few exist."""
+    counts = {node: sum(node_of(c) == node for c in chosen) for node in dict.fromkeys(map(node_of, chosen))}
+    kinds = {node: [c for c in pool if node_of(c) == node] for node in counts}
+    if _possible(pool, chosen) <= draws:
+        found: list[tuple[Component, ...]] = [()]
+        for node, k in counts.items():
+            found = [(*left, *right) for left in found for right in combinations(kinds[node], k)]
+        return list(found)
+    generator = random.Random(f"selections-{seed}")
+    return [[c for node, k in counts.items() for c in generator.sample(kinds[node], k)] for _ in range(draws)]
+
+
+def band_of(
+    pool: Sequence[Component], order: Sequence[Component], top: int | str, draws: int, seed: int, words: str,
+    effect: Callable[[Sequence[Patch]], Array],
+) -> tuple[RandomBand, tuple[str, ...], int]:  # fmt: skip
+    """The effect of the leading components of ``order`` beside that of random selections of the same kinds.
+
+    ``effect`` gives one value per selection and must look at other facts than ``order`` was made from.  Returns
+    the band, a note where it cannot or does not support a claim, and how many selections were measured.  The upper limit
+    is an attained value (the 97.5 % quantile rounded up), so that few selections can never be beaten by chance.
+    """
+    if draws < MIN_DRAWS:
+        raise UsageError(f"{draws} random selections are too few to say what chance reaches: draw at least {MIN_DRAWS}.")
+    k = top_size(order, top)
+    chosen = order[:k]
+    drawn = selections(pool, chosen, draws, seed)
+    values = effect([chosen, *drawn])
+    low = float(np.quantile(values[1:], 0.025, method="lower"))
+    high = float(np.quantile(values[1:], 0.975, method="higher"))
+    band = RandomBand(k, len(drawn), float(values[0]), low, high, words.format(k=k))
+    possible = _possible(pool, chosen)
+    if possible < MIN_SELECTIONS:
+        return band, (f"Only {possible} selections of {k} components of these kinds exist, and a claim needs "
+                      f"{MIN_SELECTIONS}: no localisation is claimed; rank more components or more kinds.",), len(values)  # fmt: skip
+    if not band.beats_random:
+        return band, (f"The top {k} do not beat random selections of the same kinds ({band.top:.3f} against at most "
+                      f"{high:.3f}): no localisation is claimed.",), len(values)  # fmt: skip
+    return band, (), len(values)
+
+
+def exact_band(
+    task: Task, pool: Sequence[Component], order: Sequence[Component], *, top: int | str, draws: int, seed: int,
+    sign: float, progress: Progress | None,
+) -> tuple[RandomBand, tuple[str, ...], float]:  # fmt: skip
+    """:func:`band_of` with the joint exact effect on the second half of the facts; also the forward passes spent."""
+    held = task.half(True, seed)
+    split = bool(held.forget)
+    held = held if split else task
+    words = "joint exact patching effect " + (AFTER_SPLIT if split else "of the top {k} on the facts that ranked them")
+
+    def effect(patches: Sequence[Patch]) -> Array:
+        return measure(held, patches, progress, sign).scores(task.contrast)
+
+    band, notes, measured = band_of(pool, order, top, draws, seed, words, effect)
+    if not split:
+        notes = (*notes, "All facts are of one cluster, so the ranking was not checked on other facts.")
+    return band, notes, forwards(held, measured)
+
+
+def pearson(a: Iterable[float], b: Iterable[float]) -> float:
+    """Pearson correlation; NaN where one side is constant."""
+    x, y = np.asarray(list(a)), np.asarray(list(b))
+    if len(x) < 2 or x.std() == 0 or y.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(x, y)[0, 1])

@@ -1,0 +1,136 @@
+"""Facts to locate, and aligned pairs of a clean and a corrupted prompt made of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from repforget.causal import Positions, Run, prompt_run
+from repforget.errors import KnowledgeError
+from repforget.knowledge import EditData, Fact
+
+MAX_PARTNERS_TRIED = 200
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Runs with the clean prompt as base and the corrupted one as donor, and what had to be left out."""
+
+    runs: tuple[Run, ...]
+    notes: tuple[str, ...] = ()
+
+
+def choose_facts(facts: Sequence[Fact], limit: int, seed: int) -> tuple[Fact, ...]:
+    """At most ``limit`` facts, one statement of each item, taken in turn from the clusters, drawn by seed."""
+    order = sorted(facts, key=lambda f: f.id)
+    random.Random(f"facts-{seed}").shuffle(order)
+    items: dict[str, Fact] = {}
+    for fact in order:
+        items.setdefault(fact.id.rsplit("#", 1)[0], fact)
+    turn: dict[str, int] = {}
+    ranked: list[tuple[int, int, Fact]] = []
+    for place, fact in enumerate(items.values()):
+        turn[fact.cluster] = turn.get(fact.cluster, 0) + 1
+        ranked.append((turn[fact.cluster], place, fact))
+    return tuple(fact for *_, fact in sorted(ranked, key=lambda r: r[:2])[:limit])
+
+
+def matched_facts(chosen: Sequence[Fact], retain: Sequence[Fact], seed: int) -> tuple[Fact, ...]:
+    """As many retain facts as ``chosen``, of the same relations in the same numbers where there are enough."""
+    pool = list(choose_facts(retain, len(retain), seed))
+    taken: list[Fact] = []
+    for fact in chosen:
+        k = next((k for k, other in enumerate(pool) if other.relation == fact.relation), 0 if pool else None)
+        if k is not None:
+            taken.append(pool.pop(k))
+    return tuple(taken)
+
+
+def corrupted_pairs(
+    tokenizer: Any, facts: Sequence[Fact], partners: Sequence[Fact], *, seed: int, positions: Positions = "all"
+) -> Pairs:
+    """Pair each fact with the same prompt about another subject of equal token length and another answer.
+
+    The partner is drawn by seed from ``partners`` of the same relation (of any relation where none has an
+    answer to it); its answer becomes the rival of ``logit_difference``.  Facts without a subject in the prompt or
+    without a partner are left out and counted; raises KnowledgeError when none is left.  Symmetric token
+    replacement: Zhang & Nanda 2023, arXiv 2309.16042.
+    """
+    by_relation: dict[str, list[Fact]] = {}
+    for partner in partners:
+        by_relation.setdefault(partner.relation, []).append(partner)
+    runs: list[Run] = []
+    missing: list[str] = []
+    alone: list[str] = []
+    for fact in facts:
+        if not fact.subject or fact.subject not in fact.prompt:
+            missing.append(fact.id)
+            continue
+        same = by_relation.get(fact.relation)
+        run = _pair(tokenizer, fact, same or partners, same is not None, seed, positions)
+        if run is None:
+            alone.append(fact.id)
+        else:
+            runs.append(run)
+    if not runs:
+        raise KnowledgeError(_nothing_left(len(facts), missing, alone))
+    notes = [f"{len(ids)} of {len(facts)} facts are left out because {why} (first '{ids[0]}')"
+             for ids, why in ((missing, "their prompt does not contain their subject"),
+                              (alone, "no retain subject of equal token length has another answer")) if ids]  # fmt: skip
+    return Pairs(tuple(runs), tuple(notes))
+
+
+def _pair(tokenizer: Any, fact: Fact, partners: Sequence[Fact], related: bool, seed: int,
+          positions: Positions) -> Run | None:  # fmt: skip
+    """The first seeded partner that gives an aligned prompt, or None."""
+    found = {p.subject: p for p in sorted(partners, key=lambda p: p.id)
+             if p.subject and p.subject != fact.subject and p.cluster != fact.cluster
+             and not (related and p.answer == fact.answer)}  # fmt: skip
+    order = list(found.values())
+    random.Random(f"partner-{seed}-{fact.id}").shuffle(order)
+    for partner in order[:MAX_PARTNERS_TRIED]:
+        donor = fact.prompt.replace(fact.subject, partner.subject)
+        try:
+            return prompt_run(tokenizer, fact.id, fact.cluster, fact.prompt, fact.answer, donor_prompt=donor,
+                              subject=fact.subject, positions=positions,
+                              rival=partner.answer if related else None)  # fmt: skip
+        except KnowledgeError:  # not aligned with this partner: try the next
+            continue
+    return None
+
+
+def _nothing_left(total: int, missing: Sequence[str], alone: Sequence[str]) -> str:
+    if missing and not alone:
+        return (f"No clean and corrupted pair can be made: none of the {total} forget facts has its subject in its "
+                f"prompt (first '{missing[0]}'); give each item a 'subject' as written in its prompt.")  # fmt: skip
+    return (f"No clean and corrupted pair can be made from {total} facts: {len(missing)} have no subject in their prompt "
+            f"and {len(alone)} have no retain subject of equal token length with another answer; add retain items about "
+            "similar subjects.")  # fmt: skip
+
+
+def plain_runs(tokenizer: Any, facts: Sequence[Fact], positions: Positions) -> Pairs:
+    """Runs whose donor has the same ids, for patching from another model."""
+    runs: list[Run] = []
+    missing: list[str] = []
+    for fact in facts:
+        try:
+            runs.append(prompt_run(tokenizer, fact.id, fact.cluster, fact.prompt, fact.answer,
+                                   subject=fact.subject, positions=positions))  # fmt: skip
+        except KnowledgeError:
+            missing.append(fact.id)
+    if not runs:
+        raise KnowledgeError(f"None of the {len(facts)} facts can be patched: their subjects do not occur in their prompts "
+                             "or their answers have no tokens of their own; check one item by hand.")  # fmt: skip
+    note = f"{len(missing)} of {len(facts)} facts are left out because they do not align (first '{missing[:1]}')"
+    return Pairs(tuple(runs), (note,) if missing else ())
+
+
+def forget_and_retain(
+    data: EditData, limit: int, seed: int, build: Callable[[Sequence[Fact]], Pairs], contrast: bool
+) -> tuple[Pairs, Pairs]:
+    """Runs for the chosen forget facts, and for matched retain facts when a contrast is wanted."""
+    chosen = choose_facts(data.forget, limit, seed)
+    forget = build(chosen)
+    return forget, build(matched_facts(chosen, data.retain, seed)) if contrast else Pairs(())
