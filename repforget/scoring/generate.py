@@ -1,0 +1,190 @@
+"""Greedy and sampled generations, and whether a generation says the answer."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from repforget.errors import KnowledgeError, NumericalError, UsageError
+from repforget.scoring.encode import context_limit, encode_prompts, pad_id, token_batches
+from repforget.scoring.forward import forward, places_tokens, select_rows, shareable
+
+if TYPE_CHECKING:
+    from repforget.knowledge import Item
+    from repforget.models.capture import Batch
+    from repforget.models.load import LoadedModel
+
+
+def generate(
+    model: LoadedModel,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 16,
+    samples: int = 1,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    token_budget: int = 8192,
+) -> list[list[str]]:
+    """Continue each prompt ``samples`` times; ``temperature=0`` is greedy decoding.
+
+    A text ends at the end-of-sequence token, at the first line break after visible text, or after
+    ``max_new_tokens``. Sampling draws from softmax(logits / temperature) within the smallest set of tokens
+    that holds ``top_p`` of the mass, by inverse transform in fp64; the random numbers belong to (seed,
+    prompt, its occurrence, sample), so that they do not depend on batch or order. Cost: one pass over the
+    prompts and up to ``max_new_tokens`` single-token passes per batch. Raises :class:`KnowledgeError` for a
+    prompt that leaves no room in the context.
+
+    Greedy silence does not show absence of knowledge; sample and score as well.
+    """
+    if samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise UsageError("generate needs samples, max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1, "
+                         f"got {samples}, {max_new_tokens}, {temperature} and {top_p}.")  # fmt: skip
+    if samples > 1 and temperature == 0:
+        raise UsageError(
+            f"generate was asked for {samples} greedy samples, which are all equal: set a temperature."
+        )
+    sequences = encode_prompts(model.tokenizer, prompts)
+    room = context_limit(model) - max_new_tokens
+    for prompt, ids in zip(prompts, sequences, strict=True):
+        if len(ids) > room:
+            raise KnowledgeError(f"The prompt '{prompt[:80]}' has {len(ids)} tokens, which leaves no room "
+                                 f"for {max_new_tokens} new ones in the context: shorten it.")  # fmt: skip
+    draws = _draws(prompts, samples, max_new_tokens, seed) if temperature > 0 else None
+    texts: list[list[str]] = [[] for _ in prompts]
+    batches = token_batches(
+        sequences, token_budget=max(1, token_budget // samples), pad_id=pad_id(model.tokenizer), side="left",
+        equal_length=not places_tokens(model),
+    )  # fmt: skip
+    for rows, batch in batches:
+        uniforms = None if draws is None else draws[rows].reshape(len(rows) * samples, max_new_tokens)
+        said = _continue(model, batch, samples, max_new_tokens, temperature, top_p, uniforms)
+        for k, row in enumerate(rows):
+            texts[row] = said[k * samples : (k + 1) * samples]
+    return texts
+
+
+def _draws(prompts: Sequence[str], samples: int, steps: int, seed: int) -> NDArray[np.float64]:
+    """Uniform numbers [n, samples, steps], a function of seed, prompt and how often it occurred before."""
+    seen: Counter[str] = Counter()
+    out = np.empty((len(prompts), samples, steps))
+    for k, prompt in enumerate(prompts):
+        key = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big")
+        # One stream per sample: the first samples stay the same when more are asked for.
+        for sample in range(samples):
+            stream = np.random.default_rng([seed, key, seen[prompt], sample])
+            out[k, sample] = stream.random(steps)
+        seen[prompt] += 1
+    return out
+
+
+def _continue(
+    model: LoadedModel, batch: Batch, samples: int, steps: int, temperature: float, top_p: float,
+    uniforms: NDArray[np.float64] | None,
+) -> list[str]:  # fmt: skip
+    """Decode one batch; with a shareable cache each step reads one token, otherwise the whole sequence."""
+    rows = torch.arange(batch.ids.shape[0]).repeat_interleave(samples)
+    cached = places_tokens(model)
+    logits, past = forward(model, batch.ids, batch.mask, batch.position_ids, 1, use_cache=cached)
+    past = select_rows(past, rows) if shareable(past) else None
+    logits = logits[rows.to(logits.device), -1]
+    ids, mask, positions = batch.ids[rows], batch.mask[rows], batch.position_ids[rows]
+    said: list[list[int]] = [[] for _ in rows]
+    ends = _Ends(model)
+    open_rows = set(range(len(rows)))
+    for step in range(steps):
+        token = _choose(logits, temperature, top_p, None if uniforms is None else uniforms[:, step])
+        for row in sorted(open_rows):
+            if ends.after(said[row], int(token[row])):
+                open_rows.discard(row)
+        if not open_rows or step == steps - 1:
+            break
+        new = token[:, None]
+        ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
+        positions = torch.cat([positions, positions[:, -1:] + 1], 1)
+        fed = (ids, positions) if past is None else (new, positions[:, -1:])
+        logits, after = forward(model, fed[0], mask, fed[1], 1, past=past, use_cache=past is not None)
+        past, logits = (after if past is not None else None), logits[:, -1]
+    return [_first_line(model.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in said]
+
+
+class _Ends:
+    """Decides when a text is complete; decodes each distinct token once."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.tokenizer: Any = model.tokenizer
+        settings = getattr(
+            model.module, "generation_config", None
+        )  # chat models end turns with further tokens
+        extra = getattr(settings, "eos_token_id", None)
+        self.eos = {self.tokenizer.eos_token_id, *(extra if isinstance(extra, list) else [extra])}
+        self.pieces: dict[int, str] = {}
+
+    def after(self, said: list[int], token: int) -> bool:
+        """Append ``token`` to ``said`` and return True where the text ends with it."""
+        if token in self.eos:
+            return True
+        said.append(token)
+        piece = self.pieces.setdefault(token, self.tokenizer.decode([token]))
+        return "\n" in piece and "\n" in self.tokenizer.decode(said, skip_special_tokens=True).lstrip()
+
+
+def _first_line(text: str) -> str:
+    return text.lstrip().split("\n", 1)[0].strip()
+
+
+def _choose(logits: Tensor, temperature: float, top_p: float, uniforms: NDArray[np.float64] | None) -> Tensor:
+    """Next token [b] on the CPU, greedy or by inverse transform of the (nucleus) distribution."""
+    if bool(torch.isnan(logits).any()):
+        raise NumericalError("The model returned NaN logits while generating: check the edit's strength, or "
+                             "load the model in float32.")  # fmt: skip
+    if uniforms is None:
+        return logits.argmax(-1).cpu()
+    wide = logits.cpu() if logits.device.type == "mps" else logits  # that device has no fp64
+    probability = (wide.double() / temperature).softmax(-1)
+    mass, order = probability.sort(dim=-1, descending=True, stable=True)
+    total = mass.cumsum(-1)
+    inside = total - mass < top_p  # the token that crosses the threshold belongs to the nucleus
+    total = (mass * inside).cumsum(-1)
+    target = torch.from_numpy(uniforms).to(total.device)[:, None] * total[:, -1:]
+    place = torch.searchsorted(total, target, right=True).clamp(max=total.shape[-1] - 1)
+    return order.gather(-1, place)[:, 0].cpu()
+
+
+def answers_match(text: str, item: Item) -> bool:
+    """True where the generation begins with the item's answer or one of its aliases, up to a word boundary.
+
+    Case, punctuation (except inside numbers) and spacing are ignored on both sides. An answer that comes
+    later in the text, or in other words, is not counted.
+    """
+    said = _normal(text)
+    return any(_begins(said, _normal(answer)) for answer in (item.answer, *item.aliases))
+
+
+def _begins(said: str, answer: str) -> bool:
+    if not answer or not said.startswith(answer):
+        return False
+    following = said[len(answer) : len(answer) + 1]
+    # Scripts written without spaces have no word boundary to wait for.
+    joined = unicodedata.east_asian_width(answer[-1]) in "WF"
+    return joined or not following or following.isspace()
+
+
+def _normal(text: str) -> str:
+    """Casefolded text with punctuation as spaces, except between digits ('1.5') where it has meaning."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    numbers = re.compile(r"(?<=\d)[.,:/](?=\d)")
+    keep = {match.start() for match in numbers.finditer(folded)}
+    plain = "".join(
+        " " if unicodedata.category(c).startswith("P") and k not in keep else c for k, c in enumerate(folded)
+    )
+    return " ".join(plain.split())
