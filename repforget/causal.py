@@ -1,9 +1,9 @@
 """One exact activation patch, batched: the primitive that localisation and verification share.
 
-A *run* is one teacher-forced item: ``base`` ids are run through the model while the activations of a *donor* run
-(another prompt of equal length, or another model of the same architecture) are written in at chosen components
-and positions.  Denoising takes the corrupted prompt as base and the clean one as donor, noising the reverse
-(:meth:`Run.swapped`); a twin as donor needs no second prompt.
+A *run* is one teacher-forced item: ``base`` ids are run through the model while the activations of a *donor*
+run (another prompt of equal length, or another model of the same architecture) are written in at chosen
+components and positions.  Denoising takes the corrupted prompt as base and the clean one as donor, noising
+the reverse (:meth:`Run.swapped`); a twin as donor needs no second prompt.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _LOGITS_AT_ONCE = 2**26  # values of the vocabulary distribution held at once (f
 class Run:
     """One item to patch: ids aligned position by position, the answer from index ``start`` to the end.
 
-    ``positions`` are the indices that are overwritten; ``rival`` holds the tokens of the alternative answer that
-    ``logit_difference`` compares with (the first token at which it leaves the true answer).
+    ``positions`` are the indices that are overwritten; ``rival`` holds the tokens of the alternative answer
+    that ``logit_difference`` compares with (the first token at which it leaves the true answer).
     """
 
     id: str
@@ -52,8 +52,9 @@ class Run:
 
     def __post_init__(self) -> None:
         if len(self.base) != len(self.donor):
-            raise KnowledgeError(f"Item '{self.id}' cannot be patched: its base has {len(self.base)} tokens and its "
-                                 f"donor {len(self.donor)}; choose a donor prompt of equal token length.")  # fmt: skip
+            raise KnowledgeError(f"Item '{self.id}' cannot be patched: its base has {len(self.base)} tokens "
+                                 f"and its donor {len(self.donor)}; choose a donor prompt of equal token "
+                                 "length.")  # fmt: skip
         if not 1 <= self.start < len(self.base):
             raise KnowledgeError(f"Item '{self.id}' has no answer tokens after its prompt: answer start "
                                  f"{self.start} of {len(self.base)} tokens; give it a non-empty answer.")  # fmt: skip
@@ -65,7 +66,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Effects:
-    """Metric of the unpatched base [n], of the donor [n] and of every patch [p, n], float64, in nats or logits."""
+    """Metric of the unpatched base [n], of the donor [n] and of every patch [p, n], float64, in nats or
+    logits."""
 
     ids: tuple[str, ...]
     clusters: tuple[str, ...]
@@ -84,11 +86,12 @@ class Effects:
         return self.patched - self.base
 
     def shares(self, items: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
-        """Share of the gap that each patch moves [p]: sum of moves over sum of gaps on ``items`` (default all).
+        """Share of the gap that each patch moves [p]: sum of moves over sum of gaps on ``items`` (default
+        all).
 
         With a clean donor this is the denoising score (LD_patch - LD_corr) / (LD_clean - LD_corr); with a
-        corrupted donor it is the *negative* of the noising score, so that higher is always more important.  A ratio
-        of sums, not a mean of ratios: items with a gap near zero cannot dominate.
+        corrupted donor it is the *negative* of the noising score, so that higher is always more important.  A
+        ratio of sums, not a mean of ratios: items with a gap near zero cannot dominate.
         """
         return share(self.moved, self.gap, items)
 
@@ -99,8 +102,8 @@ def share(moved: NDArray[np.float64], gap: NDArray[np.float64],
     chosen = np.ones(len(gap), dtype=bool) if items is None else items
     total = float(gap[chosen].sum())
     if abs(total) <= 1e-6 * max(1, int(chosen.sum())):  # rounding of one forward pass in float32
-        raise UsageError("Base and donor score the answers equally (mean gap 0), so that no patch can be judged: "
-                         "choose items that the model answers, and a donor that does not.")  # fmt: skip
+        raise UsageError("Base and donor score the answers equally (mean gap 0), so that no patch can be "
+                         "judged: choose items that the model answers, and a donor that does not.")  # fmt: skip
     return np.asarray(moved[:, chosen].sum(axis=1) / total, dtype=np.float64)
 
 
@@ -109,7 +112,8 @@ class Prepared:
     """A left-padded batch of runs on the model's device, without the last token (nothing is read after it).
 
     ``rows`` are indices into the runs; ``where`` [b, s, 1] marks patched positions; ``target`` [b, a] are the
-    answer tokens aligned right, ``weight`` [b, a] is 1 on real ones; ``fork`` [b, 3] is (column, truth, rival).
+    answer tokens aligned right, ``weight`` [b, a] is 1 on real ones; ``fork`` [b, 3] is (column, truth,
+    rival).
     """
 
     rows: tuple[int, ...]
@@ -125,18 +129,19 @@ def prompt_run(
     tokenizer: Any, id: str, cluster: str, prompt: str, answer: str, *, donor_prompt: str | None = None,
     subject: str = "", positions: Positions = "all", rival: str | None = None,
 ) -> Run:  # fmt: skip
-    """Tokenise ``prompt`` + ``answer`` (and the donor prompt with the same answer) into an aligned :class:`Run`.
+    """Tokenise ``prompt`` + ``answer`` (and the donor prompt with the same answer) into an aligned
+    :class:`Run`.
 
-    Positions: every token, the tokens of ``subject`` (its last occurrence in the prompt), the last prompt token,
-    or the tokens that predict the answer.  Raises KnowledgeError when the token lengths differ or the subject
-    is not found.
+    Positions: every token, the tokens of ``subject`` (its last occurrence in the prompt), the last prompt
+    token, or the tokens that predict the answer.  Raises KnowledgeError when the token lengths differ or the
+    subject is not found.
     """
     base = encode(tokenizer, prompt, answer)
     donor = base if donor_prompt is None else encode(tokenizer, donor_prompt, answer)
     if not (base.valid and donor.valid) or base.start != donor.start or base.ids[base.start :] != donor.ids[donor.start :]:
-        raise KnowledgeError(f"Item '{id}' cannot be patched: its prompts and answer do not tokenise into aligned parts "
-                             f"(answer starts {base.start} and {donor.start}); choose a donor of equal token "
-                             "length.")  # fmt: skip
+        raise KnowledgeError(f"Item '{id}' cannot be patched: its prompts and answer do not tokenise into "
+                             f"aligned parts (answer starts {base.start} and {donor.start}); choose a donor "
+                             "of equal token length.")  # fmt: skip
     wanted: Mapping[str, Sequence[int]] = {
         "all": range(len(base.ids) - 1), "last": (base.start - 1,),
         "answer": range(base.start - 1, len(base.ids) - 1),
@@ -158,16 +163,16 @@ def subject_tokens(tokenizer: Any, id: str, prompt: str, subject: str, ids: Sequ
     """Indices of the tokens that overlap the last occurrence of ``subject`` in ``prompt``."""
     first = prompt.rfind(subject) if subject else -1
     if first < 0:
-        raise KnowledgeError(f"The subject '{subject}' of item '{id}' does not occur in its prompt '{prompt}': give "
-                             "the item its subject as written, or use positions 'all'.")  # fmt: skip
+        raise KnowledgeError(f"The subject '{subject}' of item '{id}' does not occur in its prompt "
+                             f"'{prompt}': give the item its subject as written, or use positions 'all'.")  # fmt: skip
     encoded = tokenizer(prompt, return_offsets_mapping=True)
     own, spans = list(encoded["input_ids"]), encoded["offset_mapping"]
     shift = 0 if own[:1] == list(ids[:1]) else -1  # a special first token that only one of the two carries
     last = first + len(subject)
     found = tuple(k + shift for k, (a, b) in enumerate(spans) if a < last and b > first and b > a)
     if not found:
-        raise KnowledgeError(f"The tokenizer gives no characters for the subject of item '{id}': use a fast tokenizer, "
-                             "or positions 'all'.")  # fmt: skip
+        raise KnowledgeError(f"The tokenizer gives no characters for the subject of item '{id}': use a fast "
+                             "tokenizer, or positions 'all'.")  # fmt: skip
     return found
 
 
@@ -213,8 +218,9 @@ def _collate(runs: Sequence[Run], rows: Sequence[int], pad: int, device: torch.d
 def answer_metric(model: LoadedModel, batch: Batch, prepared: Prepared, metric: Metric) -> Tensor:
     """Run the model on ``batch`` (any multiple of the prepared rows) and return the metric per row, float64.
 
-    ``logprob`` is the log-probability of the whole answer, teacher-forced, in nats; ``logit_difference`` is truth
-    minus rival at the first token where the two answers differ.  Differentiable where gradients are enabled.
+    ``logprob`` is the log-probability of the whole answer, teacher-forced, in nats; ``logit_difference`` is
+    truth minus rival at the first token where the two answers differ.  Differentiable where gradients are
+    enabled.
     """
     keep = prepared.target.shape[1]
     accepted = inspect.signature(type(model.module).forward).parameters
@@ -227,8 +233,8 @@ def answer_metric(model: LoadedModel, batch: Batch, prepared: Prepared, metric: 
     if metric == "logit_difference":
         column, truth, rival = prepared.fork.repeat(times, 1).unbind(1)
         if bool((column < 0).any()):
-            raise KnowledgeError("Metric 'logit_difference' needs a rival answer that differs from the true one for "
-                                 "every item: use metric 'logprob', or give the items wrong answers.")  # fmt: skip
+            raise KnowledgeError("Metric 'logit_difference' needs a rival answer that differs from the true "
+                                 "one for every item: use metric 'logprob', or give the items wrong answers.")  # fmt: skip
         at = logits[torch.arange(len(logits), device=logits.device), column].double()
         return at.gather(1, truth[:, None])[:, 0] - at.gather(1, rival[:, None])[:, 0]
     target, weight = prepared.target.repeat(times, 1), prepared.weight.repeat(times, 1).double()
@@ -259,8 +265,8 @@ def patch_scores(
     Donor activations come from ``donor`` (default: the model itself) on the donor ids.  An empty patch is the
     unpatched run.  Many patches share one forward pass in the batch dimension.  Cost: one forward pass of the
     donor per item and one of the model per item and patch; memory: the donor's sites of one batch.
-    What the number does not show: that an unpatched component is unimportant (other components compensate), or
-    that editing at a high-scoring component removes the knowledge.  Zhang & Nanda 2023, arXiv 2309.16042.
+    What the number does not show: that an unpatched component is unimportant (other components compensate),
+    or that editing at a high-scoring component removes the knowledge.  Zhang & Nanda 2023, arXiv 2309.16042.
     """
     source = model if donor is None else donor
     check_same_shape(model, source)
@@ -283,8 +289,8 @@ def patch_scores(
                 scores = answer_metric(model, wide, item, metric)
             result[first : first + len(some), list(item.rows)] = scores.reshape(len(some), b).cpu().numpy()
     if not np.isfinite(result).all():
-        raise NumericalError(f"Patching model '{model.name}' gave values that are not finite: load it in float32, or "
-                             "patch fewer components at once.")  # fmt: skip
+        raise NumericalError(f"Patching model '{model.name}' gave values that are not finite: load it in "
+                             "float32, or patch fewer components at once.")  # fmt: skip
     return result
 
 
@@ -322,9 +328,9 @@ def check_same_shape(model: LoadedModel, donor: LoadedModel) -> None:
         return
     ours, theirs = ((m.n_layers, m.width, m.vocab_size, type(m.module).__name__) for m in (model, donor))
     if ours != theirs:
-        raise UsageError(f"Activations of '{donor.name}' cannot be patched into '{model.name}': architectures differ "
-                         f"(layers, width, vocabulary, class: {theirs} against {ours}); give a model of the same "
-                         "architecture.")  # fmt: skip
+        raise UsageError(f"Activations of '{donor.name}' cannot be patched into '{model.name}': "
+                         f"architectures differ (layers, width, vocabulary, class: {theirs} against {ours}); "
+                         "give a model of the same architecture.")  # fmt: skip
 
 
 def patch_effects(

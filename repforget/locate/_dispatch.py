@@ -27,5 +27,6 @@ def locate(
     context = {name: value for name, value in given.items() if name in chosen.context}
     result = chosen.function(model, knowledge, **context, **checked)
     if not isinstance(result, Localization):
-        raise RepforgetError(f"Locator '{method}' returned {type(result).__name__}: a locator must return a Localization.")
+        raise RepforgetError(f"Locator '{method}' returned {type(result).__name__}: a locator must return a "
+                             "Localization.")
     return result

@@ -26,7 +26,8 @@ AFTER_SPLIT = "of the top {k} ranked on one half of the facts, measured on the o
 
 @dataclass(frozen=True)
 class Task:
-    """What is patched: runs (base to be changed, donor to be written in), donors, metric, weight of the contrast."""
+    """What is patched: runs (base to be changed, donor to be written in), donors, metric, weight of the
+    contrast."""
 
     model: LoadedModel
     forget: tuple[Run, ...]
@@ -41,7 +42,8 @@ class Task:
 
 
 def in_second_half(clusters: Sequence[str], seed: int) -> NDArray[np.bool_]:
-    """Which entries belong to the second half of the clusters, split by seed; all False for a single cluster."""
+    """Which entries belong to the second half of the clusters, split by seed; all False for a single
+    cluster."""
     names = sorted(set(clusters))
     random.Random(f"band-{seed}").shuffle(names)
     second = set(names[(len(names) + 1) // 2 :])
@@ -55,7 +57,8 @@ def _kept(runs: Sequence[Run], second: bool, seed: int) -> tuple[Run, ...]:
 
 @dataclass(frozen=True)
 class Moves:
-    """How far each patch moves each forget run [p, n] and retain run [p, m], and the gap it could close [n]."""
+    """How far each patch moves each forget run [p, n] and retain run [p, m], and the gap it could close
+    [n]."""
 
     forget: Array
     gap: Array
@@ -64,16 +67,18 @@ class Moves:
     retain_clusters: tuple[str, ...]
 
     def scores(self, contrast: float, seed: int | None = None) -> Array:
-        """Share of the mean forget gap that each patch moves, less ``contrast`` times the move on retain facts [p].
+        """Share of the mean forget gap that each patch moves, less ``contrast`` times the move on retain
+        facts [p].
 
-        With ``seed``, only on the first half of the clusters.  Both moves are divided by the forget gap, because
-        a donor that knows the retain facts leaves no gap there.
+        With ``seed``, only on the first half of the clusters.  Both moves are divided by the forget gap,
+        because a donor that knows the retain facts leaves no gap there.
         """
         first = np.ones(len(self.gap), dtype=bool) if seed is None else ~in_second_half(self.clusters, seed)
         gap = float(self.gap[first].mean())
         if gap <= 1e-6:
-            raise UsageError(f"There is nothing to locate: the prompts with the knowledge score its answers only {gap:.1e} "
-                             "higher than those without it; choose facts that the model answers.")  # fmt: skip
+            raise UsageError(f"There is nothing to locate: the prompts with the knowledge score its answers "
+                             f"only {gap:.1e} higher than those without it; choose facts that the model "
+                             "answers.")  # fmt: skip
         score = self.forget[:, first].mean(axis=1) / gap
         if contrast and self.retain.shape[1]:
             kept = np.ones(self.retain.shape[1], dtype=bool)
@@ -97,7 +102,8 @@ def measure(task: Task, patches: Sequence[Patch], progress: Progress | None = No
 
 
 def forwards(task: Task, patches: int) -> float:
-    """Sequences run for :func:`measure`: base, donor twice (values, score) and one per patch, for each donor."""
+    """Sequences run for :func:`measure`: base, donor twice (values, score) and one per patch, for each
+    donor."""
     return float((len(task.forget) + len(task.retain)) * len(task.donors) * (patches + 3))
 
 
@@ -117,8 +123,8 @@ def top_size(order: Sequence[Component], top: int | str) -> int:
     """``auto``: the fewest leading components of which enough random selections of the same kinds exist."""
     if top != "auto":
         if not 1 <= int(top) < len(order):
-            raise UsageError(f"A top of {top} components cannot be compared with random ones among {len(order)}: choose "
-                             f"1 to {len(order) - 1}, or 'auto'.")  # fmt: skip
+            raise UsageError(f"A top of {top} components cannot be compared with random ones among "
+                             f"{len(order)}: choose 1 to {len(order) - 1}, or 'auto'.")  # fmt: skip
         return int(top)
     sizes = range(1, max(2, len(order) // 2 + 1))
     return next((k for k in sizes if _possible(order, order[:k]) >= MIN_SELECTIONS), max(sizes))
@@ -143,12 +149,14 @@ def band_of(
 ) -> tuple[RandomBand, tuple[str, ...], int]:  # fmt: skip
     """The effect of the leading components of ``order`` beside that of random selections of the same kinds.
 
-    ``effect`` gives one value per selection and must look at other facts than ``order`` was made from.  Returns
-    the band, a note where it cannot or does not support a claim, and how many selections were measured.  The upper limit
-    is an attained value (the 97.5 % quantile rounded up), so that few selections can never be beaten by chance.
+    ``effect`` gives one value per selection and must look at other facts than ``order`` was made from.
+    Returns the band, a note where it cannot or does not support a claim, and how many selections were
+    measured.  The upper limit is an attained value (the 97.5 % quantile rounded up), so that few selections
+    can never be beaten by chance.
     """
     if draws < MIN_DRAWS:
-        raise UsageError(f"{draws} random selections are too few to say what chance reaches: draw at least {MIN_DRAWS}.")
+        raise UsageError(f"{draws} random selections are too few to say what chance reaches: draw at least "
+                         f"{MIN_DRAWS}.")
     k = top_size(order, top)
     chosen = order[:k]
     drawn = selections(pool, chosen, draws, seed)
@@ -159,10 +167,11 @@ def band_of(
     possible = _possible(pool, chosen)
     if possible < MIN_SELECTIONS:
         return band, (f"Only {possible} selections of {k} components of these kinds exist, and a claim needs "
-                      f"{MIN_SELECTIONS}: no localisation is claimed; rank more components or more kinds.",), len(values)  # fmt: skip
+                      f"{MIN_SELECTIONS}: no localisation is claimed; rank more components or more "
+                      "kinds.",), len(values)  # fmt: skip
     if not band.beats_random:
-        return band, (f"The top {k} do not beat random selections of the same kinds ({band.top:.3f} against at most "
-                      f"{high:.3f}): no localisation is claimed.",), len(values)  # fmt: skip
+        return band, (f"The top {k} do not beat random selections of the same kinds ({band.top:.3f} against "
+                      f"at most {high:.3f}): no localisation is claimed.",), len(values)  # fmt: skip
     return band, (), len(values)
 
 
@@ -170,11 +179,13 @@ def exact_band(
     task: Task, pool: Sequence[Component], order: Sequence[Component], *, top: int | str, draws: int, seed: int,
     sign: float, progress: Progress | None,
 ) -> tuple[RandomBand, tuple[str, ...], float]:  # fmt: skip
-    """:func:`band_of` with the joint exact effect on the second half of the facts; also the forward passes spent."""
+    """:func:`band_of` with the joint exact effect on the second half of the facts; also the forward passes
+    spent."""
     held = task.half(True, seed)
     split = bool(held.forget)
     held = held if split else task
-    words = "joint exact patching effect " + (AFTER_SPLIT if split else "of the top {k} on the facts that ranked them")
+    words = "joint exact patching effect " + (AFTER_SPLIT if split else "of the top {k} on the facts that "
+                                                                        "ranked them")
 
     def effect(patches: Sequence[Patch]) -> Array:
         return measure(held, patches, progress, sign).scores(task.contrast)

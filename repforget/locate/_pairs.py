@@ -38,7 +38,8 @@ def choose_facts(facts: Sequence[Fact], limit: int, seed: int) -> tuple[Fact, ..
 
 
 def matched_facts(chosen: Sequence[Fact], retain: Sequence[Fact], seed: int) -> tuple[Fact, ...]:
-    """As many retain facts as ``chosen``, of the same relations in the same numbers where there are enough."""
+    """As many retain facts as ``chosen``, of the same relations in the same numbers where there are
+    enough."""
     pool = list(choose_facts(retain, len(retain), seed))
     taken: list[Fact] = []
     for fact in chosen:
@@ -54,9 +55,9 @@ def corrupted_pairs(
     """Pair each fact with the same prompt about another subject of equal token length and another answer.
 
     The partner is drawn by seed from ``partners`` of the same relation (of any relation where none has an
-    answer to it); its answer becomes the rival of ``logit_difference``.  Facts without a subject in the prompt or
-    without a partner are left out and counted; raises KnowledgeError when none is left.  Symmetric token
-    replacement: Zhang & Nanda 2023, arXiv 2309.16042.
+    answer to it); its answer becomes the rival of ``logit_difference``.  Facts without a subject in the
+    prompt or without a partner are left out and counted; raises KnowledgeError when none is left.  Symmetric
+    token replacement: Zhang & Nanda 2023, arXiv 2309.16042.
     """
     by_relation: dict[str, list[Fact]] = {}
     for partner in partners:
@@ -103,11 +104,11 @@ def _pair(tokenizer: Any, fact: Fact, partners: Sequence[Fact], related: bool, s
 
 def _nothing_left(total: int, missing: Sequence[str], alone: Sequence[str]) -> str:
     if missing and not alone:
-        return (f"No clean and corrupted pair can be made: none of the {total} forget facts has its subject in its "
-                f"prompt (first '{missing[0]}'); give each item a 'subject' as written in its prompt.")  # fmt: skip
-    return (f"No clean and corrupted pair can be made from {total} facts: {len(missing)} have no subject in their prompt "
-            f"and {len(alone)} have no retain subject of equal token length with another answer; add retain items about "
-            "similar subjects.")  # fmt: skip
+        return (f"No clean and corrupted pair can be made: none of the {total} forget facts has its subject "
+                f"in its prompt (first '{missing[0]}'); give each item a 'subject' as written in its prompt.")  # fmt: skip
+    return (f"No clean and corrupted pair can be made from {total} facts: {len(missing)} have no subject in "
+            f"their prompt and {len(alone)} have no retain subject of equal token length with another "
+            "answer; add retain items about similar subjects.")  # fmt: skip
 
 
 def plain_runs(tokenizer: Any, facts: Sequence[Fact], positions: Positions) -> Pairs:
@@ -121,10 +122,11 @@ def plain_runs(tokenizer: Any, facts: Sequence[Fact], positions: Positions) -> P
         except KnowledgeError:
             missing.append(fact.id)
     if not runs:
-        raise KnowledgeError(f"None of the {len(facts)} facts can be patched: their subjects do not occur in their prompts "
-                             "or their answers have no tokens of their own; check one item by hand.")  # fmt: skip
-    note = f"{len(missing)} of {len(facts)} facts are left out because they do not align (first '{missing[:1]}')"
-    return Pairs(tuple(runs), (note,) if missing else ())
+        raise KnowledgeError(f"None of the {len(facts)} facts can be patched: their subjects do not "
+                             "occur in their prompts or their answers have no tokens of their own; check one item.")  # fmt: skip
+    notes = [f"{len(missing)} of {len(facts)} facts are left out because they do not align (first '{missing[0]}')"
+             ] if missing else []  # fmt: skip
+    return Pairs(tuple(runs), tuple(notes))
 
 
 def forget_and_retain(

@@ -16,7 +16,8 @@ def corrupted_task(
     model: LoadedModel, knowledge: Knowledge, items: int, seed: int, mode: str, positions: Positions,
     metric: Metric, contrast: float,
 ) -> tuple[Task, tuple[str, ...]]:  # fmt: skip
-    """Clean and corrupted runs of at most ``items`` forget facts, and of matched retain facts with a contrast."""
+    """Clean and corrupted runs of at most ``items`` forget facts, and of matched retain facts with a
+    contrast."""
     data = knowledge.for_editor()
     _check_items(items)
 
@@ -48,4 +49,5 @@ def twin_task(
 
 def _check_items(items: int) -> None:
     if items < 1:
-        raise UsageError(f"A locator was given items={items}: it needs at least one fact, 32 or more to be stable.")
+        raise UsageError(f"A locator was given items={items}: it needs at least one fact, 32 or more to be "
+                         "stable.")

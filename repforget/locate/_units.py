@@ -23,15 +23,16 @@ Layers = Literal["all"] | list[int]
 def expand_nodes(model: LoadedModel, nodes: Sequence[Node], layers: Layers = "all") -> tuple[Component, ...]:
     """All components of the given kinds: ``heads`` are slices of attn_z, ``neurons`` those of mlp_post.
 
-    Raises SiteError for a kind this architecture does not have and UsageError for a layer that does not exist.
+    Raises SiteError for a kind this architecture does not have and UsageError for a layer that does not
+    exist.
     """
     if not nodes:
         raise UsageError("There are no nodes to rank: name at least one, for example mlp_out.")
     if layers != "all":
         wrong = [k for k in layers if not 0 <= k < model.n_layers]
         if wrong or not layers:
-            raise UsageError(f"Layers {wrong or layers} cannot be ranked: model '{model.name}' has layers 0 to "
-                             f"{model.n_layers - 1}; name at least one of them.")  # fmt: skip
+            raise UsageError(f"Layers {wrong or layers} cannot be ranked: model '{model.name}' has layers 0 "
+                             f"to {model.n_layers - 1}; name at least one of them.")  # fmt: skip
     sites = site_map(model.module)
     found: list[Component] = []
     for node in dict.fromkeys(nodes):
@@ -58,7 +59,8 @@ def node_of(component: Component) -> str:
 def heat_maps(
     components: Sequence[Component], scores: NDArray[np.float64], label: str = "score"
 ) -> Mapping[str, Sequence[Sequence[float]]]:
-    """Rows per layer: one table ``layer x kind`` of whole sites, one ``layer x head``; the best neuron per layer."""
+    """Rows per layer: one table ``layer x kind`` of whole sites, one ``layer x head``; the best neuron per
+    layer."""
     layers = sorted({c.site.layer for c in components if c.site.layer >= 0})
     kinds = list(dict.fromkeys(node_of(c) for c in components if c.site.layer >= 0))
     whole = [k for k in kinds if k not in ("heads", "neurons")]

@@ -28,21 +28,23 @@ def activation_patching(
 
     The corrupted prompt asks the same about a retain subject of equal token length with another answer.
     ``denoise`` writes clean activations into the corrupted run, s = (M_patch - M_corr) / (M_clean - M_corr);
-    ``noise`` writes corrupted ones into the clean run, s = (M_clean - M_patch) / (M_clean - M_corr): higher is more
-    important in both.  M is the log-probability of the answer (or the logit difference to the partner's answer).
-    ``contrast`` subtracts that share of the score on matched retain facts, which removes generic parts such as the
-    first MLP that assembles names; keep 0 where forget and retain facts were learned together.  The band compares the joint
-    effect of the top components, ranked on one half of the facts, with random selections on the other half.
+    ``noise`` writes corrupted ones into the clean run, s = (M_clean - M_patch) / (M_clean - M_corr): higher
+    is more important in both.  M is the log-probability of the answer (or the logit difference to the
+    partner's answer). ``contrast`` subtracts that share of the score on matched retain facts, which removes
+    generic parts such as the first MLP that assembles names; keep 0 where forget and retain facts were
+    learned together.  The band compares the joint effect of the top components, ranked on one half of the
+    facts, with random selections on the other half.
 
     Cost: one forward pass per fact and component (batched), and per fact and random selection.
-    What it does not show: that editing there removes the knowledge (Hase et al. 2023, arXiv 2301.04213), or that a
-    low-scoring component is unused (others compensate, more so with ``noise``).
+    What it does not show: that editing there removes the knowledge (Hase et al. 2023, arXiv 2301.04213), or
+    that a low-scoring component is unused (others compensate, more so with ``noise``).
     Source: Meng et al. 2022, arXiv 2202.05262; Zhang & Nanda 2023, arXiv 2309.16042.
     """
     components = expand_nodes(model, nodes, layers)
     if len(components) > MAX_PATCHES:
-        raise UsageError(f"Exact patching of {len(components)} components would take as many forward passes per fact: "
-                         f"at most {MAX_PATCHES} are allowed; use attribution_patching, or fewer layers.")  # fmt: skip
+        raise UsageError(f"Exact patching of {len(components)} components would take as many forward passes "
+                         f"per fact: at most {MAX_PATCHES} are allowed; use attribution_patching, or fewer "
+                         "layers.")  # fmt: skip
     task, notes = corrupted_task(model, knowledge, items, seed, mode, positions, metric, contrast)
     sign = 1.0 if mode == "denoise" else -1.0
     moves = measure(task, [(c,) for c in components], progress, sign)

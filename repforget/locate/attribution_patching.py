@@ -9,7 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repforget.causal import TOKEN_BUDGET, Metric, Positions, Prepared, Run, answer_metric, columns_of, prepare
+from repforget.causal import (
+    TOKEN_BUDGET,
+    Metric,
+    Positions,
+    Prepared,
+    Run,
+    answer_metric,
+    columns_of,
+    prepare,
+)
 from repforget.errors import NumericalError
 from repforget.knowledge import Knowledge
 from repforget.locate._exact import Array, Moves, Task, exact_band, forwards, measure, pearson, ranked
@@ -32,13 +41,14 @@ def attribution_patching(
 
     Per node: sum over positions and width of (a_donor - a_base) * dM/da at the base, which is the first-order
     estimate of the exact patch; base and donor are the corrupted and the clean prompt for ``denoise`` and the
-    reverse for ``noise``, normalised as in activation_patching.  Nodes may be whole sites, ``heads`` (slices of attn_z)
-    or ``neurons`` (of mlp_post).  The first ``recheck`` components carry their exact score, the rest the estimate;
-    the correlation of the two is in the notes.  Tables also hold mean |estimate|, where signs do not cancel.
+    reverse for ``noise``, normalised as in activation_patching.  Nodes may be whole sites, ``heads`` (slices
+    of attn_z) or ``neurons`` (of mlp_post).  The first ``recheck`` components carry their exact score, the
+    rest the estimate; the correlation of the two is in the notes.  Tables also hold mean |estimate|, where
+    signs do not cancel.
 
-    Cost: two forward passes and one backward pass per fact for all nodes together, plus exact patches of the best.
-    What it does not show: effects through saturated attention or logits (their gradient is zero); exact patches and
-    the band cover only the components that the estimate put first.
+    Cost: two forward passes and one backward pass per fact for all nodes together, plus exact patches of the
+    best. What it does not show: effects through saturated attention or logits (their gradient is zero); exact
+    patches and the band cover only the components that the estimate put first.
     Source: Syed, Rager & Conmy 2023, arXiv 2310.10348.
     """
     components = expand_nodes(model, nodes, layers)
@@ -57,8 +67,9 @@ def attribution_patching(
         for component, value in zip(best, exact, strict=True):
             scores[index[component]] = value
         spent += forwards(task, len(best))
-        notes = (*notes, f"The first {len(best)} of {len(components)} components carry exact patching effects, the rest "
-                         f"first-order estimates; Pearson correlation of the two on those: {pearson(guessed, exact):.2f}.")  # fmt: skip
+        notes = (*notes, f"The first {len(best)} of {len(components)} components carry exact patching "
+                         f"effects, the rest first-order estimates; Pearson correlation of the two on those: "
+                         f"{pearson(guessed, exact):.2f}.")  # fmt: skip
     half_order, _ = ranked(components, moves.scores(contrast, seed))
     band, band_notes, band_cost = exact_band(task, components, half_order, top=top, draws=draws, seed=seed, sign=sign,
                                              progress=progress)  # fmt: skip
@@ -89,7 +100,8 @@ def node_attributions(
     model: LoadedModel, runs: Sequence[Run], components: Sequence[Component], metric: Metric = "logprob",
     progress: Progress | None = None, *, token_budget: int = TOKEN_BUDGET,
 ) -> Array:  # fmt: skip
-    """(a_donor - a_base) * dM/da summed over patched positions and each component's columns [p, n], float64."""
+    """(a_donor - a_base) * dM/da summed over patched positions and each component's columns [p, n],
+    float64."""
     located = [columns_of(model, c) for c in components]
     sites = sorted({site for site, _ in located})
     result = np.zeros((len(components), len(runs)), dtype=np.float64)
@@ -102,7 +114,8 @@ def node_attributions(
             rows = list(item.rows)
             result[k, rows] = sums[site] if columns is None else tables[site][:, columns.start : columns.stop].sum(-1)
     if not np.isfinite(result).all():
-        raise NumericalError(f"Gradients of model '{model.name}' are not finite: load it in float32 and try again.")
+        raise NumericalError(f"Gradients of model '{model.name}' are not finite: load it in float32 and try "
+                             "again.")
     return result
 
 

@@ -26,8 +26,8 @@ def random_sites(
 ) -> Localization:  # fmt: skip
     """Rank components at random: the control that every other locator must beat.
 
-    The scores are the random numbers that made the order and say nothing about the model; the band holds the joint
-    denoising effect of the random top beside that of other random selections of the same kinds.
+    The scores are the random numbers that made the order and say nothing about the model; the band holds the
+    joint denoising effect of the random top beside that of other random selections of the same kinds.
 
     Cost: one forward pass per fact and random selection.
     What it does not show: where anything is.
