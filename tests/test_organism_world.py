@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -220,3 +221,22 @@ def test_people_needed_grows_with_noise_and_refuses_an_empty_margin() -> None:
     assert few < people_needed(0.2, gap=1.0, relations=8) < people_needed(0.2, gap=0.5, relations=8)
     with pytest.raises(UsageError, match="must be positive"):
         items_needed(0.1, 0.0)
+
+
+def test_the_readme_example_is_a_probe_that_loads(tmp_path: Path) -> None:
+    blocks = dict(
+        re.findall(r"```(json|yaml)\n(.*?)```", (PROBES / "README.md").read_text("utf-8"), re.S)[:2]
+    )
+    lines = [json.loads(line) for line in blocks["json"].splitlines()]
+    for name in ("forget", "retain", "neighbours"):
+        copies = [
+            {**line, "id": f"{name}-{line['id']}-{i}", "subject": f"{name} {i}", "cluster": f"{name} {i}"}
+            for line in lines
+            for i in range(8)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(c) + "\n" for c in copies))
+    (tmp_path / "general.jsonl").write_text('{"text": "The fox sleeps."}\n')
+    (tmp_path / "probe.yaml").write_text(blocks["yaml"])
+    knowledge = load_knowledge(tmp_path)
+    assert len(knowledge.forget) == 16 and not knowledge.notes
+    assert knowledge.forget[0].prompt == "Question: Where was forget 0 born?\nAnswer:"

@@ -132,6 +132,20 @@ def _fresh_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the library's own progress bars while files are written and read back."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _save(
     module: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -142,7 +156,7 @@ def _save(
     """Save in bfloat16, reload what was saved, measure that, and write the recipe beside it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _fresh_folder(target) as fresh:
+    with _fresh_folder(target) as fresh, _quiet():
         module.to(torch.bfloat16).save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
         stored = AutoModelForCausalLM.from_pretrained(fresh, dtype=torch.float32).eval()
