@@ -1,0 +1,28 @@
+"""The Edit: a small, frozen, portable artifact to attach, fold, undo, save, compose and export."""
+
+from __future__ import annotations
+
+from repforget.artifact.edit import ArtifactKind, Edit, EditManifest
+from repforget.artifact.files import load_edit
+from repforget.artifact.fold import Parity, Undo
+from repforget.artifact.operations import (
+    AddVector,
+    Affine,
+    BiasDelta,
+    DenseDelta,
+    Gate,
+    LowRankDelta,
+    Operation,
+    ScaleUnits,
+    SparseDelta,
+    Untie,
+    size,
+    target,
+)
+from repforget.artifact.placebo import placebo_of
+
+__all__ = [
+    "AddVector", "Affine", "ArtifactKind", "BiasDelta", "DenseDelta", "Edit", "EditManifest", "Gate",
+    "LowRankDelta", "Operation", "Parity", "ScaleUnits", "SparseDelta", "Undo", "Untie", "load_edit",
+    "placebo_of", "size", "target",
+]  # fmt: skip
