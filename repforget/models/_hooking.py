@@ -77,8 +77,8 @@ def _compiled(module: nn.Module) -> bool:
 
 
 @cache
-def _accepts(cls: type[nn.Module], argument: str) -> bool:
-    return argument in inspect.signature(cls.forward).parameters  # of the class: instances may be wrapped
+def _accepts(kind: Any, argument: str) -> bool:
+    return argument in inspect.signature(kind.forward).parameters  # of the class: instances may be wrapped
 
 
 def input_device(module: nn.Module) -> torch.device:
@@ -91,8 +91,8 @@ def input_device(module: nn.Module) -> torch.device:
 
 def run_forward(module: nn.Module, batch: Batch, *, vocabulary: bool) -> Any:
     """Run the model on a batch; without ``vocabulary`` the unembedding (half of the cost) is skipped."""
-    target = module if vocabulary else getattr(module, str(getattr(module, "base_model_prefix", "")), module)
+    target: Any = module if vocabulary else getattr(module, str(getattr(module, "base_model_prefix", "")), module)
     arguments = {"input_ids": batch.ids, "attention_mask": batch.mask.long(), "use_cache": False}
-    if _accepts(type(target), "position_ids"):
+    if _accepts(target.__class__, "position_ids"):
         arguments["position_ids"] = batch.position_ids
     return target(**arguments)

@@ -47,11 +47,10 @@ def path_of(root: nn.Module, target: nn.Module | None) -> str | None:
 
 def core(model: Any) -> nn.Module:
     """Return the plain causal language model inside a LoadedModel, a compiled module or a PEFT wrapper."""
-    module = getattr(model, "module", model) if not isinstance(model, nn.Module) else model
+    module: Any = model if isinstance(model, nn.Module) else getattr(model, "module", model)
     module = getattr(module, "_orig_mod", module)  # torch.compile(module) wraps it
-    if hasattr(module, "get_base_model"):  # peft.PeftModel
-        module = module.get_base_model()
-    return module  # type: ignore[no-any-return]
+    plain: nn.Module = module.get_base_model() if hasattr(module, "get_base_model") else module  # peft.PeftModel
+    return plain
 
 
 def text_config(module: nn.Module) -> Any:

@@ -94,7 +94,8 @@ def block_list(module: nn.Module, depth: int) -> str:
     if not lists:
         raise SiteError(f"{type(module).__name__} has no list of {depth} blocks, so that its layers cannot be found: "
                         "only decoder-only transformers are covered.")  # fmt: skip
-    return min(lists, key=lambda path: path.count("."))
+    found: str = min(lists, key=lambda path: path.count("."))
+    return found
 
 
 def anatomy(module: nn.Module) -> Anatomy:

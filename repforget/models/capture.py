@@ -27,8 +27,8 @@ EditSite = Callable[[Tensor], Tensor | None]
 BLOCK_KINDS = frozenset({"embed", "resid_pre", "resid_post", "final_norm", "logits"})  # outside any checkpointing
 
 
-class _Reached(Exception):  # noqa: N818 - not an error: the forward pass is over because everything is read
-    pass
+class _Reached(Exception):
+    """Not an error: the forward pass may end, because everything is read."""
 
 
 def capture(
@@ -164,7 +164,7 @@ def _reader(model: Any, sites: Sequence[Site], grad: bool) -> Iterator[Callable[
 @contextmanager
 def _without_checkpointing(module: nn.Module) -> Iterator[None]:
     """Inside a checkpointed block nothing keeps its graph, so such a capture runs with checkpointing off."""
-    parts = [part for part in module.modules() if getattr(part, "gradient_checkpointing", False) is True]
+    parts: list[Any] = [part for part in module.modules() if getattr(part, "gradient_checkpointing", False) is True]
     for part in parts:
         part.gradient_checkpointing = False
     try:

@@ -18,6 +18,7 @@ from repforget.records import Site
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
+@torch.no_grad()
 def check_sites(model: Any, batch: Batch) -> float:
     """Check that resid_pre + attn_out + mlp_out is resid_post in every layer, and that the readout gives the logits.
 

@@ -245,6 +245,12 @@ def _layer_locations(anatomy: Anatomy, layer: LayerPaths) -> Iterator[tuple[str,
     yield "resid_post", Location(layer.path, "out")
 
 
+def _still_holds(module: nn.Module, known: SiteMap) -> bool:
+    """False once blocks were added or removed since the map was read."""
+    root = known.anatomy.layers[0].path.rpartition(".")[0]
+    return len(module.get_submodule(root)) == known.n_layers  # type: ignore[arg-type]
+
+
 _CACHE: weakref.WeakKeyDictionary[nn.Module, SiteMap] = weakref.WeakKeyDictionary()
 
 
@@ -256,7 +262,7 @@ def site_map(model: Any) -> SiteMap:
     """
     module = core(model)
     known = _CACHE.get(module)
-    if known is not None:
+    if known is not None and _still_holds(module, known):
         return known
     found = SiteMap(anatomy(module))
     _CACHE[module] = found
