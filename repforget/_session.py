@@ -1,0 +1,195 @@
+"""What a run works with: the loaded models, the knowledge, the run folder and the key that every stage shares."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from repforget.errors import ResourceError
+from repforget.knowledge import Knowledge, Split
+from repforget.knowledge_files import load_knowledge
+from repforget.progress import Progress, track
+from repforget.recipe import Recipe
+from repforget.records import Evidence, Measurement, Verdict
+from repforget.store import Store, read_json, write_json
+
+if TYPE_CHECKING:
+    from repforget.models.load import LoadedModel
+    from repforget.verify.arms import Arm
+
+Echo = Callable[[str], None]
+PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "safetensors")
+TRAINING_COPIES = 4  # a float32 copy that is fine-tuned: weights, gradient, two AdamW moments
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a plan: what it does and what it costs, in counts."""
+
+    stage: str
+    what: str
+    cost: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need, computed from headers and the probe alone: no weight is loaded."""
+
+    recipe: Recipe
+    parameters: int
+    peak_bytes: int
+    available_bytes: int
+    steps: tuple[Step, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.available_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe.canonical(), "parameters": self.parameters, "peak_bytes": self.peak_bytes,
+            "available_bytes": self.available_bytes, "fits": self.fits,
+            "steps": [vars(step) for step in self.steps], "notes": list(self.notes),
+        }  # fmt: skip
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Say what ``recipe`` will do and need before anything is loaded.
+
+    The peak is an upper estimate: original, twins and one copy as loaded, plus one float32 copy that is fine-tuned.
+    """
+    import psutil
+
+    from repforget.models.load import estimate
+
+    knowledge = load_knowledge(recipe.knowledge, seed=recipe.seed)
+    sizes = [estimate(name, device=recipe.device, dtype=recipe.dtype) for name in (recipe.model, *recipe.twins)]
+    own = sizes[0]
+    peak = sum(size.bytes for size in sizes) + own.bytes + 4 * TRAINING_COPIES * own.parameters
+    free = int(psutil.virtual_memory().available)
+    if recipe.limits.memory is not None:
+        free = min(free, int(recipe.limits.memory * 2**30))
+    counts = ", ".join(f"{len(getattr(knowledge, name))} {name}" for name in ("forget", "retain", "neighbours"))
+    arms = 3 + len(recipe.twins)
+    steps = [Step("load", f"{recipe.model} and {len(recipe.twins)} twins", f"{own.parameters / 1e6:.1f} M parameters each"),
+             Step("knowledge", f"{knowledge.name}: {counts} items", "no forward pass")]  # fmt: skip
+    steps += [Step("locate", choice.name, "forwards over the forget statements") for choice in recipe.locate]
+    for choice in recipe.ladder:
+        steps.append(Step("edit", choice.name, "one edit, screened on dev, then at the gate"))
+    level = recipe.verify if isinstance(recipe.verify, str) else ", ".join(choice.name for choice in recipe.verify)
+    steps.append(Step("sealed", f"{level} verification of the saved edit in a fresh process", f"{arms} arms"))
+    notes = list(knowledge.notes)
+    if not recipe.twins:
+        notes.append("no twin is given: the floor is chance, and patch_depth cannot run")
+    return Plan(recipe, own.parameters, peak, free, tuple(steps), tuple(notes))
+
+
+@dataclass(frozen=True)
+class Session:
+    """Everything the stages of one run share; ``key`` makes a stage's key from what is special about it."""
+
+    recipe: Recipe
+    store: Store
+    knowledge: Knowledge
+    model: LoadedModel
+    twins: tuple[LoadedModel, ...]
+    progress: Progress | None = None
+    echo: Echo = field(default=lambda line: None)
+
+    @cached_property
+    def base(self) -> dict[str, Any]:
+        return {
+            "model": self.model.fingerprint, "twins": [twin.fingerprint for twin in self.twins],
+            "knowledge": self.knowledge.digest, "seed": self.recipe.seed, "dtype": str(self.model.dtype),
+            "device": self.model.device.type, "versions": versions(), "code": code_digest(),
+        }  # fmt: skip
+
+    def key(self, **own: Any) -> dict[str, Any]:
+        return {**self.base, **own}
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Versions and hashes for the report; nothing that differs between two runs on one machine."""
+        return {
+            "versions": versions(), "python": platform.python_version(), "device": str(self.model.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."), "model_fingerprint": self.model.fingerprint,
+            "twin_fingerprints": [twin.fingerprint for twin in self.twins],
+            "knowledge_digest": self.knowledge.digest, "code_digest": self.base["code"],
+        }  # fmt: skip
+
+    def measure(self, edit: Path, split: Split, level: Any) -> tuple[Evidence, ...]:
+        """Measure the saved ``edit``, its placebo, the original and the twins; each arm is a stage of its own."""
+        from repforget.artifact import load_edit
+        from repforget.verify._verify import arms_of
+        from repforget.verify.arms import References
+        from repforget.verify.battery import assemble, measure_arm, tasks
+
+        loaded = load_edit(edit)
+        loaded.check_base(self.model)
+        references = References(self.model, self.twins)
+        view = self.knowledge.view(split)
+        chosen = tasks(level if isinstance(level, str) else [{c.name: c.settings} for c in level])
+        verifiers = {task.name: task.settings for task in chosen}
+        measured: dict[str, Mapping[str, Measurement]] = {}
+        arms = arms_of(loaded, references, seed=self.recipe.seed)
+        for arm in track(self.progress, arms, f"verify on {split}", len(arms)):
+
+            def build(folder: Path, arm: Arm = arm) -> None:
+                found = measure_arm(arm, view, chosen, references, seed=self.recipe.seed, progress=self.progress)
+                write_json(folder / "measurements.json", {name: m.to_json() for name, m in found.items()})
+
+            identity = loaded.digest if arm.name in ("edit", "placebo") else None
+            key = self.key(arm=arm.name, edit=identity, split=split, verifiers=verifiers)
+            data = read_json(self.store.stage(f"measure-{split}-{arm.name}", key, build) / "measurements.json")
+            measured[arm.name] = {name: Measurement.from_json(m) for name, m in data.items()}
+        return assemble(measured, chosen)
+
+    def judge(self, edit: Path, split: Split, level: Any) -> Verdict:
+        """Measure and judge one saved edit on one split."""
+        return self.verdict(edit, self.measure(edit, split, level), split)
+
+    def verdict(self, edit: Path, evidence: tuple[Evidence, ...], split: Split) -> Verdict:
+        from repforget.artifact import load_edit
+        from repforget.verify.verdict import judge
+
+        manifest = load_edit(edit).manifest
+        return judge(evidence, margin=self.recipe.margin, utility_margin=self.recipe.limits.utility_drop,
+                     seed=self.recipe.seed, split=split, artifact=manifest.artifact, sites=manifest.sites)  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    from repforget import __version__
+
+    return {"repforget": __version__, **{name: version(name) for name in PACKAGES}}
+
+
+def code_digest() -> str:
+    """sha256 over the package's own source, so that a changed method never meets a result of the old one."""
+    root = Path(__file__).parent
+    body = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        body.update(path.relative_to(root).as_posix().encode())
+        body.update(path.read_bytes())
+    return body.hexdigest()
+
+
+def open_session(recipe: Recipe, store: Store, progress: Progress | None, echo: Echo) -> Session:
+    """Load models and knowledge, refusing before loading where the plan does not fit into memory."""
+    wanted = plan(recipe)
+    if not wanted.fits:
+        raise ResourceError(f"The run needs about {wanted.peak_bytes / 2**30:.1f} GiB and "
+                            f"{wanted.available_bytes / 2**30:.1f} GiB are free: use a smaller dtype, fewer twins, or a "
+                            "larger machine ('repforget plan' shows the parts).")  # fmt: skip
+    from repforget.models.load import load
+
+    knowledge = load_knowledge(recipe.knowledge, seed=recipe.seed)
+    model, *twins = (load(name, device=recipe.device, dtype=recipe.dtype) for name in (recipe.model, *recipe.twins))
+    return Session(recipe, store, knowledge, model, tuple(twins), progress, echo)

@@ -1,0 +1,184 @@
+"""The loop: plan -> locate -> (edit -> screen on dev -> gate) per rung -> sealed check of the saved artifact.
+
+Every stage is content-addressed in the run folder, so the command is the resume. The sealed check runs in a fresh
+process that loads the saved edit from disk; nothing of the editing process reaches it but the files.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from repforget._session import Echo, Plan, Session, open_session, plan
+from repforget.errors import RepforgetError
+from repforget.progress import Progress, track
+from repforget.recipe import Choice, Recipe
+from repforget.records import Evidence, Localization, Verdict
+from repforget.store import Store, digest, read_json, write_json
+
+__all__ = ["Plan", "RunResult", "plan", "run"]
+
+GATE_LOOKS = 5  # spec: at most five looks at the gate, each at half the level of the one before
+RANK = {"pass": 2, "inconclusive": 1, "fail": 0}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One editor tried: its saved edit, and what the judge said on dev (and on the gate, if it got there)."""
+
+    choice: Choice
+    folder: Path
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def merit(self) -> tuple[int, int, float]:
+        """Order of rungs when none passes: looks survived, outcome of the last, knowledge left at worst."""
+        last = self.verdicts[-1]
+        left = [c.rho for c in last.claims if c.kind == "knowledge" and c.rho == c.rho]
+        return len(self.verdicts), RANK[last.outcome], -max(left, default=1.0)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run ends with; the report lies in ``folder``."""
+
+    verdict: Verdict
+    folder: Path
+    rungs: tuple[Rung, ...]
+
+
+def run(
+    recipe: Recipe, out: str | Path, *, progress: Progress | None = None, echo: Echo = lambda line: None,
+    show_texts: bool = False,
+) -> RunResult:  # fmt: skip
+    """Run a recipe in the folder ``out`` and return the sealed verdict; the same call resumes a killed run.
+
+    Raises RepforgetError subclasses only. Cost: see :func:`plan`.
+    """
+    started = time.monotonic()
+    store = Store(Path(out), note=echo)
+    with store.locked():
+        session = open_session(recipe, store, progress, echo)
+        found = [_locate(session, choice) for choice in track(progress, recipe.locate, "locate")]
+        rungs: list[Rung] = []
+        for choice in recipe.ladder:
+            if rungs and time.monotonic() - started > 60 * recipe.limits.minutes:
+                echo(f"The {recipe.limits.minutes:g} minutes of the recipe are used up; '{choice.name}' and what "
+                     "follows it are not tried.")  # fmt: skip
+                break
+            rungs.append(_climb(session, choice, _where_for(choice, found), looks=_gate_looks(rungs)))
+            if _passed_gate(rungs[-1]):
+                break
+        chosen = max(rungs, key=lambda rung: rung.merit)
+        sealed = _sealed(session, chosen, found)
+        verdict = Verdict.from_json(read_json(sealed / "verdict.json"))
+        _write_report(session, chosen, rungs, found, sealed, show_texts)
+    return RunResult(verdict, Path(out), tuple(rungs))
+
+
+def _passed_gate(rung: Rung) -> bool:
+    return len(rung.verdicts) == 2 and rung.verdicts[-1].outcome == "pass"
+
+
+def _gate_looks(rungs: list[Rung]) -> int:
+    return sum(len(rung.verdicts) == 2 for rung in rungs)
+
+
+def _locate(session: Session, choice: Choice) -> Localization:
+    def build(folder: Path) -> None:
+        from repforget.locate._dispatch import locate
+
+        where = locate(session.model, session.knowledge, choice.name, twins=session.twins, seed=session.recipe.seed,
+                       progress=session.progress, **choice.settings)  # fmt: skip
+        write_json(folder / "localization.json", where.to_json())
+
+    key = session.key(method=choice.name, settings=choice.settings)
+    where = Localization.from_json(read_json(session.store.stage(f"locate-{choice.name}", key, build) / "localization.json"))
+    sign = "beats" if where.band.beats_random else "does not beat"
+    session.echo(f"locate {choice.name}: best {', '.join(map(str, where.components[:3]))}; {sign} random selections "
+                 f"({where.band.top:.3g} against at most {where.band.high:.3g})")  # fmt: skip
+    return where
+
+
+def _where_for(choice: Choice, found: list[Localization]) -> Localization | None:
+    """The localisation an editor acts on: the last of the recipe that beats its random band, else none."""
+    return next((where for where in reversed(found) if where.band.beats_random), None)
+
+
+def _climb(session: Session, choice: Choice, where: Localization | None, looks: int) -> Rung:
+    """Make one edit, screen it on dev, and let it through to the gate unless the screen found knowledge left."""
+    folder = _edit(session, choice, where)
+    level = session.recipe.verify
+    screen = session.judge(folder, "dev", "quick" if isinstance(level, str) else level)
+    session.echo(f"edit {choice.name}, screened on dev: {screen.outcome}. {screen.sentence}")
+    if screen.outcome == "fail" or looks >= GATE_LOOKS:
+        return Rung(choice, folder, (screen,))
+    gate = session.judge(folder, "gate", level)
+    session.echo(f"edit {choice.name}, at the gate: {gate.outcome}. {gate.sentence}")
+    return Rung(choice, folder, (screen, gate))
+
+
+def _edit(session: Session, choice: Choice, where: Localization | None) -> Path:
+    def build(folder: Path) -> None:
+        from repforget.edit._dispatch import edit
+
+        made = edit(session.model, session.knowledge, choice.name, where=where, seed=session.recipe.seed,
+                    progress=session.progress, **choice.settings)  # fmt: skip
+        made.save(folder / "edit")
+
+    key = session.key(method=choice.name, settings=choice.settings,
+                      where=None if where is None else digest(where.to_json()))  # fmt: skip
+    return session.store.stage(f"edit-{choice.name}", key, build) / "edit"
+
+
+def _sealed(session: Session, rung: Rung, found: list[Localization]) -> Path:
+    """Judge the saved artifact on the sealed split, in a process that knows nothing but the files."""
+
+    def build(folder: Path) -> None:
+        write_json(folder / "job.json", {"recipe": session.recipe.canonical(), "edit": rung.folder.as_posix(),
+                                         "store": session.store.root.as_posix()})  # fmt: skip
+        command = [sys.executable, "-m", "repforget._sealed", str(folder)]
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+        if done.returncode != 0:
+            raise RepforgetError(f"The sealed check of '{rung.choice.name}' ended with exit code {done.returncode}"
+                                 f"{': ' + done.stdout.strip() if done.stdout.strip() else ''}; run the command again.")
+        (folder / "job.json").unlink()
+
+    key = session.key(edit=_edit_digest(rung.folder), verify=session.recipe.canonical()["verify"])
+    session.echo(f"sealed check of '{rung.choice.name}': reloading the saved edit in a fresh process")
+    return session.store.stage("sealed", key, build)
+
+
+def _edit_digest(folder: Path) -> str:
+    from repforget.store import checksum
+
+    return digest({path.name: checksum(path) for path in sorted(folder.iterdir())})
+
+
+def _write_report(
+    session: Session, chosen: Rung, rungs: list[Rung], found: list[Localization], sealed: Path, show_texts: bool
+) -> None:
+    from repforget import report
+    from repforget.report.data import ReportData
+
+    verdict = Verdict.from_json(read_json(sealed / "verdict.json"))
+    tried = [{"method": rung.choice.name, "settings": dict(rung.choice.settings), "split": v.split, "outcome": v.outcome,
+              "sentence": v.sentence} for rung in rungs for v in rung.verdicts]  # fmt: skip
+    edits = [_manifest(rung.folder) for rung in sorted(rungs, key=lambda rung: rung is chosen)]
+    data = ReportData(
+        recipe=session.recipe.canonical(), verdict=verdict,
+        evidence=tuple(Evidence.from_json(e) for e in read_json(sealed / "evidence.json")),
+        localizations=tuple(found), edits=tuple(edits), rungs=tuple(tried), environment=session.environment,
+    )  # fmt: skip
+    report.write(session.store.root, data, show_texts=show_texts)
+    write_json(session.store.root / "verdict.json", verdict.to_json())
+
+
+def _manifest(folder: Path) -> Mapping[str, Any]:
+    manifest: Mapping[str, Any] = read_json(folder / "edit.json")
+    return manifest
