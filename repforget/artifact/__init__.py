@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from repforget.artifact.attach import detached
 from repforget.artifact.edit import ArtifactKind, Edit, EditManifest
 from repforget.artifact.files import load_edit
 from repforget.artifact.fold import Parity, Undo
@@ -23,6 +24,6 @@ from repforget.artifact.placebo import placebo_of
 
 __all__ = [
     "AddVector", "Affine", "ArtifactKind", "BiasDelta", "DenseDelta", "Edit", "EditManifest", "Gate",
-    "LowRankDelta", "Operation", "Parity", "ScaleUnits", "SparseDelta", "Undo", "Untie", "load_edit",
+    "LowRankDelta", "Operation", "Parity", "ScaleUnits", "SparseDelta", "Undo", "Untie", "detached", "load_edit",
     "placebo_of", "size", "target",
 ]  # fmt: skip

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -29,16 +31,50 @@ def hook_operations(module: nn.Module, operations: Sequence[SiteOperation], stac
     stack.enter_context(hooks(module, site_functions(operations, state)))
 
 
-@contextmanager
-def attach(edit: Edit, model: LoadedModel, *, check: bool) -> Iterator[LoadedModel]:
-    """Yield ``model`` with ``edit`` in place; see :meth:`repforget.artifact.Edit.attach`."""
-    if check:
-        edit.check_base(model)
-    module = model.module
+@dataclass(eq=False)
+class _Attachment:
+    """One edit in place on one module; closing ``stack`` takes it off."""
+
+    edit: Edit
+    stack: ExitStack
+
+
+_ATTACHED: WeakKeyDictionary[nn.Module, list[_Attachment]] = WeakKeyDictionary()
+
+
+def _put(edit: Edit, module: nn.Module) -> ExitStack:
     with ExitStack() as stack:
         if any(isinstance(op, Untie) for op in edit.weight_operations):
             stack.callback(untie(module))
         for new in new_values(module, changes_by_owner(module, edit.weight_operations)):
             stack.callback(swap(new))
         hook_operations(module, edit.site_operations, stack)
+        return stack.pop_all()
+
+
+@contextmanager
+def attach(edit: Edit, model: LoadedModel, *, check: bool) -> Iterator[LoadedModel]:
+    """Yield ``model`` with ``edit`` in place; see :meth:`repforget.artifact.Edit.attach`."""
+    if check:
+        edit.check_base(model)
+    held = _ATTACHED.setdefault(model.module, [])
+    entry = _Attachment(edit, _put(edit, model.module))
+    held.append(entry)
+    try:
         yield model
+    finally:
+        held.remove(entry)
+        entry.stack.close()
+
+
+@contextmanager
+def detached(model: LoadedModel) -> Iterator[LoadedModel]:
+    """Take every attached edit off while inside, so that the untouched model is at hand, and put it back afterwards."""
+    held = list(_ATTACHED.get(model.module, ()))
+    for entry in reversed(held):
+        entry.stack.close()
+    try:
+        yield model
+    finally:
+        for entry in held:
+            entry.stack = _put(entry.edit, model.module)

@@ -1,0 +1,176 @@
+"""Runs verifiers on arms: which verifiers, which arms, and measurements put side by side as evidence."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from repforget.discover import Method, method
+from repforget.errors import RecipeError, RepforgetError, UsageError, nearest
+from repforget.knowledge import View
+from repforget.models.load import LoadedModel
+from repforget.progress import Progress
+from repforget.records import Curve, Evidence, ItemScores, Measurement
+from repforget.verify.arms import Arm, MeasureInfo, References
+
+Settings = Mapping[str, Any]
+Request = str | Sequence[str | Mapping[str, Any]]
+_MORE: dict[str, Settings] = {
+    "behaviour": {"forms": 8, "samples": 8, "alternatives": 63, "max_items": 2000},
+    "logit_lens": {"forms": 8, "alternatives": 63, "max_items": 2000},
+    "reprobe": {"max_support": 4000, "forms": 2},
+    "patch_depth": {"strangers": 4, "max_layers": 32, "max_items": 1000},
+    "relearn": {"steps": 96, "checks": 6, "alternatives": 63, "max_items": 1000},
+    "quantize": {"forms": 4, "alternatives": 63, "max_items": 2000},
+    "collateral": {"forms": 4, "alternatives": 63, "max_items": 2000, "max_texts": 1000},
+}
+# Cheapest first; the names a recipe may write instead of a list.
+LEVELS: Mapping[str, Mapping[str, Settings]] = {
+    "quick": {"behaviour": {"forms": 1}, "logit_lens": {"forms": 1}, "collateral": {}},
+    "standard": {name: {} for name in _MORE},
+    "thorough": _MORE,
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One verifier with its complete settings."""
+
+    name: str
+    settings: Settings
+    method: Method = field(compare=False)
+
+    @property
+    def measures(self) -> Mapping[str, MeasureInfo]:
+        """What the verifier says about its measures: the constant MEASURES of its file."""
+        found = getattr(sys.modules[self.method.function.__module__], "MEASURES", None)
+        if not found:
+            raise RepforgetError(f"Verifier '{self.name}' does not describe its measures: give its file a constant "
+                                 "MEASURES = {name: MeasureInfo(...)}.")  # fmt: skip
+        return found  # type: ignore[no-any-return]
+
+
+def tasks(request: Request) -> tuple[Task, ...]:
+    """Turn ``"quick"``, ``"standard"``, ``"thorough"`` or a list of names and ``{name: settings}`` into tasks.
+
+    Settings are validated against each verifier's signature; a name asked for twice is an error.
+    """
+    if isinstance(request, str):
+        if request not in LEVELS:
+            raise UsageError(f"There is no verification level '{request}': {nearest(request, LEVELS)}")
+        wanted = list(LEVELS[request].items())
+    else:
+        wanted = [pair for entry in request for pair in _pairs(entry)]
+    if not wanted:
+        raise UsageError("The list of verifiers is empty: name at least one, or a level such as 'standard'.")
+    names = [name for name, _ in wanted]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise RecipeError(f"Verifier '{twice}' is listed twice: list it once, with the larger budget.")
+    made = []
+    for name, settings in wanted:
+        found = method("verify", name)
+        made.append(Task(name, found.settings(settings), found))
+    return tuple(made)
+
+
+def ready(verifiers: Request | Sequence[Task]) -> tuple[Task, ...]:
+    """Tasks as they are, or a level or list turned into tasks."""
+    if not isinstance(verifiers, str) and verifiers and all(isinstance(v, Task) for v in verifiers):
+        return tuple(v for v in verifiers if isinstance(v, Task))
+    return tasks(verifiers)  # type: ignore[arg-type]
+
+
+def _pairs(entry: str | Mapping[str, Any]) -> list[tuple[str, Settings]]:
+    return [(entry, {})] if isinstance(entry, str) else [(name, value or {}) for name, value in entry.items()]
+
+
+def measure(
+    task: Task, model: LoadedModel, view: View, references: References, *, seed: int = 0, progress: Progress | None = None
+) -> Measurement:
+    """Run one verifier on one model; the result is plain data and may be cached by the caller.
+
+    An undeclared or misaligned measure is an error of the verifier and is said so.
+    """
+    context = {"references": references, "seed": seed, "progress": progress}
+    given = {name: value for name, value in context.items() if name in task.method.context}
+    result: Measurement = task.method.function(model, view, **given, **task.settings)
+    known = {*task.measures, *(f"{name}_prior" for name in task.measures)}
+    strange = sorted(set(result.scores) - known)
+    if strange:
+        raise RepforgetError(f"Verifier '{task.name}' returned a measure '{strange[0]}' that its MEASURES does not "
+                             "name: declare it there.")  # fmt: skip
+    return result
+
+
+def measure_arm(
+    arm: Arm, view: View, requested: Sequence[Task], references: References, *, seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Measurement]:  # fmt: skip
+    """Run every verifier on one arm: verifier name -> measurement. The arm is open for the time of this call."""
+    with arm.open() as model:
+        return {task.name: measure(task, model, view, references, seed=seed, progress=progress) for task in requested}
+
+
+def assemble(measured: Mapping[str, Mapping[str, Measurement]], requested: Sequence[Task]) -> tuple[Evidence, ...]:
+    """Put the measurements of all arms side by side (arm -> verifier -> measurement), one Evidence per measure."""
+    if "original" not in measured:
+        raise UsageError("Evidence needs the arm 'original': measure the untouched model with the same verifiers.")
+    out = []
+    for task in requested:
+        per_arm = {arm: found[task.name] for arm, found in measured.items()}
+        for name, info in task.measures.items():
+            if name in per_arm["original"].scores:
+                out.append(_evidence(task, name, info, per_arm))
+    return tuple(out)
+
+
+def _evidence(task: Task, name: str, info: MeasureInfo, per_arm: Mapping[str, Measurement]) -> Evidence:
+    first = per_arm["original"]
+    missing = sorted(arm for arm, found in per_arm.items() if name not in found.scores)
+    if missing:
+        raise RepforgetError(f"Verifier '{task.name}' measured '{name}' on the original and not on arm '{missing[0]}'.")
+    numbers = {key: float(v) for key, v in task.settings.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    facts = {arm: found.facts for arm, found in per_arm.items() if found.facts}
+    return Evidence(
+        verifier=task.name, measure=name, kind=info.kind, access=info.access, votes=info.votes,
+        arms={arm: found.scores[name] for arm, found in per_arm.items()}, prior=first.scores.get(f"{name}_prior"),
+        budget=numbers | {"items": float(len(first.scores[name].ids))}, teaches=info.teaches,
+        curves=_curves(name, info, per_arm), facts=facts,
+    )  # fmt: skip
+
+
+def _curves(name: str, info: MeasureInfo, per_arm: Mapping[str, Measurement]) -> tuple[Curve, ...]:
+    x = per_arm["original"].series.get("x")
+    if info.curve is None or x is None or name not in per_arm["original"].series:
+        return ()
+    # A twin of another depth has other layers and no place on this axis.
+    y = {arm: found.series[name] for arm, found in per_arm.items() if found.series.get("x") == x}
+    return (Curve(*info.curve, x, y),)
+
+
+def run_battery(
+    arms: Sequence[Arm], view: View, verifiers: Request | Sequence[Task], references: References, *, seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Evidence, ...]:  # fmt: skip
+    """Run every verifier on every arm and return the evidence; deterministic for a seed.
+
+    ``arms`` must contain "original"; twins are named "twin-0", "twin-1", ... Costs the sum of the verifiers' costs
+    times the number of arms, which are opened one after the other.
+    """
+    requested = ready(verifiers)
+    names = [arm.name for arm in arms]
+    if len(set(names)) < len(names):
+        raise UsageError(f"Two arms have the same name ({', '.join(names)}): name each once.")
+    measured = {arm.name: measure_arm(arm, view, requested, references, seed=seed, progress=progress) for arm in arms}
+    return assemble(measured, requested)
+
+
+def scores_of(evidence: Sequence[Evidence], name: str, arm: str) -> ItemScores:
+    """Per-item values of the measure ``verifier.measure`` on one arm."""
+    names = [entry.name for entry in evidence]
+    if name not in names:
+        raise UsageError(f"There is no evidence '{name}': {nearest(name, names)}")
+    return evidence[names.index(name)].arms[arm]

@@ -1,0 +1,111 @@
+"""Does teaching half of the forgotten subjects bring back the other half, which was never shown again?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repforget.errors import UsageError
+from repforget.knowledge import Item, View
+from repforget.models.load import LoadedModel, copy_of
+from repforget.progress import Progress, track
+from repforget.records import Measurement
+from repforget.scoring import encode_many
+from repforget.scoring.encode import context_limit
+from repforget.training import Example, Step, finetune
+from repforget.verify import _asking as ask
+from repforget.verify.arms import MeasureInfo, References
+
+_CURVE = ("relearning", "training steps", "probability of the truth on the half not taught")
+MEASURES = {
+    "best_step": MeasureInfo("knowledge", "weights", teaches="the other half of the forget clusters", curve=_CURVE),
+}
+RATE_TIMES_WIDTH = 0.128  # 1e-3 at width 128, 3e-5 at width 4096: AdamW's usual peak falls about as 1/width
+Array = NDArray[np.float64]
+
+
+def relearn(
+    model: LoadedModel, view: View, *, references: References, seed: int = 0, progress: Progress | None = None,
+    steps: int = 24, checks: int = 3, lr: float | None = None, batch_size: int = 16, alternatives: int = 15,
+    train_forms: int = 2, parameters: str = "", max_items: int = 200,
+) -> Measurement:  # fmt: skip
+    """Fine-tune a copy on half of the forget clusters, ask the other half, then swap the halves.
+
+    ``best_step`` is the contrastive probability of the truth (first question form) on items not taught, at the check
+    (0 = before training) with the highest mean, the same maximum on every arm; data, order, seed, ``steps`` and
+    ``lr`` (None: 0.128 / width) are the same on every arm, which a twin needs to be a floor.  ``parameters`` is a
+    regular expression over parameter names (empty: all are trained).  Fact: steps until half of the original's value
+    above the prior is back.  Source: Deeb and Roger 2024, arXiv 2410.08827.  Cost: two copies one after the other in
+    float32 with two optimiser moments each, 2 x ``steps`` training steps, 2 x (``checks`` + 1) passes of questions.
+
+    A flat curve does not show that other data, rates or more steps would not bring the knowledge back.
+    """
+    if steps < checks or checks < 1:
+        raise UsageError(f"Verifier 'relearn' has {steps} steps and {checks} checks: give at least one step per check.")
+    halves = view.halves(seed)
+    if not all(halves):
+        raise UsageError(f"Verifier 'relearn' needs at least two forget clusters on split '{view.split}' to teach one "
+                         "half and ask the other.")  # fmt: skip
+    marks = sorted({round(steps * k / checks) for k in range(checks + 1)})
+    parts = []
+    for taught, asked in track(progress, [halves, halves[::-1]], "relearning"):
+        asked = ask.limited(asked, max_items // 2, seed)
+        parts.append((asked, _curve(model, taught, asked, view, marks, lr, batch_size, train_forms, alternatives,
+                                    parameters, seed)))  # fmt: skip
+    items = [item for asked, _ in parts for item in asked]
+    table = np.concatenate([rows for _, rows in parts], axis=1)
+    means = np.nanmean(table, axis=1)
+    best = int(means.argmax())
+    before = ask.prior(items, view.knowledge, alternatives)
+    ceiling = references.once(("relearn", "untaught", tuple(i.id for i in items), alternatives),
+                              lambda: _ask(references.original, items, view, alternatives))  # fmt: skip
+    half = (float(np.nanmean(ceiling)) + float(before.mean())) / 2
+    reached = [mark for mark, mean in zip(marks, means, strict=True) if mean >= half]
+    facts = {"best step": float(marks[best])}
+    if reached:
+        facts["steps to half of the original"] = float(reached[0])
+    scores = {"best_step": ask.scores(items, table[best]), "best_step_prior": ask.scores(items, before)}
+    series = {"x": tuple(float(m) for m in marks), "best_step": tuple(float(m) for m in means)}
+    return Measurement(scores, series, facts)
+
+
+def _ask(model: LoadedModel, items: Sequence[Item], view: View, alternatives: int) -> Array:
+    return ask.contrast(model, items, view.knowledge, forms=1, limit=alternatives).probability
+
+
+def _curve(
+    model: LoadedModel, taught: Sequence[Item], asked: Sequence[Item], view: View, marks: Sequence[int],
+    lr: float | None, batch_size: int, forms: int, alternatives: int, parameters: str, seed: int,
+) -> Array:  # fmt: skip
+    """Contrastive probability [marks, asked items] before and while a copy is taught."""
+    student = copy_of(model)
+    # Low learning rates vanish in the rounding of half precision, which would look like robustness.
+    student.module.float()
+    examples = teaching(student, taught, forms)
+    rows = [_ask(student, asked, view, alternatives)]
+
+    def on_step(step: Step) -> None:
+        if step.index in marks:
+            rows.append(_ask(student, asked, view, alternatives))
+
+    finetune(
+        student.module, examples, steps=marks[-1], lr=RATE_TIMES_WIDTH / student.width if lr is None else lr,
+        seed=seed, batch_size=batch_size, schedule="constant", trainable=_chosen(parameters), on_step=on_step,
+    )  # fmt: skip
+    return np.stack(rows)
+
+
+def _chosen(parameters: str) -> Callable[[str], bool] | None:
+    pattern = re.compile(parameters)
+    return (lambda name: pattern.search(name) is not None) if parameters else None
+
+
+def teaching(model: LoadedModel, items: Sequence[Item], forms: int) -> list[Example]:
+    """Each item's first ``forms`` statements and questions with the answer, loss on the answer alone."""
+    texts = dict.fromkeys((q, item.continuation()) for item in items
+                          for q in (*item.editor_prompts[:forms], *item.questions[:forms]))  # fmt: skip
+    encoded = encode_many(model.tokenizer, list(texts), limit=context_limit(model))
+    return [Example(e.ids, tuple(k >= e.start for k in range(len(e.ids)))) for e in encoded if e.valid]
