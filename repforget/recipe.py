@@ -45,6 +45,11 @@ def _choice(value: Any) -> Any:
     raise ValueError("write a method as 'name' or as 'name: {setting: value}'")
 
 
+def written(choice: Choice) -> str | dict[str, Any]:
+    """The choice as a recipe writes it."""
+    return {choice.name: dict(choice.settings)} if choice.settings else choice.name
+
+
 def _several(value: Any) -> Any:
     return value if isinstance(value, (list, tuple)) else [value]
 
@@ -132,6 +137,8 @@ class Recipe(_Strict):
 def recipe_schema() -> dict[str, Any]:
     """JSON schema of a recipe file, for editors that complete and check YAML."""
     schema = Recipe.model_json_schema()
+    for key in ("locate", "ladder"):
+        schema["properties"][key]["default"] = [written(c) for c in Recipe.model_fields[key].default]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
