@@ -85,8 +85,8 @@ def test_no_collateral_evidence_is_never_a_pass() -> None:
 
 
 def test_too_few_items_are_inconclusive_and_say_how_many() -> None:
-    short = [dataclasses.replace(e, arms={k: cut(v, 96) for k, v in e.arms.items()})
-             for e in (knowledge(noise=0.6, twins=1), collateral(noise=0.0, twins=1))]  # fmt: skip
+    short = [dataclasses.replace(e, arms={k: cut(v, 128) for k, v in e.arms.items()})
+             for e in (knowledge(noise=0.5, twins=1), collateral(noise=0.0, twins=1))]  # fmt: skip
     verdict = judge(short)
     assert verdict.outcome == "inconclusive"
     claim = verdict.claims[0]
