@@ -196,7 +196,7 @@ def inverse(operation: Operation) -> Operation:
         case Affine(gate=None):
             r = operation.left.shape[1]
             core = torch.eye(r, dtype=torch.float64) - operation.right.double() @ operation.left.double()
-            if float(torch.linalg.cond(core)) > 1e6:
+            if float(torch.linalg.svdvals(core).min()) < 1e-6:
                 raise ArtifactError(f"The affine map at {operation.site} projects directions away and has no "
                                     "inverse: attach the edit instead of folding it, or keep the undo of "
                                     "fold.")  # fmt: skip
