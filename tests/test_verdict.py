@@ -32,7 +32,8 @@ def knowledge(name: str = "behaviour.contrastive", *, edit: float = 0.05, placeb
               original: float = 0.95, noise: float = 0.03, prior: float | None = None, votes: bool = True,
               second: float = 0.05) -> Evidence:  # fmt: skip
     verifier, measure = name.split(".")
-    arms = {"original": column(original, 1, noise), "edit": column(edit, 2, noise), "placebo": column(placebo, 3, noise)}
+    levels = {"original": (original, 1), "edit": (edit, 2), "placebo": (placebo, 3)}
+    arms = {arm: column(level, seed, noise) for arm, (level, seed) in levels.items()}
     arms |= {f"twin-{k}": column(0.05 if k == 0 else second, 10 + k, noise) for k in range(twins)}
     before = None if prior is None else column(prior, 4, 0.0)
     return Evidence(verifier, measure, "knowledge", "logits", votes, arms, before, {"steps": 24.0})
@@ -41,7 +42,8 @@ def knowledge(name: str = "behaviour.contrastive", *, edit: float = 0.05, placeb
 def collateral(name: str = "collateral.retain", *, edit: float = 0.95, placebo: float = 0.95, twins: int = 2,
                original: float = 0.95, noise: float = 0.02) -> Evidence:  # fmt: skip
     verifier, measure = name.split(".")
-    arms = {"original": column(original, 1, noise), "edit": column(edit, 5, noise), "placebo": column(placebo, 6, noise)}
+    levels = {"original": (original, 1), "edit": (edit, 5), "placebo": (placebo, 6)}
+    arms = {arm: column(level, seed, noise) for arm, (level, seed) in levels.items()}
     arms |= {f"twin-{k}": column(original, 20 + k, noise) for k in range(twins)}
     return Evidence(verifier, measure, "collateral", "logits", True, arms)
 
@@ -109,11 +111,13 @@ def test_what_the_original_never_knew_has_no_power() -> None:
 
 
 def test_a_raw_likelihood_that_answers_by_the_prior_looks_unforgotten_and_does_not_vote() -> None:
-    """Measured levels -0.87 (truth known), -3.58 (answering by the prior) and 0 at best: descriptive, whatever it says."""
-    raw = Evidence("behaviour", "log_probability", "knowledge", "logits", False, {
-        "original": column(0.0, 1), "edit": column(0.0, 2), "placebo": column(0.0, 3), "twin-0": column(0.0, 4)})  # fmt: skip
+    """Such a model can score -0.87 nats where the knowing one has 0 and a stranger -3.58: 75 % "left", yet no vote."""
+    levels = {"original": 0.0, "edit": -0.87, "placebo": -0.1, "twin-0": -3.58}
+    arms = {arm: ItemScores.of(IDS, NAMES, [level] * len(IDS)) for arm, level in levels.items()}
+    raw = Evidence("behaviour", "log_probability", "knowledge", "logits", False, arms)
     verdict = judge([knowledge(twins=1), raw, collateral(twins=1)])
     assert verdict.claims[1].status == "descriptive"
+    assert verdict.claims[1].rho == pytest.approx(0.757, abs=0.001)
     assert verdict.outcome == "pass"
 
 

@@ -16,7 +16,9 @@ CLUSTERS, PER_CLUSTER, ICC = 20, 8, 0.15
 NAMES = tuple(f"c{k:02d}" for k in range(CLUSTERS) for _ in range(PER_CLUSTER))
 
 
-def clustered(generator: np.random.Generator, runs: int, clusters: int = CLUSTERS, size: int = PER_CLUSTER) -> np.ndarray:
+def clustered(
+    generator: np.random.Generator, runs: int, clusters: int = CLUSTERS, size: int = PER_CLUSTER
+) -> np.ndarray:
     """Item values [runs, clusters * size] with variance 1 and intra-cluster correlation ``ICC``."""
     shared = generator.standard_normal((runs, clusters, 1)) * math.sqrt(ICC)
     own = generator.standard_normal((runs, clusters, size)) * math.sqrt(1 - ICC)

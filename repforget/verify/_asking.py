@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -144,7 +144,7 @@ def _weights(item: Item, knowledge: Knowledge, limit: int) -> list[float]:
     answers = (item.answer, *knowledge.alternatives(item, limit))
     if item.wrong_answers:
         return [1.0] * len(answers)
-    pool = knowledge.pools.get(item.relation, {})
+    pool: Mapping[str, int] = knowledge.pools.get(item.relation, {})
     return [float(pool.get(a, 0) + 1) for a in answers]
 
 

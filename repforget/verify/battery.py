@@ -88,8 +88,9 @@ def _pairs(entry: str | Mapping[str, Any]) -> list[tuple[str, Settings]]:
 
 
 def measure(
-    task: Task, model: LoadedModel, view: View, references: References, *, seed: int = 0, progress: Progress | None = None
-) -> Measurement:
+    task: Task, model: LoadedModel, view: View, references: References, *, seed: int = 0,
+    progress: Progress | None = None,
+) -> Measurement:  # fmt: skip
     """Run one verifier on one model; the result is plain data and may be cached by the caller.
 
     An undeclared or misaligned measure is an error of the verifier and is said so.
@@ -131,8 +132,10 @@ def _evidence(task: Task, name: str, info: MeasureInfo, per_arm: Mapping[str, Me
     first = per_arm["original"]
     missing = sorted(arm for arm, found in per_arm.items() if name not in found.scores)
     if missing:
-        raise RepforgetError(f"Verifier '{task.name}' measured '{name}' on the original and not on arm '{missing[0]}'.")
-    numbers = {key: float(v) for key, v in task.settings.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        raise RepforgetError(f"Verifier '{task.name}' measured '{name}' on the original and not on arm '{missing[0]}': "
+                             "return the same measures for every model.")  # fmt: skip
+    plain = {key: value for key, value in task.settings.items() if isinstance(value, int | float)}
+    numbers = {key: float(value) for key, value in plain.items() if not isinstance(value, bool)}
     facts = {arm: found.facts for arm, found in per_arm.items() if found.facts}
     return Evidence(
         verifier=task.name, measure=name, kind=info.kind, access=info.access, votes=info.votes,

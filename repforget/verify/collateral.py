@@ -58,19 +58,20 @@ def collateral(
         out["agreement"] = ask.scores(retain, np.exp(-drift))
         facts["KL(original || arm) at retain answers, nats"] = float(np.nanmean(drift))
     if view.general:
-        out.update(_general(model, view.general[:max_texts]))
+        out.update(_general(model, view.general[:max_texts], references.original.vocab_size))
     return Measurement(out, {}, facts)
 
 
-def _general(model: LoadedModel, texts: Sequence[str]) -> Mapping[str, ItemScores]:
-    """Per-token probability of each text after its first word (position 0 is never predicted)."""
+def _general(model: LoadedModel, texts: Sequence[str], vocabulary: int) -> Mapping[str, ItemScores]:
+    """Per-token probability of each text after its first word (position 0 is never predicted), and that of noise."""
     parts = [text.strip().partition(" ") for text in texts]
     usable = [k for k, (_, _, rest) in enumerate(parts) if rest.strip()]
     found = answer_logprobs(model, [(parts[k][0], " " + parts[k][2]) for k in usable])
     values = np.full(len(texts), np.nan)
     values[usable] = np.exp(found.mean_logprob)
     names = [f"text-{k}" for k in range(len(texts))]
-    return {"general": ItemScores.of(names, names, list(values))}
+    noise = ItemScores.of(names, names, [1.0 / vocabulary] * len(texts))
+    return {"general": ItemScores.of(names, names, list(values)), "general_prior": noise}
 
 
 def _divergence(model: LoadedModel, references: References, items: Sequence[Item]) -> Array:
@@ -94,4 +95,5 @@ def _divergence(model: LoadedModel, references: References, items: Sequence[Item
         divergence = terms.sum(-1).double().numpy()
         for k, (row, e) in enumerate(zip(rows, group, strict=True)):
             result[kept[row]] = divergence[k, e.start - 1 - first : len(e.ids) - 1 - first].mean()
-    return np.maximum(result, 0.0)
+    kept_above_zero: Array = np.maximum(result, 0.0)  # rounding may leave a tiny negative divergence
+    return kept_above_zero

@@ -45,7 +45,7 @@ class _Trials:
     tokens: Array
 
     def share(self, logprobs: Array, count: int) -> Array:
-        """Probability of the truth among the candidates, from whole-answer log-probabilities [.., runs] -> [.., items]."""
+        """Probability of the truth among the candidates: whole-answer log-probabilities [.., runs] -> [.., items]."""
         out = np.full((*logprobs.shape[:-1], count), np.nan)
         for k in np.unique(self.item):
             mine = logprobs[..., self.item == k]
@@ -85,12 +85,13 @@ def patch_depth(
         return Measurement(dict.fromkeys(("carried", "carried_prior", "uds", "uds_unclipped"), nothing))
 
     def unpatched() -> Array:
-        return patch_scores(original, trials.own, [()])[0]
+        return patch_scores(original, trials.own, [()])[0].astype(np.float64)
 
     def estranged() -> Array:
         rows = patch_scores(original, trials.strangers, patches, progress=progress)
         shares = [trials.share(part, n) for part in np.split(rows, strangers, axis=1)]
-        return np.mean(shares, axis=0)
+        mean: Array = np.stack(shares).mean(axis=0)
+        return mean
 
     base = references.once((*key, "base"), unpatched)
     floor = references.once((*key, "floor"), estranged)

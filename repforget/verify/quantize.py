@@ -58,7 +58,7 @@ def quantize(
 
 @torch.no_grad()
 def round_weights(module: nn.Module, kind: Form, original: nn.Module | None = None) -> float | None:
-    """Round the projections of ``module`` in place; return the share of codes unlike those of ``original``, if comparable."""
+    """Round the projections of ``module`` in place; return the share of codes unlike ``original``'s, if comparable."""
     theirs = projections(original) if original is not None else {}
     changed = total = 0
     for name, weight in projections(module).items():
@@ -99,7 +99,8 @@ def round_trip(weight: Tensor, kind: Form) -> tuple[Tensor, Tensor]:
         codes = (wide / step).round().clamp(-127, 127)
         return codes.to(torch.int8), (codes * step).to(weight.dtype)
     width = wide.shape[-1]
-    padded = nn.functional.pad(wide, (0, -width % BLOCK)).unflatten(-1, (-1, BLOCK))
+    padded = nn.functional.pad(wide, (0, -width % BLOCK))
+    padded = padded.reshape(*padded.shape[:-1], -1, BLOCK)
     scale = padded.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     book = torch.tensor(NF4, device=wide.device)
     middle = (book[1:] + book[:-1]) / 2
