@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from repforget.artifact.operations import KINDS, Gate, Operation
-from repforget.errors import ArtifactError, ResourceError
+from repforget.errors import ArtifactError, ResourceError, SiteError
 from repforget.records import FORMAT_VERSION, Site
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def load_edit(folder: str | Path) -> Edit:
             fields[name] = tuple(fields[name])
         manifest = EditManifest(**fields)
         operations = tuple(_operation(n, entry, tensors) for n, entry in enumerate(body["operations"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, SiteError) as error:
         raise ArtifactError(f"'{folder / JSON}' does not describe an edit ({error}): it is damaged, so take "
                             "it from a backup or make the edit again.") from None  # fmt: skip
     return Edit(manifest, operations)

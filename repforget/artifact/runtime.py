@@ -1,7 +1,7 @@
 """Site operations at work: the functions that hooks call, and what they must know about the pass they are in.
 
 Gates and positions depend on padding, on how many tokens lie in the cache already, and on where the prompt
-ends; a site function sees none of that, so a pre-hook on the base model notes it before each pass.
+ends; a site function sees none of that, so a pre-hook on the stack of blocks notes it before each pass.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from repforget.artifact.operations import AddVector, Affine, Gate, SiteOperation, change
 from repforget.errors import ArtifactError, NumericalError
+from repforget.models.sites import site_map
 from repforget.records import Site
 
 SiteFunction = Callable[[Tensor], Tensor | None]
@@ -92,7 +93,8 @@ def follow(module: nn.Module, state: Pass, *, prompts: bool) -> Callable[[], Non
     ``prompts`` also notes what ``generate`` was given (bound as a method, so that copies of the module follow
     too).
     """
-    base = getattr(module, "base_model", module)
+    # The stack of blocks, because some models (OPT) call it past their own base model.
+    base = module.get_submodule(site_map(module).anatomy.stack)
 
     def before(which: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _note(state, which, args, kwargs)
