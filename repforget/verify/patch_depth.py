@@ -85,7 +85,8 @@ def patch_depth(
         return Measurement(dict.fromkeys(("carried", "carried_prior", "uds", "uds_unclipped"), nothing))
 
     def unpatched() -> Array:
-        return patch_scores(original, trials.own, [()])[0].astype(np.float64)
+        row: Array = patch_scores(original, trials.own, [()])[0]
+        return row
 
     def estranged() -> Array:
         rows = patch_scores(original, trials.strangers, patches, progress=progress)

@@ -104,6 +104,6 @@ def round_trip(weight: Tensor, kind: Form) -> tuple[Tensor, Tensor]:
     scale = padded.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     book = torch.tensor(NF4, device=wide.device)
     middle = (book[1:] + book[:-1]) / 2
-    codes = torch.bucketize(padded / scale, middle)
+    codes = torch.bucketize((padded / scale).contiguous(), middle)
     values = (book[codes] * scale).flatten(-2)[..., :width]
     return codes.flatten(-2)[..., :width].to(torch.int8), values.to(weight.dtype)
