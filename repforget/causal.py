@@ -138,7 +138,8 @@ def prompt_run(
     """
     base = encode(tokenizer, prompt, answer)
     donor = base if donor_prompt is None else encode(tokenizer, donor_prompt, answer)
-    if not (base.valid and donor.valid) or base.start != donor.start or base.ids[base.start :] != donor.ids[donor.start :]:
+    same = base.start == donor.start and base.ids[base.start :] == donor.ids[donor.start :]
+    if not (base.valid and donor.valid and same):
         raise KnowledgeError(f"Item '{id}' cannot be patched: its prompts and answer do not tokenise into "
                              f"aligned parts (answer starts {base.start} and {donor.start}); choose a donor "
                              "of equal token length.")  # fmt: skip
@@ -234,12 +235,16 @@ def answer_metric(model: LoadedModel, batch: Batch, prepared: Prepared, metric: 
         column, truth, rival = prepared.fork.repeat(times, 1).unbind(1)
         if bool((column < 0).any()):
             raise KnowledgeError("Metric 'logit_difference' needs a rival answer that differs from the true "
-                                 "one for every item: use metric 'logprob', or give the items wrong answers.")  # fmt: skip
+                                 "one for every item: use metric 'logprob', or give the items wrong "
+                                 "answers.")  # fmt: skip
         at = logits[torch.arange(len(logits), device=logits.device), column].double()
-        return at.gather(1, truth[:, None])[:, 0] - at.gather(1, rival[:, None])[:, 0]
+        difference: Tensor = at.gather(1, truth[:, None]) - at.gather(1, rival[:, None])
+        return difference[:, 0]
     target, weight = prepared.target.repeat(times, 1), prepared.weight.repeat(times, 1).double()
     parts = []
-    for rows in torch.arange(len(logits)).split(max(1, _LOGITS_AT_ONCE // (keep * logits.shape[-1]))):
+    step = max(1, _LOGITS_AT_ONCE // (keep * logits.shape[-1]))
+    for first in range(0, len(logits), step):
+        rows = slice(first, first + step)
         picked = logits[rows].double().log_softmax(-1).gather(-1, target[rows].unsqueeze(-1)).squeeze(-1)
         parts.append((picked * weight[rows]).sum(-1))
     return torch.cat(parts)
@@ -304,7 +309,9 @@ def _plan(model: LoadedModel, patch: Patch) -> dict[Site, list[int] | None]:
     return plan
 
 
-def _writer(value: Tensor, where: Tensor, plans: Sequence[Mapping[Site, list[int] | None]], site: Site) -> Callable[[Tensor], Tensor]:
+def _writer(
+    value: Tensor, where: Tensor, plans: Sequence[Mapping[Site, list[int] | None]], site: Site
+) -> Callable[[Tensor], Tensor]:
     """A hook that writes the donor's value into the row block of each plan that names ``site``."""
     blocks = [(k, plan[site]) for k, plan in enumerate(plans) if site in plan]
     b = len(value)

@@ -24,14 +24,16 @@ CORRUPT = "where was Tom born ?"
 @pytest.fixture(scope="module")
 def models(request: pytest.FixtureRequest) -> dict[str, Any]:
     tokenizer = tiny_models.tiny_tokenizer()
-    return {name: wrap(tiny_models.build(name), tokenizer, name) for name in ("llama", "gpt2", "gemma2", "falcon", "opt")}
+    names = ("llama", "gpt2", "gemma2", "falcon", "opt")
+    return {name: wrap(tiny_models.build(name), tokenizer, name) for name in names}
 
 
 def runs_for(model: Any, positions: str = "all") -> list[Run]:
     texts = [(CLEAN, CORRUPT, " Berlin", "Ada"), ("the job of Eva is", "the job of Max is", " baker Rome", "Eva"),
              ("Lea lives in", "Ben lives in", " Oslo", "Lea")]  # fmt: skip
     return [prompt_run(model.tokenizer, f"i{k}", f"c{k}", clean, answer, donor_prompt=corrupt, subject=subject,
-                       positions=positions, rival=" Paris") for k, (clean, corrupt, answer, subject) in enumerate(texts)]  # fmt: skip
+                       positions=positions, rival=" Paris")
+            for k, (clean, corrupt, answer, subject) in enumerate(texts)]  # fmt: skip
 
 
 def whole(kind: str, layer: int) -> tuple[Component]:

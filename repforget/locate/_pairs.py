@@ -77,10 +77,16 @@ def corrupted_pairs(
             runs.append(run)
     if not runs:
         raise KnowledgeError(_nothing_left(len(facts), missing, alone))
-    notes = [f"{len(ids)} of {len(facts)} facts are left out because {why} (first '{ids[0]}')"
-             for ids, why in ((missing, "their prompt does not contain their subject"),
-                              (alone, "no retain subject of equal token length has another answer")) if ids]  # fmt: skip
+    reasons = {
+        "their prompt does not contain their subject": missing,
+        "no retain subject of equal token length has another answer": alone,
+    }
+    notes = (_left_out(ids, len(facts), why) for why, ids in reasons.items() if ids)
     return Pairs(tuple(runs), tuple(notes))
+
+
+def _left_out(ids: Sequence[str], total: int, why: str) -> str:
+    return f"{len(ids)} of {total} facts are left out because {why} (first '{ids[0]}')."
 
 
 def _pair(tokenizer: Any, fact: Fact, partners: Sequence[Fact], related: bool, seed: int,
@@ -105,7 +111,8 @@ def _pair(tokenizer: Any, fact: Fact, partners: Sequence[Fact], related: bool, s
 def _nothing_left(total: int, missing: Sequence[str], alone: Sequence[str]) -> str:
     if missing and not alone:
         return (f"No clean and corrupted pair can be made: none of the {total} forget facts has its subject "
-                f"in its prompt (first '{missing[0]}'); give each item a 'subject' as written in its prompt.")  # fmt: skip
+                f"in its prompt (first '{missing[0]}'); give each item a 'subject' as written in its "
+                "prompt.")  # fmt: skip
     return (f"No clean and corrupted pair can be made from {total} facts: {len(missing)} have no subject in "
             f"their prompt and {len(alone)} have no retain subject of equal token length with another "
             "answer; add retain items about similar subjects.")  # fmt: skip
@@ -122,11 +129,10 @@ def plain_runs(tokenizer: Any, facts: Sequence[Fact], positions: Positions) -> P
         except KnowledgeError:
             missing.append(fact.id)
     if not runs:
-        raise KnowledgeError(f"None of the {len(facts)} facts can be patched: their subjects do not "
-                             "occur in their prompts or their answers have no tokens of their own; check one item.")  # fmt: skip
-    notes = [f"{len(missing)} of {len(facts)} facts are left out because they do not align (first '{missing[0]}')"
-             ] if missing else []  # fmt: skip
-    return Pairs(tuple(runs), tuple(notes))
+        raise KnowledgeError(f"None of the {len(facts)} facts can be patched: their subjects do not occur in their "
+                             "prompts, or their answers have no tokens of their own; check one item.")  # fmt: skip
+    notes = (_left_out(missing, len(facts), "they do not align"),) if missing else ()
+    return Pairs(tuple(runs), notes)
 
 
 def forget_and_retain(

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 def shadow(module: nn.Module) -> nn.Module:
     """Return a copy of the module tree whose parameters and buffers *are* those of ``module``.
 
-    Costs no memory for weights. An in-place edit of a weight is seen on both sides; what is done to the copy's
-    modules, configuration or ``forward`` methods never reaches the original. Hooks attached now are copied.
+    Costs no memory for weights. An in-place edit of a weight is seen on both sides; what is done to the
+    copy's modules, configuration or ``forward`` methods never reaches the original. Hooks attached now are
+    copied.
     """
     tensors = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
@@ -21,8 +22,9 @@ def shadow(module: nn.Module) -> nn.Module:
 def state_key(module: nn.Module, checksummed: frozenset[int] = frozenset()) -> Hashable:
     """Return a cheap key that changes when weights, module tree or attached hooks change.
 
-    Weights are compared by object, address and PyTorch's in-place version counter, which writes through ``.data``
-    do not advance; parameters whose id is in ``checksummed`` are also compared by their sum and sum of squares.
+    Weights are compared by object, address and PyTorch's in-place version counter, which writes through
+    ``.data`` do not advance; parameters whose id is in ``checksummed`` are also compared by their sum and sum
+    of squares.
     Cost: one pass over the names, and one read of the checksummed tensors.
     """
     tensors = tuple((name, id(t), t.data_ptr(), t._version, t.dtype, str(t.device))

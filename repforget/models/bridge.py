@@ -1,11 +1,12 @@
 """The same sites through TransformerLens: for head, neuron and circuit work on a parameter-sharing shadow.
 
 Covers embed, resid_pre, resid_mid, resid_post, attn_in, mlp_in, q, k, v, attn_z (and heads of these four),
-attn_out, mlp_gate, mlp_up, mlp_post, mlp_out, final_norm and logits, wherever the architecture itself has them;
-any other request is a SiteError. ``logits`` can be read but not written.
+attn_out, mlp_gate, mlp_up, mlp_post, mlp_out, final_norm and logits, wherever the architecture itself has
+them; any other request is a SiteError. ``logits`` can be read but not written.
 
-The user's module is never touched: TransformerLens rewrites the tree it is given, so it gets a shadow. This is
-the only module of the project that imports TransformerLens, and it undoes what importing it does to logging.
+The user's module is never touched: TransformerLens rewrites the tree it is given, so it gets a shadow. This
+is the only module of the project that imports TransformerLens, and it undoes what importing it does to
+logging.
 """
 
 from __future__ import annotations
@@ -41,11 +42,12 @@ _BLOCK = {
 
 @dataclass(frozen=True)
 class LensSource:
-    """A TransformerBridge over a shadow of one model, proven to give its logits; build with :func:`lens_source`.
+    """A TransformerBridge over a shadow of one model, proven to give its logits; build with
+    :func:`lens_source`.
 
     ``bridge`` is TransformerLens' own object, for its analysis tools. Edits made by in-place writes to the
-    model's weights are seen, except where TransformerLens holds copies (fused query-key-value); any change that
-    is noticed makes the source refuse to run until it is built again.
+    model's weights are seen, except where TransformerLens holds copies (fused query-key-value); any change
+    that is noticed makes the source refuse to run until it is built again.
     """
 
     bridge: Any
@@ -64,8 +66,9 @@ class LensSource:
     ) -> dict[Site, Tensor]:
         """Return activations as :func:`repforget.models.capture.capture` does, through TransformerLens.
 
-        Agrees with plain hooks to rounding (1e-5 in float32). Cost: one forward pass up to the deepest block, with
-        about 0.7 ms of overhead per layer. What it shows is the model's own computation with eager attention.
+        Agrees with plain hooks to rounding (1e-5 in float32). Cost: one forward pass up to the deepest block,
+        with about 0.7 ms of overhead per layer. What it shows is the model's own computation with eager
+        attention.
         """
         if not sites:
             raise UsageError("Capture needs at least one site, for example resid_post.3.")
@@ -93,8 +96,8 @@ class LensSource:
             values[Site("logits")] = select(out, sent, gather)
         missed = [str(site) for site in sites if site not in values]
         if missed:
-            raise SiteError(f"TransformerLens did not reach site '{missed[0]}' in this model: read it with the "
-                            "plain hooks of repforget.models.capture instead.")  # fmt: skip
+            raise SiteError(f"TransformerLens did not reach site '{missed[0]}' in this model: read it with "
+                            "the plain hooks of repforget.models.capture instead.")  # fmt: skip
         return {site: values[site] for site in sites}
 
     @contextmanager
@@ -128,14 +131,15 @@ class LensSource:
 
     def _checked(self, sites: Sequence[Site]) -> SiteMap:
         if self.stale:
-            raise UsageError("The model changed (weights, modules or hooks) after its TransformerLens source was built, "
-                             "so that the two may differ: build it again with lens_source(model).")  # fmt: skip
+            raise UsageError("The model changed (weights, modules or hooks) after its TransformerLens source "
+                             "was built, so that the two may differ: build it again with "
+                             "lens_source(model).")  # fmt: skip
         places = site_map(self.module)
         for site in sites:
             places.locate(site)
             if site.kind != "logits" and tl_name(places, site) not in self.bridge.hook_dict:
-                raise SiteError(f"TransformerLens has no hook '{tl_name(places, site)}' for site '{site}' in this model: "
-                                "read it with the plain hooks of repforget.models.capture.")  # fmt: skip
+                raise SiteError(f"TransformerLens has no hook '{tl_name(places, site)}' for site '{site}' in "
+                                "this model: read it with the plain hooks of repforget.models.capture.")  # fmt: skip
         return places
 
 
@@ -169,22 +173,22 @@ def lens_source(model: Any) -> LensSource:
     """Build a TransformerLens bridge over a shadow of ``model`` and prove that it gives the model's logits.
 
     Raises SiteError when it does not (adapters on fused projections, 8-bit weights, architectures that
-    TransformerLens does not know), because everything read from it would describe another model. Cost: two short
-    forward passes and the module tree; weights are shared, except fused query-key-value projections.
+    TransformerLens does not know), because everything read from it would describe another model. Cost: two
+    short forward passes and the module tree; weights are shared, except fused query-key-value projections.
     """
     module = core(model)
     site_map(module)  # an architecture that is not covered is refused before anything is built
     with _logging_kept():
         bridge = _build(module)
-    shared = {id(p) for p in bridge.parameters()}
-    copied = frozenset(id(p) for p in module.parameters() if id(p) not in shared)
+    copied = _copied(module, bridge)
     gap = _parity(module, bridge)
     return LensSource(bridge, module, gap, copied, state_key(module, copied))
 
 
 @contextmanager
 def _logging_kept() -> Iterator[None]:
-    """Importing and building TransformerLens silences the transformers logger for the process; put it back."""
+    """Importing and building TransformerLens silences the transformers logger for the process; put it
+    back."""
     logger = logging.getLogger("transformers")
     level = logger.level
     try:
@@ -206,8 +210,19 @@ def _build(module: nn.Module) -> Any:
             force_eager_attention(copied)
         return build_bridge_from_module(copied, name, hf_config=copied.config).eval()
     except (ValueError, KeyError, NotImplementedError, AttributeError, TypeError, RuntimeError) as reason:
-        raise SiteError(f"TransformerLens cannot bridge a {name} ({type(reason).__name__}: {str(reason)[:120]}): use "
-                        "the plain hooks of repforget.models.capture.") from reason  # fmt: skip
+        raise SiteError(f"TransformerLens cannot bridge a {name} ({type(reason).__name__}: "
+                        f"{str(reason)[:120]}): use the plain hooks of "
+                        "repforget.models.capture.") from reason  # fmt: skip
+
+
+def _copied(module: nn.Module, bridge: Any) -> frozenset[int]:
+    """Ids of the fused query-key-value parameters of which the bridge holds copies instead of views."""
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    if all(p.untyped_storage().data_ptr() in own for p in bridge.parameters()):
+        return frozenset()
+    places = site_map(module)
+    paths = {places.locate(Site(kind, layer)).path for layer in range(places.n_layers) for kind in ("q", "k", "v")}
+    return frozenset(id(p) for path in paths for p in module.get_submodule(path).parameters())
 
 
 def _parity(module: nn.Module, bridge: Any) -> float:
@@ -219,8 +234,8 @@ def _parity(module: nn.Module, bridge: Any) -> float:
         found = bridge(sent.ids, attention_mask=sent.mask).float().to(expected.device)
     gap = float((found - expected).abs().max() / expected.abs().max().clamp(min=1.0))
     if not gap <= TOLERANCE.get(next(module.parameters()).dtype, 5e-2):  # also when it is not a number
-        raise SiteError(f"TransformerLens does not reproduce this model (logits differ by {gap:.1e} of their size): "
-                        "merge adapters or dequantise first, or use the plain hooks of "
+        raise SiteError(f"TransformerLens does not reproduce this model (logits differ by {gap:.1e} of their "
+                        "size): merge adapters or dequantise first, or use the plain hooks of "
                         "repforget.models.capture.")  # fmt: skip
     return gap
 
@@ -231,7 +246,8 @@ _SOURCES: weakref.WeakKeyDictionary[nn.Module, LensSource] = weakref.WeakKeyDict
 def capture(
     model: Any, sites: Sequence[Site], batch: Batch, gather: Gather = "last", grad: bool = False
 ) -> dict[Site, Tensor]:
-    """As :func:`repforget.models.capture.capture`, through TransformerLens; builds or rebuilds its source as needed."""
+    """As :func:`repforget.models.capture.capture`, through TransformerLens; builds or rebuilds its source as
+    needed."""
     module = core(model)
     source = _SOURCES.get(module)
     if source is None or source.stale:
