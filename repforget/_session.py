@@ -78,7 +78,8 @@ def plan(recipe: Recipe) -> Plan:
         free = min(free, int(recipe.limits.memory * 2**30))
     counts = ", ".join(f"{len(getattr(knowledge, name))} {name}" for name in ("forget", "retain", "neighbours"))
     arms = 3 + len(recipe.twins)
-    steps = [Step("load", f"{recipe.model} and {len(recipe.twins)} twins", f"{own.parameters / 1e6:.1f} M parameters each"),
+    size = f"{own.parameters / 1e6:.1f} M parameters each"
+    steps = [Step("load", f"{recipe.model} and {len(recipe.twins)} twins", size),
              Step("knowledge", f"{knowledge.name}: {counts} items", "no forward pass")]  # fmt: skip
     steps += [Step("locate", choice.name, "forwards over the forget statements") for choice in recipe.locate]
     for choice in recipe.ladder:
@@ -186,8 +187,8 @@ def open_session(recipe: Recipe, store: Store, progress: Progress | None, echo: 
     wanted = plan(recipe)
     if not wanted.fits:
         raise ResourceError(f"The run needs about {wanted.peak_bytes / 2**30:.1f} GiB and "
-                            f"{wanted.available_bytes / 2**30:.1f} GiB are free: use a smaller dtype, fewer twins, or a "
-                            "larger machine ('repforget plan' shows the parts).")  # fmt: skip
+                            f"{wanted.available_bytes / 2**30:.1f} GiB may be used: take a smaller dtype, fewer twins, "
+                            "or a larger machine ('repforget plan' shows the parts).")  # fmt: skip
     from repforget.models.load import load
 
     knowledge = load_knowledge(recipe.knowledge, seed=recipe.seed)

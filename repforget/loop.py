@@ -98,7 +98,8 @@ def _locate(session: Session, choice: Choice) -> Localization:
         write_json(folder / "localization.json", where.to_json())
 
     key = session.key(method=choice.name, settings=choice.settings)
-    where = Localization.from_json(read_json(session.store.stage(f"locate-{choice.name}", key, build) / "localization.json"))
+    stage = session.store.stage(f"locate-{choice.name}", key, build)
+    where = Localization.from_json(read_json(stage / "localization.json"))
     sign = "beats" if where.band.beats_random else "does not beat"
     session.echo(f"locate {choice.name}: best {', '.join(map(str, where.components[:3]))}; {sign} random selections "
                  f"({where.band.top:.3g} against at most {where.band.high:.3g})")  # fmt: skip
@@ -167,8 +168,9 @@ def _write_report(
     from repforget.report.data import ReportData
 
     verdict = Verdict.from_json(read_json(sealed / "verdict.json"))
-    tried = [{"method": rung.choice.name, "settings": dict(rung.choice.settings), "split": v.split, "outcome": v.outcome,
-              "sentence": v.sentence} for rung in rungs for v in rung.verdicts]  # fmt: skip
+    tried = [{"method": rung.choice.name, "settings": dict(rung.choice.settings), "split": look.split,
+              "outcome": look.outcome, "sentence": look.sentence}
+             for rung in rungs for look in rung.verdicts]  # fmt: skip
     edits = [_manifest(rung.folder) for rung in sorted(rungs, key=lambda rung: rung is chosen)]
     data = ReportData(
         recipe=session.recipe.canonical(), verdict=verdict,
