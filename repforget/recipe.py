@@ -37,6 +37,8 @@ def _choice(value: Any) -> Any:
         return {"name": value}
     if isinstance(value, Choice):
         return value
+    if isinstance(value, Mapping) and set(value) == {"name", "settings"}:
+        return dict(value)  # the canonical form
     if isinstance(value, Mapping) and len(value) == 1:
         ((name, settings),) = value.items()
         if settings is None or isinstance(settings, Mapping):
@@ -71,6 +73,8 @@ def _level_or_choices(value: Any) -> Any:
         raise ValueError(f"'{value}' is no level; {nearest(value, LEVELS)} (or give a list of verifiers)")
     if isinstance(value, str):
         return value
+    if not value:
+        raise ValueError("the list of verifiers is empty; name at least one, or a level such as 'standard'")
     return tuple(Choice.model_validate(_choice(entry)) for entry in _several(value))
 
 
@@ -186,8 +190,6 @@ def _choices(data: Mapping[str, Any], key: str) -> Iterator[tuple[Location, Choi
     value = data.get(key)
     listed = isinstance(value, (list, tuple))
     for index, entry in enumerate(_several(value) if value is not None else ()):
-        if isinstance(entry, Mapping) and len(entry) != 1:
-            continue
         try:
             choice = Choice.model_validate(_choice(entry))
         except ValueError:  # reported by the model itself

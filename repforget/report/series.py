@@ -143,9 +143,10 @@ def table_panels(localization: Localization) -> tuple[Panel, ...]:
         known = [v for row in values for v in row if v is not None]
         if not known:
             continue
-        low, high = min(known), max(known)
+        low = min(known)
+        span = max(known) - low or 1.0
         rows = tuple(
-            Profile(f"layer {k}", tuple(row), tuple(None if v is None else (v - low) / (high - low or 1.0) for v in row))
+            Profile(f"layer {k}", tuple(row), tuple(None if v is None else (v - low) / span for v in row))
             for k, row in enumerate(values)
         )
         panels.append(Panel(title, tuple(str(k) for k in range(max(map(len, values)))), rows))

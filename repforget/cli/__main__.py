@@ -1,0 +1,7 @@
+"""``python -m repforget.cli`` is ``repforget``."""
+
+from __future__ import annotations
+
+from repforget.cli import main
+
+main()

@@ -1,0 +1,35 @@
+"""The commands put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from repforget import __version__
+from repforget.cli import edit, locate, methods, organism, plan, report, run, verify
+
+app = typer.Typer(
+    name="repforget", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Find where a language model keeps a piece of knowledge, edit it away, and try to prove that wrong.\n\n"
+         "Exit codes: 0 pass, 10 fail, 11 inconclusive, 1 runtime error, 2 usage error, 130 interrupted.",
+)  # fmt: skip
+for module in (run, plan, locate, edit, verify, report, methods):
+    app.command(name=module.__name__.rpartition(".")[2])(module.command)
+app.add_typer(organism.app, name="organism")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an unexpected error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    context.obj.debug = debug

@@ -1,0 +1,72 @@
+"""Methods described by their own signatures and docstrings."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from repforget import discover
+from repforget.errors import UnknownNameError, nearest
+
+ROOMS = tuple(discover.ROOMS)
+
+
+@dataclass(frozen=True)
+class Description:
+    """One method for people: settings are (name, type, default) as written in its signature."""
+
+    room: str
+    name: str
+    family: str
+    summary: str
+    docstring: str
+    settings: tuple[tuple[str, str, str], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "settings": [list(row) for row in self.settings]}
+
+
+def checked_room(name: str | None) -> str:
+    if name not in ROOMS:
+        raise UnknownNameError(f"There is no stage '{name}': {nearest(str(name), ROOMS)}")
+    return name
+
+
+def describe(room: str, name: str) -> Description:
+    """One method by name; UnknownNameError with the nearest ones."""
+    return _description(discover.method(room, name))
+
+
+def described(room: str) -> tuple[Description, ...]:
+    """All methods of a stage, ordered by family and name."""
+    return tuple(sorted(map(_description, discover.methods(room)), key=lambda d: (d.family, d.name)))
+
+
+def _description(method: discover.Method) -> Description:
+    settings = tuple(
+        (name, _annotation(parameter), "required" if parameter.default is parameter.empty else repr(parameter.default))
+        for name, parameter in method.hyperparameters.items()
+    )
+    docstring = inspect.getdoc(method.function) or ""
+    return Description(method.room, method.name, method.family, method.summary, docstring, settings)
+
+
+def _annotation(parameter: inspect.Parameter) -> str:
+    kind = parameter.annotation
+    return kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
+
+
+def markdown_table(room: str) -> str:
+    """The table of a stage for the documentation: method, effect, settings with their defaults."""
+    lines = [f"| {room} | what it does | settings |", "| --- | --- | --- |"]
+    for entry in described(room):
+        settings = ", ".join(f"`{name}={default}`" for name, _, default in entry.settings) or "none"
+        lines.append("| " + " | ".join(_cell(text) for text in (f"`{entry.name}`", entry.summary, settings)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+

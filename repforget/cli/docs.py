@@ -1,0 +1,72 @@
+"""Regenerate the blocks of the documentation that come from the code: ``python -m repforget.cli.docs [--check]``.
+
+A block lies between ``<!-- generated: NAME -->`` and ``<!-- end generated -->``; NAME is ``methods locate``,
+``methods edit``, ``methods verify`` or ``help``.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+BLOCK = re.compile(r"(<!-- generated: (?P<name>[a-z ]+) -->\n)(?P<body>.*?)(<!-- end generated -->)", re.DOTALL)
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs")
+
+
+def documents(root: Path) -> list[Path]:
+    """Markdown files that may hold generated blocks."""
+    found = [root / name for name in DOCUMENTS]
+    inside = [path for entry in found for path in sorted(entry.rglob("*.md"))]
+    return [path for path in (*found, *inside) if path.is_file()]
+
+
+def help_block() -> str:
+    """What each command does, from its own docstring."""
+    from repforget.cli import _app
+
+    lines = ["| command | what it does |", "| --- | --- |"]
+    for entry in _app.app.registered_commands:
+        text = (entry.callback.__doc__ or "").split("\n\n")[0] if entry.callback else ""
+        lines.append(f"| `repforget {entry.name}` | {' '.join(text.split())} |")
+    return "\n".join(lines) + "\n"
+
+
+def makers() -> Mapping[str, Callable[[], str]]:
+    from repforget.cli import _describe as d
+
+    tables = {f"methods {room}": lambda room=room: d.markdown_table(room) for room in d.ROOMS}
+    return {**tables, "help": help_block}
+
+
+def regenerated(text: str) -> str:
+    """The document with every generated block brought up to date; an unknown block name is an error."""
+    known = makers()
+
+    def fill(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in known:
+            raise SystemExit(f"There is no generated block '{name}': choose one of {', '.join(known)}.")
+        return match[1] + known[name]() + match[4]
+
+    return BLOCK.sub(fill, text)
+
+
+def stale(root: Path) -> list[Path]:
+    """Documents whose generated blocks differ from what the code says now."""
+    return [path for path in documents(root) if regenerated(path.read_text("utf-8")) != path.read_text("utf-8")]
+
+
+def main() -> None:
+    root = Path(__file__).parents[2]
+    outdated = stale(root)
+    if "--check" in sys.argv[1:]:
+        sys.exit(f"Outdated: {', '.join(map(str, outdated))}; run 'make docs'." if outdated else 0)
+    for path in outdated:
+        path.write_text(regenerated(path.read_text("utf-8")), encoding="utf-8")
+        print(f"updated {path.relative_to(root)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""``repforget edit``: make one edit and save it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from repforget.cli import _options as o
+from repforget.cli._output import print_json, print_table
+from repforget.cli._progress import display
+
+
+def command(
+    method: o.Method,
+    out: Annotated[Path, typer.Option("--out", help="Folder to save the edit to.")],
+    model: o.Model = "organism:bios",
+    knowledge: o.KnowledgeName = "bios-people",
+    where: Annotated[Path | None, typer.Option("--where", help="A localization saved by 'repforget locate'.")] = None,
+    settings: o.Settings = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Also write the edited model as a plain checkpoint.")] = None,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    as_json: o.AsJson = False,
+) -> None:
+    """Make one edit and save it; the model stays as it is.
+
+    METHOD is one of 'repforget methods edit'.
+    """
+    from repforget import discover
+    from repforget.knowledge_files import load_knowledge
+
+    given = o.parse_settings(settings)
+    discover.method("edit", method).settings(given)
+    probe = load_knowledge(knowledge, seed=seed)
+    from repforget.edit._dispatch import edit
+    from repforget.models.load import load
+    from repforget.records import Localization
+    from repforget.report import tables
+    from repforget.store import read_json, refusing
+
+    located = Localization.from_json(read_json(where)) if where is not None else None
+    loaded = load(model, device=device, dtype=dtype)
+    with display(as_json) as (progress, _):
+        made = edit(loaded, probe, method, where=located, seed=seed, progress=progress, **given)
+    with refusing(out):
+        made.save(out)
+        if checkpoint is not None:
+            made.export_checkpoint(loaded, checkpoint)
+    manifest = read_json(out / "edit.json")
+    if as_json:
+        print_json({"folder": str(out), "manifest": manifest})
+        return
+    print_table(("kind", "touched"), [row[:2] for row in tables.touched_rows(manifest)])
+    typer.echo(f"artifact: {made.artifact}; saved to {out}")
