@@ -87,7 +87,8 @@ def test_sites_that_share_a_state_agree(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("kind", ["q", "k", "v"])
 def test_a_head_is_that_head(name: str, kind: str) -> None:
-    """Changing one head of q, k or v moves exactly the attention heads that use it: the fused layouts are right."""
+    """Changing one head of q, k or v moves exactly the attention heads that use it: the fused layouts are
+    right."""
     module = build(name)
     places = site_map(module)
     group = places.n_heads // places.n_kv_heads
@@ -205,7 +206,8 @@ def test_known_exceptions_are_refused(kind: str, arguments: dict[str, Any], word
     import transformers
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 32, "d_model": 32,
-             "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 4, "ffn_dim": 32, "intermediate_size": 32}  # fmt: skip
+             "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 4, "ffn_dim": 32,
+             "intermediate_size": 32}  # fmt: skip
     config = getattr(transformers, kind)(**{**sizes, **arguments})
     automatic = transformers.AutoModelForSeq2SeqLM if kind == "T5Config" else transformers.AutoModelForCausalLM
     with pytest.raises(SiteError, match=words):

@@ -14,8 +14,18 @@ from repforget.errors import SiteError, UsageError
 from repforget.models.capture import Batch, capture, forward
 from repforget.models.sites import site_map
 from repforget.models.weights import (
-    find, get_bias, get_weight, head_slice, is_tied, neuron_slice, readers, set_bias, set_weight, untie, writers,
-)  # fmt: skip
+    find,
+    get_bias,
+    get_weight,
+    head_slice,
+    is_tied,
+    neuron_slice,
+    readers,
+    set_bias,
+    set_weight,
+    untie,
+    writers,
+)
 from repforget.records import Site
 
 BATCH = Batch.pad(sample_ids())

@@ -15,8 +15,8 @@ WIDTH = 32
 LAYERS = 2
 HEADS = 4
 WORDS = (
-    "the a was born in works as lives Ada Berlin Paris Rome Oslo baker pilot doctor Tom Eva Max Lea Ben Mia Jon "
-    "red green blue cat dog bird Q A : . ? who where what is city job name and of to from"
+    "the a was born in works as lives Ada Berlin Paris Rome Oslo baker pilot doctor Tom Eva Max Lea Ben Mia "
+    "Jon red green blue cat dog bird Q A : . ? who where what is city job name and of to from"
 ).split()
 
 _COMMON = {

@@ -28,8 +28,9 @@ def locate(name: str) -> tuple[str, Path | None]:
     if path.is_dir():
         return str(path), _checked_folder(path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
-        raise ModelLoadError(f"'{name}' is not a model folder: give a folder with config.json and *.safetensors, a hub "
-                             f"id such as 'owner/model', or 'organism:bios'{_sibling(path)}.")  # fmt: skip
+        raise ModelLoadError(f"'{name}' is not a model folder: give a folder with config.json and "
+                             f"*.safetensors, a hub id such as 'owner/model', or "
+                             f"'organism:bios'{_sibling(path)}.")  # fmt: skip
     return name, None
 
 
@@ -55,13 +56,13 @@ def _sibling(path: Path) -> str:
 
 def _checked_folder(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
-        raise ModelLoadError(f"Folder '{folder}' has no config.json: a model folder needs config.json, a tokenizer and "
-                             "*.safetensors, as save_pretrained writes them.")  # fmt: skip
+        raise ModelLoadError(f"Folder '{folder}' has no config.json: a model folder needs config.json, a "
+                             "tokenizer and *.safetensors, as save_pretrained writes them.")  # fmt: skip
     if not weight_files(folder):
         unsafe = sorted(p.name for p in folder.iterdir() if p.suffix in UNSAFE)
         found = f"only {unsafe[0]}, a format that can run code when it is read" if unsafe else "no weights"
-        raise ModelLoadError(f"Folder '{folder}' holds {found}: repforget loads *.safetensors alone; convert it with "
-                             "save_pretrained in an environment that you trust.")  # fmt: skip
+        raise ModelLoadError(f"Folder '{folder}' holds {found}: repforget loads *.safetensors alone; convert "
+                             "it with save_pretrained in an environment that you trust.")  # fmt: skip
     return folder
 
 

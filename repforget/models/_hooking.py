@@ -61,19 +61,17 @@ def _with_output(output: Any, value: Tensor) -> Any:
 
 
 @contextmanager
-def eager(module: nn.Module) -> Iterator[None]:
-    """Run compiled parts uncompiled while hooks are attached: hooks added after compiling never fire."""
-    if not _compiled(module):
+def eager() -> Iterator[None]:
+    """Run compiled parts uncompiled while hooks are attached: hooks added after compiling never fire.
+
+    Always on once the compiler is loaded, because a wrapper made by ``torch.compile(module)`` cannot be seen
+    from the module inside it.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing was ever compiled in this process
         yield
         return
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-def _compiled(module: nn.Module) -> bool:
-    if "torch._dynamo" not in sys.modules:  # nothing was ever compiled in this process
-        return False
-    return any(part._compiled_call_impl is not None or hasattr(part, "_orig_mod") for part in module.modules())
 
 
 @cache

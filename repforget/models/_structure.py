@@ -92,8 +92,8 @@ def block_list(module: nn.Module, depth: int) -> str:
     """Return the path of the shallowest module list with one entry per layer."""
     lists = [path for path, m in module.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not lists:
-        raise SiteError(f"{type(module).__name__} has no list of {depth} blocks, so that its layers cannot be found: "
-                        "only decoder-only transformers are covered.")  # fmt: skip
+        raise SiteError(f"{type(module).__name__} has no list of {depth} blocks, so that its layers cannot "
+                        "be found: only decoder-only transformers are covered.")  # fmt: skip
     found: str = min(lists, key=lambda path: path.count("."))
     return found
 
@@ -117,8 +117,8 @@ def anatomy(module: nn.Module) -> Anatomy:
     coverage.unclaimed.extend(_unclaimed(module, stack, {path for path in claimed if path}))
     layout = _layout(config.model_type, layers, coverage)
     if coverage.missing or coverage.unclaimed:
-        raise SiteError(f"{type(module).__name__} is only partly covered, and a site that is guessed would falsify "
-                        f"every result: found {coverage.table()}; missing: "
+        raise SiteError(f"{type(module).__name__} is only partly covered, and a site that is guessed would "
+                        f"falsify every result: found {coverage.table()}; missing: "
                         f"{', '.join(coverage.missing) or 'nothing'}; use a covered architecture.")  # fmt: skip
     sizes = _sizes(module, config, layers[0], embed)
     return Anatomy(config.model_type, layers, stack, embed, positions, final, unembed, _parallel(config, layers[0]),
@@ -134,8 +134,8 @@ def _refuse_known_exceptions(module: nn.Module, config: Any) -> None:
     }
     for reason, applies in reasons.items():
         if applies:
-            raise SiteError(f"{type(module).__name__} is not covered because {reason}, so that resid_pre + attn_out "
-                            "+ mlp_out is not resid_post; use a pre-norm decoder-only model.")  # fmt: skip
+            raise SiteError(f"{type(module).__name__} is not covered because {reason}, so that resid_pre + "
+                            "attn_out + mlp_out is not resid_post; use a pre-norm decoder-only model.")  # fmt: skip
 
 
 def _layer(module: nn.Module, path: str, coverage: _Coverage) -> LayerPaths:
@@ -225,10 +225,8 @@ def _sizes(module: nn.Module, config: Any, layer: LayerPaths, embed: str) -> dic
         kv_heads = (projection_shape(module.get_submodule(layer.qkv))[0] // head_dim - heads) // 2
     else:
         kv_heads = projection_shape(module.get_submodule(layer.qkv[1]))[0] // head_dim
-    if layer.down:
-        mlp_width = projection_shape(module.get_submodule(layer.down))[1]
-    else:
-        mlp_width = int(config.intermediate_size)
+    down = projection_shape(module.get_submodule(layer.down)) if layer.down else None
+    mlp_width = down[1] if down else int(config.intermediate_size)
     vocab = int(module.get_submodule(embed).weight.shape[0])  # type: ignore[union-attr, index, arg-type]
     return {"width": width, "n_heads": heads, "n_kv_heads": kv_heads, "head_dim": head_dim,
             "mlp_width": mlp_width, "vocab_size": vocab}  # fmt: skip

@@ -1,8 +1,8 @@
 """Plain hooks on the user's own module: read, write, stop early. The default source of activations.
 
 Reading costs nothing measurable beyond the forward pass (experiments/speed), ends right after the deepest
-requested site and skips the vocabulary projection. Nothing stays behind: every hook is removed on the way out,
-whatever happens inside.
+requested site and skips the vocabulary projection. Nothing stays behind: every hook is removed on the way
+out, whatever happens inside.
 """
 
 from __future__ import annotations
@@ -41,16 +41,17 @@ def capture(
         sites: where to read; head sites give that head's slice. Duplicates are read once.
         batch: token ids [b, s] with their mask, padded on either side.
         gather: "last" -> [b, d], the last real token; "mean" -> [b, d], real tokens without each row's first;
-            "all" -> [b, s, d]; "tokens" -> [n, d], the tokens of "mean"; or positions [b] or [b, k] -> [b, d] or
-            [b, k, d], as indices into the padded row.
+            "all" -> [b, s, d]; "tokens" -> [n, d], the tokens of "mean"; or positions [b] or [b, k] -> [b, d]
+            or [b, k, d], as indices into the padded row.
         grad: keep the graph, so that gradients flow from the result to the parameters.
 
     Raises:
-        SiteError: a site this model does not have, or that did not run. NumericalError: a selected activation is
-            NaN or infinite; names the first such site. UsageError: positions or ids out of range.
+        SiteError: a site this model does not have, or that did not run. NumericalError: a selected activation
+            is NaN or infinite; names the first such site. UsageError: positions or ids out of range.
 
-    Cost: one forward pass up to the deepest site; memory of the selected positions only. The values say what the
-    model computed on these tokens, not what it would compute had the same tokens come with other neighbours.
+    Cost: one forward pass up to the deepest site; memory of the selected positions only. The values say what
+    the model computed on these tokens, not what it would compute had the same tokens come with other
+    neighbours.
     """
     with _reader(model, sites, grad) as read:
         return read(batch, gather)
@@ -60,7 +61,8 @@ def stream(
     model: Any, sites: Sequence[Site], batches: Iterable[Batch], gather: Gather | Callable[[int], Gather],
     consume: Callable[[dict[Site, Tensor], int], None],
 ) -> None:  # fmt: skip
-    """Call ``consume(values, i)`` for the ``i``-th batch and keep nothing: memory does not grow with their number.
+    """Call ``consume(values, i)`` for the ``i``-th batch and keep nothing: memory does not grow with their
+    number.
 
     ``gather`` is the same for all batches, or a function of the batch's number (for positions). Hooks are
     attached once. Costs one forward pass per batch, up to the deepest site.
@@ -75,16 +77,16 @@ def hooks(model: Any, edits: Mapping[Site, EditSite]) -> Iterator[None]:
     """Change activations while inside: each function gets a site's value and returns a new one, or None.
 
     The value is [b, s, d] (one head's slice for a head site; s = 1 per step when decoding with a cache). A
-    function must return a new tensor of that shape instead of writing in place. Several edits of one tensor act
-    in the order given. ``resid_mid`` is written by adding the change to what attention writes, so that the MLP
-    and the skip path both see it. Afterwards the model computes bit for bit what it did before.
+    function must return a new tensor of that shape instead of writing in place. Several edits of one tensor
+    act in the order given. ``resid_mid`` is written by adding the change to what attention writes, so that
+    the MLP and the skip path both see it. Afterwards the model computes bit for bit what it did before.
     """
     module = core(model)
     places = site_map(module)
     located = {site: places.locate(site) for site in edits}  # unknown sites fail before anything is attached
     ordered = sorted(edits, key=lambda site: site.kind == "resid_mid")  # after other edits of attn_out
     with ExitStack() as stack:
-        stack.enter_context(eager(module))
+        stack.enter_context(eager())
         shapes: dict[int, torch.Size] = {}
         for layer in {site.layer for site in edits if located[site].flat}:
             place = places.locate(Site("resid_pre", layer))
@@ -101,15 +103,15 @@ def hooks(model: Any, edits: Mapping[Site, EditSite]) -> Iterator[None]:
 def forward(model: Any, batch: Batch, grad: bool = False) -> Tensor:
     """Return the logits [b, s, V] of a batch, with position ids that make either padding side exact."""
     module = core(model)
-    with torch.inference_mode(False), torch.set_grad_enabled(grad), eager(module):
+    with torch.inference_mode(False), torch.set_grad_enabled(grad), eager():
         return run_forward(module, _sent(module, batch), vocabulary=True).logits  # type: ignore[no-any-return]
 
 
 def _sent(module: nn.Module, batch: Batch) -> Batch:
     vocabulary = len(module.get_input_embeddings().weight)  # type: ignore[operator]
     if batch.ids.device.type == "cpu" and not 0 <= int(batch.ids.min()) <= int(batch.ids.max()) < vocabulary:
-        raise UsageError(f"Token ids lie outside the model's vocabulary of {vocabulary}: were they made by another "
-                         "model's tokenizer?")  # fmt: skip
+        raise UsageError(f"Token ids lie outside the model's vocabulary of {vocabulary}: were they made by "
+                         "another model's tokenizer?")  # fmt: skip
     return batch.to(input_device(module))
 
 
@@ -152,7 +154,7 @@ def _reader(model: Any, sites: Sequence[Site], grad: bool) -> Iterator[Callable[
         return found
 
     with ExitStack() as stack:
-        stack.enter_context(eager(module))
+        stack.enter_context(eager())
         if grad and any(site.kind not in BLOCK_KINDS for site in wanted):
             stack.enter_context(_without_checkpointing(module))
         for site in wanted:
@@ -180,8 +182,9 @@ def _check_finite(found: Mapping[Site, Tensor], wanted: Iterable[Site], batch: B
         if isinstance(gather, str) and gather == "all":  # padding may hold anything
             value = value[batch.mask.bool().to(value.device)]
         if not bool(torch.isfinite(value).all()):
-            raise NumericalError(f"Activations at '{site}' are NaN or infinite on this batch, and no statistic of "
-                                 "them means anything; use a wider dtype (float32, bfloat16) or check the weights.")  # fmt: skip
+            raise NumericalError(f"Activations at '{site}' are NaN or infinite on this batch, and no "
+                                 "statistic of them means anything; use a wider dtype (float32, bfloat16) or "
+                                 "check the weights.")  # fmt: skip
 
 
 def _edit(site: Site, place: Location, function: EditSite, shapes: Mapping[int, torch.Size]) -> EditSite:
@@ -198,8 +201,8 @@ def _edit(site: Site, place: Location, function: EditSite, shapes: Mapping[int, 
 
 def _checked(site: Site, old: Tensor, new: Tensor) -> Tensor:
     if new.shape != old.shape:
-        raise UsageError(f"The edit at '{site}' returned shape {tuple(new.shape)} where {tuple(old.shape)} is needed; "
-                         "return a tensor of the same shape, or None.")  # fmt: skip
+        raise UsageError(f"The edit at '{site}' returned shape {tuple(new.shape)} where {tuple(old.shape)} "
+                         "is needed; return a tensor of the same shape, or None.")  # fmt: skip
     return new.to(old.device, old.dtype)
 
 

@@ -20,10 +20,12 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 
 @torch.no_grad()
 def check_sites(model: Any, batch: Batch) -> float:
-    """Check that resid_pre + attn_out + mlp_out is resid_post in every layer, and that the readout gives the logits.
+    """Check that resid_pre + attn_out + mlp_out is resid_post in every layer, and that the readout gives the
+    logits.
 
     Returns the largest deviation relative to the largest value; raises SiteError above the rounding of the
-    model's dtype. Costs one forward pass. It does not prove how a fused query-key-value projection is ordered.
+    model's dtype. Costs one forward pass. It does not prove how a fused query-key-value projection is
+    ordered.
     """
     module = core(model)
     places = site_map(module)
@@ -37,14 +39,16 @@ def check_sites(model: Any, batch: Batch) -> float:
         gap = _relative(before + attention + mlp, after)
         worst = max(worst, gap)
         if gap > tolerance:
-            raise SiteError(f"In layer {layer} of {type(module).__name__} resid_pre + attn_out + mlp_out differs from "
-                            f"resid_post by {gap:.1e} of its size: the block adds something that is not covered, so "
-                            "its sites cannot be trusted; use a covered architecture.")  # fmt: skip
+            raise SiteError(f"In layer {layer} of {type(module).__name__} resid_pre + attn_out + mlp_out "
+                            f"differs from resid_post by {gap:.1e} of its size: the block adds something "
+                            "that is not covered, so its sites cannot be trusted; use a covered "
+                            "architecture.")  # fmt: skip
     last = Site("resid_post", places.n_layers - 1)
     gap = _relative(lens(module, found[last]).double(), found[Site("logits")].double())
     if gap > tolerance:
-        raise SiteError(f"The readout of '{last}' differs from the logits of {type(module).__name__} by {gap:.1e} of "
-                        "their size: its output head is not covered; use a covered architecture.")  # fmt: skip
+        raise SiteError(f"The readout of '{last}' differs from the logits of {type(module).__name__} by "
+                        f"{gap:.1e} of their size: its output head is not covered; use a covered "
+                        "architecture.")  # fmt: skip
     return max(worst, gap)
 
 

@@ -24,8 +24,8 @@ class Batch:
 
     def __post_init__(self) -> None:
         if self.ids.ndim != 2 or self.ids.shape != self.mask.shape:
-            raise UsageError(f"A batch needs ids and mask of the same shape [b, s]; got ids {tuple(self.ids.shape)} "
-                             f"and mask {tuple(self.mask.shape)}.")  # fmt: skip
+            raise UsageError(f"A batch needs ids and mask of the same shape [b, s]; got ids "
+                             f"{tuple(self.ids.shape)} and mask {tuple(self.mask.shape)}.")  # fmt: skip
         if self.ids.numel() == 0 or not bool(self.mask.any(1).all()):
             raise UsageError("A batch needs at least one row, and at least one token in every row; drop empty texts.")
 
@@ -72,9 +72,10 @@ class Batch:
 def select(x: Tensor, batch: Batch, gather: Gather) -> Tensor:
     """Return the chosen positions of an activation, as a copy that does not keep the whole activation alive.
 
-    ``x`` is [b, s, d] (or [b*s, d], which some blocks use inside). ``last`` -> [b, d]; ``mean`` -> [b, d] over
-    real tokens without each row's first; ``all`` -> [b, s, d]; ``tokens`` -> [n, d], the same tokens as in
-    ``mean``, row after row; positions [b] -> [b, d]; positions [b, k] -> [b, k, d] (indices into the padded row).
+    ``x`` is [b, s, d] (or [b*s, d], which some blocks use inside). ``last`` -> [b, d]; ``mean`` -> [b, d]
+    over real tokens without each row's first; ``all`` -> [b, s, d]; ``tokens`` -> [n, d], the same tokens as
+    in ``mean``, row after row; positions [b] -> [b, d]; positions [b, k] -> [b, k, d] (indices into the
+    padded row).
     """
     if x.ndim == 2 and len(x) == batch.mask.numel():
         x = x.view(*batch.mask.shape, -1)
@@ -104,6 +105,6 @@ def positions(gather: Tensor, batch: Batch) -> Tensor:
     where = gather.long().to(batch.mask.device)
     inside = (where >= 0) & (where < batch.mask.shape[1])
     if not bool(inside.all()) or not bool(batch.mask.bool().gather(1, where.view(len(batch), -1)).all()):
-        raise UsageError(f"Positions must point at real tokens of the padded rows (0 to {batch.mask.shape[1] - 1}, "
-                         "mask 1); at least one points outside or at padding.")  # fmt: skip
+        raise UsageError(f"Positions must point at real tokens of the padded rows (0 to "
+                         f"{batch.mask.shape[1] - 1}, mask 1); at least one points outside or at padding.")  # fmt: skip
     return where

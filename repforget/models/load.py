@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from repforget.models._names import core, text_config
 __all__ = ["LoadedModel", "ModelEstimate", "copy_of", "estimate", "fingerprint", "load", "wrap"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+QUIET_BELOW = 1 << 29  # bytes of weights that load in about a second
 CODES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 IGNORED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
 
@@ -28,7 +31,8 @@ IGNORED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bi
 class LoadedModel:
     """A causal language model in evaluation mode with its tokenizer and the hash of what was loaded.
 
-    ``fingerprint`` describes the weights at loading; call :func:`fingerprint` on ``module`` after changing them.
+    ``fingerprint`` describes the weights at loading; call :func:`fingerprint` on ``module`` after changing
+    them.
     """
 
     name: str
@@ -65,7 +69,8 @@ class LoadedModel:
 class ModelEstimate:
     """What a model will need, read from its configuration and file headers without loading a weight.
 
-    ``bytes`` is what the weights occupy once loaded in ``dtype``; activations, gradients and optimiser come on top.
+    ``bytes`` is what the weights occupy once loaded in ``dtype``; activations, gradients and optimiser come
+    on top.
     """
 
     name: str
@@ -85,17 +90,20 @@ def load(
     """Load a causal language model and its tokenizer.
 
     Args:
-        name: a hub id ("owner/model"), a local folder, or an organism ("organism:bios", "organism:bios/twin-0").
+        name: a hub id ("owner/model"), a local folder, or an organism ("organism:bios",
+        "organism:bios/twin-0").
         device: "auto" (an accelerator where there is one) or a torch device.
-        dtype: "auto" or a torch dtype or its name; "auto" is the checkpoint's own, but float32 on a CPU, where
-            half precision is slow and imprecise.
-        device_map: passed to transformers for models that need several devices; then ``device`` must be "auto".
+        dtype: "auto" or a torch dtype or its name; "auto" is the checkpoint's own, but float32 on a CPU,
+            where half precision is slow and imprecise.
+        device_map: passed to transformers for models that need several devices; then ``device`` must be
+        "auto".
         attention: one attention implementation for the whole run; architectures without "sdpa" use "eager".
         trust_remote_code: allow code that comes with a checkpoint to run.
 
     Raises:
-        ModelLoadError: one sentence for everything that cannot be loaded safely: unknown names, folders without
-        safetensors, devices that do not exist, checkpoints whose tensors do not match the architecture.
+        ModelLoadError: one sentence for everything that cannot be loaded safely: unknown names, folders
+        without safetensors, devices that do not exist, checkpoints whose tensors do not match the
+        architecture.
         ResourceError: the weights do not fit into the free memory; said before anything is loaded.
     """
     source, folder = locate(name)
@@ -115,12 +123,13 @@ def load(
     if revision is not None:
         arguments["revision"] = revision
     try:
-        module, report = AutoModelForCausalLM.from_pretrained(source, **arguments)
+        with _quiet(folder):
+            module, report = AutoModelForCausalLM.from_pretrained(source, **arguments)
         if device_map is None:
             module = module.to(place)
     except torch.OutOfMemoryError as reason:
-        raise ResourceError(f"Model '{name}' does not fit on {place}; use a smaller dtype, another device or a "
-                            "device_map.") from reason  # fmt: skip
+        raise ResourceError(f"Model '{name}' does not fit on {place}; use a smaller dtype, another device or "
+                            "a device_map.") from reason  # fmt: skip
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as reason:
         raise _refusal(name, reason) from reason
     _check_report(name, report)
@@ -217,11 +226,27 @@ def _attention(wanted: str, config: Any) -> str:
     from transformers import AutoModelForCausalLM
 
     mapping = AutoModelForCausalLM._model_mapping
-    cls = mapping[type(config)] if type(config) in mapping else None
+    cls = mapping.get(type(config), None)
     cls = cls[0] if isinstance(cls, tuple) else cls
     if wanted == "sdpa" and cls is not None and not getattr(cls, "_supports_sdpa", True):
         return "eager"
     return wanted
+
+
+@contextmanager
+def _quiet(folder: Path | None) -> Iterator[None]:
+    """Show transformers' progress bar only for local models that take a while."""
+    from transformers.utils import logging
+
+    small = folder is not None and sum(p.stat().st_size for p in _files.weight_files(folder)) < QUIET_BELOW
+    if not small or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _tokenizer(name: str, source: str, trust_remote_code: bool, revision: str | None) -> Any:
@@ -230,8 +255,8 @@ def _tokenizer(name: str, source: str, trust_remote_code: bool, revision: str | 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
     except Exception as reason:  # tokenizer files fail in the ways of several libraries
-        raise ModelLoadError(f"The tokenizer of '{name}' cannot be loaded ({_short(reason)}); a model folder needs its "
-                             "tokenizer files beside the weights.") from reason  # fmt: skip
+        raise ModelLoadError(f"The tokenizer of '{name}' cannot be loaded ({_short(reason)}); a model folder "
+                             "needs its tokenizer files beside the weights.") from reason  # fmt: skip
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -242,8 +267,8 @@ def _refuse_too_large(name: str, folder: Path, dtype: torch.dtype, device: torch
     free = _free_memory(device)
     if free is not None and needed > free:
         raise ResourceError(f"Model '{name}' needs {needed / 2**30:.1f} GiB for its weights in {dtype} and "
-                            f"{free / 2**30:.1f} GiB are free on {device}; use a smaller dtype, another device or a "
-                            "device_map.")  # fmt: skip
+                            f"{free / 2**30:.1f} GiB are free on {device}; use a smaller dtype, another "
+                            "device or a device_map.")  # fmt: skip
 
 
 def _free_memory(device: torch.device | None) -> int | None:
@@ -258,25 +283,27 @@ def _free_memory(device: torch.device | None) -> int | None:
 
 def _check_report(name: str, report: dict[str, Any]) -> None:
     missing = sorted(report.get("missing_keys", ()))
-    mismatched = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in report.get("mismatched_keys", ()))
+    shapes = report.get("mismatched_keys", ())
+    mismatched = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in shapes)
     extra = sorted(key for key in report.get("unexpected_keys", ()) if not key.endswith(IGNORED))
     for what, keys in (("lacks", missing), ("holds in another shape", mismatched), ("holds beyond it", extra)):
         if keys:
-            raise ModelLoadError(f"The checkpoint of '{name}' does not match its architecture: it {what} {len(keys)} "
-                                 f"tensors, first '{keys[0]}', so that the loaded model would not be the saved one; "
-                                 "check config.json.")  # fmt: skip
+            raise ModelLoadError(f"The checkpoint of '{name}' does not match its architecture: it {what} "
+                                 f"{len(keys)} tensors, first '{keys[0]}', so that the loaded model would "
+                                 "not be the saved one; check config.json.")  # fmt: skip
 
 
 def _refusal(name: str, reason: Exception) -> ModelLoadError:
     text = str(reason)
     if "trust_remote_code" in text:
-        return ModelLoadError(f"Model '{name}' brings its own code, which repforget does not run unless you say "
-                              "trust_remote_code: true.")  # fmt: skip
+        return ModelLoadError(f"Model '{name}' brings its own code, which repforget does not run unless you "
+                              "say trust_remote_code: true.")  # fmt: skip
     if isinstance(reason, json.JSONDecodeError):
         return ModelLoadError(f"The config.json of '{name}' is not valid JSON ({_short(reason)}).")
     if not Path(name).exists() and not name.startswith(_files.ORGANISM):
-        return ModelLoadError(f"Model '{name}' is neither a local folder nor reachable on the hub ({_short(reason)}); "
-                              "check the name and the network, or use a folder or 'organism:bios'.")  # fmt: skip
+        return ModelLoadError(f"Model '{name}' is neither a local folder nor reachable on the hub "
+                              f"({_short(reason)}); check the name and the network, or use a folder or "
+                              "'organism:bios'.")  # fmt: skip
     return ModelLoadError(f"Model '{name}' cannot be loaded: {_short(reason)}.")
 
 

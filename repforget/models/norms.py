@@ -33,7 +33,8 @@ class FrozenNorm:
 def gain(norm: nn.Module) -> Tensor:
     """Return the factor [d] float64 by which a norm multiplies each coordinate (1 + weight in Gemma).
 
-    Read from what the module does to a constant vector, not from its name; SiteError for norms of other kinds.
+    Read from what the module does to a constant vector, not from its name; SiteError for norms of other
+    kinds.
     """
     weight = getattr(norm, "weight", None)
     if isinstance(norm, nn.LayerNorm):
@@ -46,8 +47,8 @@ def gain(norm: nn.Module) -> Tensor:
         for candidate in (weight.detach().double(), 1.0 + weight.detach().double()):
             if torch.allclose(seen, candidate, rtol=rounding, atol=rounding):
                 return candidate
-    raise SiteError(f"Norm '{type(norm).__name__}' is neither a LayerNorm nor an RMS norm with a gain, so that it cannot "
-                    "be held fixed; use a covered architecture.")  # fmt: skip
+    raise SiteError(f"Norm '{type(norm).__name__}' is neither a LayerNorm nor an RMS norm with a gain, so "
+                    "that it cannot be held fixed; use a covered architecture.")  # fmt: skip
 
 
 @torch.no_grad()

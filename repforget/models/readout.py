@@ -17,12 +17,13 @@ from repforget.models.weights import WeightRef, find, get_bias, get_weight
 
 
 def lens(model: Any, resid: Tensor) -> Tensor:
-    """Return the logits [..., V] that ``model`` would give if ``resid`` [..., d] were its last residual state.
+    """Return the logits [..., V] that ``model`` would give if ``resid`` [..., d] were its last residual
+    state.
 
-    Final norm, unembedding (with bias) and the logit cap or scale of the model, so that the readout of the last
-    resid_post *is* the model's logits. ``model`` may be another one than the one ``resid`` comes from.
-    Source: nostalgebraist (2020), "interpreting GPT: the logit lens". A token that is not read out at a layer may
-    still be computed there in another basis: absence from the lens is no evidence of absence.
+    Final norm, unembedding (with bias) and the logit cap or scale of the model, so that the readout of the
+    last resid_post *is* the model's logits. ``model`` may be another one than the one ``resid`` comes from.
+    Source: nostalgebraist (2020), "interpreting GPT: the logit lens". A token that is not read out at a layer
+    may still be computed there in another basis: absence from the lens is no evidence of absence.
     """
     module = core(model)
     norm, head = _readout(module)
@@ -40,7 +41,8 @@ def cap(model: Any, logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DirectLogits:
-    """What each component adds to the logits: ``parts`` [c, ..., V] and the ``constant`` [V] of the biases (float64).
+    """What each component adds to the logits: ``parts`` [c, ..., V] and the ``constant`` [V] of the biases
+    (float64).
 
     ``total`` is the model's logits before any soft cap when the components add up to the last residual state.
     """
@@ -59,11 +61,11 @@ def direct_logits(
 ) -> DirectLogits:
     """Split the logits of the state ``resid_final`` [..., d] into what each additive component wrote.
 
-    ``component_outputs`` [c, ..., d] are writes to the residual stream (embed, attn_out, mlp_out, or single heads
-    and neurons from :func:`head_writes` and :func:`neuron_writes`). The scale of the final norm is held at its value
-    for ``resid_final``, which makes the readout linear (Elhage et al. 2021, "A Mathematical Framework for Transformer
-    Circuits"). ``tokens`` restricts the vocabulary. It shows the *direct* path only: what later layers make of a
-    write, and how a component moves the norm's scale, is not in it.
+    ``component_outputs`` [c, ..., d] are writes to the residual stream (embed, attn_out, mlp_out, or single
+    heads and neurons from :func:`head_writes` and :func:`neuron_writes`). The scale of the final norm is held
+    at its value for ``resid_final``, which makes the readout linear (Elhage et al. 2021, "A Mathematical
+    Framework for Transformer Circuits"). ``tokens`` restricts the vocabulary. It shows the *direct* path
+    only: what later layers make of a write, and how a component moves the norm's scale, is not in it.
     """
     module = core(model)
     if component_outputs.shape[1:] != resid_final.shape:
@@ -86,10 +88,11 @@ def direct_logits(
 
 @torch.no_grad()
 def head_writes(model: Any, layer: int, z: Tensor) -> Tensor:
-    """Return what each head writes to the residual stream [..., heads, d] (float64), from attn_z [..., heads * dh].
+    """Return what each head writes to the residual stream [..., heads, d] (float64), from attn_z [..., heads
+    * dh].
 
-    A norm behind the attention (Gemma-2/3, OLMo-2) is held at its scale for the whole write. The heads plus the
-    (normed) bias of the output projection, where there is one, add up to attn_out.
+    A norm behind the attention (Gemma-2/3, OLMo-2) is held at its scale for the whole write. The heads plus
+    the (normed) bias of the output projection, where there is one, add up to attn_out.
     """
     module = core(model)
     places = site_map(module)
@@ -97,12 +100,14 @@ def head_writes(model: Any, layer: int, z: Tensor) -> Tensor:
     matrix = get_weight(module, ref).double()
     parts = z.to(matrix.device).double().reshape(*z.shape[:-1], places.n_heads, places.head_dim)
     blocks = matrix.reshape(len(matrix), places.n_heads, places.head_dim)  # [d, heads, dh]
-    return _behind(module, ref, torch.einsum("...hk,dhk->...hd", parts, blocks), z.to(matrix.device).double() @ matrix.T)
+    whole = z.to(matrix.device).double() @ matrix.T
+    return _behind(module, ref, torch.einsum("...hk,dhk->...hd", parts, blocks), whole)
 
 
 @torch.no_grad()
 def neuron_writes(model: Any, layer: int, post: Tensor, neurons: Sequence[int]) -> Tensor:
-    """Return what the chosen MLP neurons write to the residual stream [..., n, d] (float64), from mlp_post [..., m].
+    """Return what the chosen MLP neurons write to the residual stream [..., n, d] (float64), from mlp_post
+    [..., m].
 
     A norm behind the MLP is held at its scale for the whole write.
     """

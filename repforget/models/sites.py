@@ -2,8 +2,8 @@
 
 A site resolves to one module, one side of it (its first input or its first output) and, for heads and fused
 projections, some columns of the last axis. The map is read from structure alone; architectures that the test
-suite does not prove are checked once by a forward pass (resid_pre + attn_out + mlp_out must be resid_post, and
-the readout of the last state must be the model's logits) before the map is handed out.
+suite does not prove are checked once by a forward pass (resid_pre + attn_out + mlp_out must be resid_post,
+and the readout of the last state must be the model's logits) before the map is handed out.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ PROVEN = frozenset({
 class Location:
     """Where a site's value passes: the first input ("in") or first output ("out") of the module at ``path``.
 
-    ``spans`` are (start, stop) ranges of the last axis (None = all of it), in the order of the site's own columns.
-    ``flat`` marks modules that see batch and position merged into one axis.
+    ``spans`` are (start, stop) ranges of the last axis (None = all of it), in the order of the site's own
+    columns. ``flat`` marks modules that see batch and position merged into one axis.
     """
 
     path: str

@@ -1,8 +1,9 @@
-"""Readers and writers of the residual stream as matrices: fused, transposed, tied and batched weights included.
+"""Readers and writers of the residual stream as matrices: fused, transposed, tied and batched weights
+included.
 
-A *writer* adds to the residual stream (embeddings, attention and MLP output projections), a *reader* takes from it
-(query, key, value, MLP input projections, unembedding). A :class:`WeightRef` names one of them by its parameter
-and shows it as the matrix it stands for, whatever way the architecture stores it.
+A *writer* adds to the residual stream (embeddings, attention and MLP output projections), a *reader* takes
+from it (query, key, value, MLP input projections, unembedding). A :class:`WeightRef` names one of them by its
+parameter and shows it as the matrix it stands for, whatever way the architecture stores it.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ NEURON_ROLES = ("mlp_gate", "mlp_up", "mlp_out")
 class WeightRef:
     """One reader or writer of the residual stream.
 
-    ``rows`` and ``cols`` are (start, stop) ranges of the Linear-oriented matrix [out, in] that belong to it (None =
-    all): a part of a fused projection, one head, one neuron. ``norm`` is the norm in front of a reader, ``post_norm``
-    the one behind a writer (sandwich norms): module paths, None where there is none. ``tied``: the same tensor is
-    both embedding and unembedding. ``batched``: a stack of experts [experts, out, in].
+    ``rows`` and ``cols`` are (start, stop) ranges of the Linear-oriented matrix [out, in] that belong to it
+    (None = all): a part of a fused projection, one head, one neuron. ``norm`` is the norm in front of a
+    reader, ``post_norm`` the one behind a writer (sandwich norms): module paths, None where there is none.
+    ``tied``: the same tensor is both embedding and unembedding. ``batched``: a stack of experts [experts,
+    out, in].
     """
 
     name: str
@@ -50,16 +52,16 @@ class WeightRef:
 
     @property
     def residual_axis(self) -> int:
-        """Axis of :func:`get_weight` that runs along the residual stream: -2 (out) for writers, -1 for readers and
-        for embedding tables, whose rows are what is written."""
+        """Axis of :func:`get_weight` that runs along the residual stream: -2 (out) for writers, -1 for
+        readers and for embedding tables, whose rows are what is written."""
         return -2 if self.role in ("attn_out", "mlp_out") else -1
 
 
 def writers(model: Any) -> tuple[WeightRef, ...]:
     """Return every weight that writes to the residual stream, in forward order.
 
-    With a learned position table both tables are writers. On a tied model ``embed`` is the unembedding as well:
-    :func:`untie` first, or an edit of one is an edit of the other.
+    With a learned position table both tables are writers. On a tied model ``embed`` is the unembedding as
+    well: :func:`untie` first, or an edit of one is an edit of the other.
     """
     module = core(model)
     body = site_map(module).anatomy
@@ -117,12 +119,12 @@ def _ref(module: nn.Module, path: str, role: Role, layer: int = -1, **facts: Any
 
     owner = module.get_submodule(path)
     if hasattr(owner, "base_layer"):
-        raise SiteError(f"Module '{path}' carries an adapter, so that its weight alone is not what the model computes "
-                        "with; merge the adapter first (merge_and_unload).")  # fmt: skip
+        raise SiteError(f"Module '{path}' carries an adapter, so that its weight alone is not what the model "
+                        "computes with; merge the adapter first (merge_and_unload).")  # fmt: skip
     weight = getattr(owner, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
-        raise SiteError(f"The weight of '{path}' is not a plain matrix (quantised or packed); dequantise the model or "
-                        "load the full-precision checkpoint.")  # fmt: skip
+        raise SiteError(f"The weight of '{path}' is not a plain matrix (quantised or packed); dequantise the "
+                        "model or load the full-precision checkpoint.")  # fmt: skip
     bias = f"{path}.bias" if getattr(owner, "bias", None) is not None else None
     return WeightRef(f"{path}.weight", role, layer, conv1d=isinstance(owner, Conv1D), bias=bias, **facts)
 
@@ -136,8 +138,8 @@ def find(model: Any, role: Role, layer: int = -1) -> WeightRef:
 
 
 def head_slice(model: Any, ref: WeightRef, head: int) -> WeightRef:
-    """Return the part of ``ref`` that belongs to one head: rows of q, k, v (key/value heads for k and v), columns of
-    the attention output projection (without its bias, which no head owns)."""
+    """Return the part of ``ref`` that belongs to one head: rows of q, k, v (key/value heads for k and v),
+    columns of the attention output projection (without its bias, which no head owns)."""
     places = site_map(model)
     if ref.role not in HEAD_ROLES:
         raise SiteError(f"'{ref.name}' has no heads: only {', '.join(HEAD_ROLES)} do.")
@@ -150,8 +152,8 @@ def head_slice(model: Any, ref: WeightRef, head: int) -> WeightRef:
 
 
 def neuron_slice(model: Any, ref: WeightRef, neuron: int) -> WeightRef:
-    """Return the part of ``ref`` that belongs to one MLP neuron: its row of gate or up, its column of the output
-    projection (its *value vector*; without the bias, which no neuron owns)."""
+    """Return the part of ``ref`` that belongs to one MLP neuron: its row of gate or up, its column of the
+    output projection (its *value vector*; without the bias, which no neuron owns)."""
     width = site_map(model).mlp_width
     if ref.role not in NEURON_ROLES or ref.batched:
         raise SiteError(f"'{ref.name}' has no neurons: only {', '.join(NEURON_ROLES)} of unbatched MLPs do.")
@@ -164,8 +166,8 @@ def neuron_slice(model: Any, ref: WeightRef, neuron: int) -> WeightRef:
 
 
 def get_weight(model: Any, ref: WeightRef) -> Tensor:
-    """Return a float32 copy (float64 stays) of the matrix [out, in] in Linear orientation ([experts, out, in] for
-    batched experts, [rows, d] for embedding tables)."""
+    """Return a float32 copy (float64 stays) of the matrix [out, in] in Linear orientation ([experts, out, in]
+    for batched experts, [rows, d] for embedding tables)."""
     matrix = _oriented(_parameter(model, ref.name), ref)
     part = matrix[..., _index(ref.rows, matrix, -2), :][..., _index(ref.cols, matrix, -1)]
     return part.detach().to(torch.promote_types(part.dtype, torch.float32), copy=True)
@@ -213,8 +215,8 @@ def is_tied(model: Any) -> bool:
 def untie(model: Any) -> bool:
     """Give the unembedding its own copy of a tied embedding, so that one can be edited without the other.
 
-    Returns False when they were not tied. The model computes the same; ``tie_word_embeddings`` is set to False so
-    that saving and reloading keep both. Memory: one more [V, d] tensor.
+    Returns False when they were not tied. The model computes the same; ``tie_word_embeddings`` is set to
+    False so that saving and reloading keep both. Memory: one more [V, d] tensor.
     """
     module = core(model)
     if not is_tied(module):
@@ -232,8 +234,8 @@ def _parameter(model: Any, name: str) -> Tensor:
     try:
         return module.get_parameter(name)
     except AttributeError:
-        raise SiteError(f"{type(module).__name__} has no parameter '{name}'; take names from writers() and readers() of "
-                        "this model.") from None  # fmt: skip
+        raise SiteError(f"{type(module).__name__} has no parameter '{name}'; take names from writers() and "
+                        "readers() of this model.") from None  # fmt: skip
 
 
 def _oriented(parameter: Tensor, ref: WeightRef) -> Tensor:
