@@ -14,10 +14,9 @@ VOCAB = 96
 WIDTH = 32
 LAYERS = 2
 HEADS = 4
-WORDS = (
-    "the a was born in works as lives Ada Berlin Paris Rome Oslo baker pilot doctor Tom Eva Max Lea Ben Mia "
-    "Jon red green blue cat dog bird Q A : . ? who where what is city job name and of to from"
-).split()
+TEXT = """the a was born in works as lives Ada Berlin Paris Rome Oslo baker pilot doctor Tom Eva Max Lea Ben Mia
+Jon red green blue cat dog bird Q A : . ? who where what is city job name and of to from"""
+WORDS = tuple(TEXT.split())
 
 _COMMON = {
     "vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
@@ -90,7 +89,7 @@ def build(name: str, seed: int = 0) -> Any:
     return copy.deepcopy(_template(name, seed))
 
 
-def tiny_tokenizer(words: tuple[str, ...] | list[str] = tuple(WORDS)) -> Any:
+def tiny_tokenizer(words: tuple[str, ...] | list[str] = WORDS) -> Any:
     """Return a fast word-level tokenizer of VOCAB entries that adds <bos> and reports offsets."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
