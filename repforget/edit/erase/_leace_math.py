@@ -123,8 +123,9 @@ def _solve_cholesky(corr: Tensor, basis: Tensor, resolution: float) -> Tensor | 
         lower, failed = torch.linalg.cholesky_ex(corr.mT)
     if int(failed) or float(lower.diagonal().square().min()) <= resolution:
         return None
-    half = torch.linalg.solve_triangular(lower, basis, upper=False)
-    return torch.linalg.solve_triangular(lower.mT, half, upper=True)
+    half: Tensor = torch.linalg.solve_triangular(lower, basis, upper=False)
+    solved: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)
+    return solved
 
 
 def _solve_singular(corr: Tensor, basis: Tensor, resolution: float) -> Tensor:
@@ -134,4 +135,5 @@ def _solve_singular(corr: Tensor, basis: Tensor, resolution: float) -> Tensor:
     """
     values, vectors = torch.linalg.eigh(corr.mT)  # reads the lower triangle, that is the valid one
     weights = torch.where(values > resolution, 1 / values, torch.ones_like(values))
-    return vectors @ (weights[:, None] * (vectors.mT @ basis))
+    solved: Tensor = vectors @ (weights[:, None] * (vectors.mT @ basis))
+    return solved
