@@ -132,7 +132,9 @@ def test_save_leaves_other_folders_alone(tiny_llama: Any, tmp_path: Path) -> Non
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_failed_save_keeps_the_old_edit(tiny_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_keeps_the_old_edit(
+    tiny_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     edit = every_kind(tiny_llama)
     folder = edit.save(tmp_path / "edit")
 
@@ -161,7 +163,8 @@ def test_checkpoint_holds_the_edit(architecture: str, tmp_path: Path) -> None:
 def test_checkpoint_keeps_an_added_bias_where_the_config_can_say_so(tiny_llama: Any, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    edit = build(tiny_llama, AddVector(Site("resid_post", 1), draw(32)), site_operation("affine", Site("attn_in", 0), 32))
+    affine = site_operation("affine", Site("attn_in", 0), 32)
+    edit = build(tiny_llama, AddVector(Site("resid_post", 1), draw(32)), affine)
     with edit.attach(tiny_llama):
         expected = logits(tiny_llama)
     reloaded = AutoModelForCausalLM.from_pretrained(edit.export_checkpoint(tiny_llama, tmp_path / "out"))
