@@ -1,0 +1,7 @@
+"""Probing classifiers: arrays in, evidence out; no model, no hook and no edit is known here."""
+
+from repforget.probing.intervals import cluster_interval
+from repforget.probing.sweep import SweepResult, fit_sweep
+from repforget.probing.transfer import TransferResult, fit_transfer
+
+__all__ = ["SweepResult", "TransferResult", "cluster_interval", "fit_sweep", "fit_transfer"]
