@@ -84,16 +84,18 @@ def claims(outcome: str) -> tuple[Claim, ...]:
     levels = {"original": 0.94, "floor": 0.065, "placebo": 0.93, "edit": 0.09, "twin-0": 0.06, "twin-1": 0.07}
     shares = {"pass": (0.011, -0.02, 0.038), "fail": (0.27, 0.19, 0.36), "inconclusive": (0.04, -0.03, 0.11)}
     found = []
-    for k, (verifier, measure, access, _) in enumerate(ATTACKS):
+    for verifier, measure, access, _ in ATTACKS:
         status = outcome if verifier == "relearn" else "no power" if verifier == "quantize" else "pass"
         rho, low, high = (math.nan,) * 3 if status == "no power" else shares[status]
         reason = {"pass": "at most 3.8% is left", "fail": "at least 19.0% is left",
                   "inconclusive": "between -3.0% and 11.0% is left",
                   "no power": "the measure does not tell the original from the floor on these items"}[status]
+        needed = 220 if status == "inconclusive" else None
         found.append(Claim(f"{verifier}.{measure}", "knowledge", access, status, reason, 0.05,  # type: ignore[arg-type]
-                           rho, low + k * 1e-3, high, levels, 48, 12, 220 if status == "inconclusive" else None))  # fmt: skip
+                           rho, low, high, levels, 48, 12, needed))  # fmt: skip
+    kept = {**levels, "original": 0.9, "floor": 0.88, "edit": 0.897}
     found.append(Claim("utility.retain_accuracy", "collateral", "black-box", "pass", "at most 1.1% is lost", 0.02,
-                       0.004, -0.003, 0.011, {**levels, "original": 0.9, "floor": 0.88, "edit": 0.897}, 48, 12))  # fmt: skip
+                       0.004, -0.003, 0.011, kept, 48, 12))  # fmt: skip
     return tuple(found)
 
 

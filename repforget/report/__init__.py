@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from repforget.report.data import RESULT_FILE, ReportData, load, save
-from repforget.report.write import write
+from repforget.report.render import write
 
 __all__ = ["RESULT_FILE", "ReportData", "load", "save", "write"]

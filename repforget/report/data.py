@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from repforget.errors import UsageError
 from repforget.records import FORMAT_VERSION, Evidence, Localization, Verdict
-from repforget.store import read_json, write_json
+from repforget.store import json_bytes, read_json, write_json
 
 RESULT_FILE = "result.json"
 
@@ -49,6 +50,11 @@ class ReportData:
             tuple(Localization.from_json(loc) for loc in data["localizations"]),
             tuple(data["edits"]), tuple(data["rungs"]), data["environment"],
         )  # fmt: skip
+
+
+def as_saved(run: ReportData) -> ReportData:
+    """The run as ``result.json`` gives it back, so that a report written again has the same bytes."""
+    return ReportData.from_json(json.loads(json_bytes(run.to_json())))
 
 
 def save(folder: Path, run: ReportData) -> Path:

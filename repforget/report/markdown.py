@@ -31,7 +31,7 @@ def _opening(run: ReportData) -> list[str]:
         f"# {cell(run.recipe['knowledge'])} in {cell(run.recipe['model'])}: {word}", "", cell(verdict.sentence), "",
         f"Artifact: **{verdict.artifact}** · judged on the **{verdict.split}** split · worst measure: "
         f"**{cell(verdict.worst or 'none')}**", "",
-        "## Controls", "", *table(("control", "outcome"), verdict.controls.items()),
+        "## Controls", "", *table(("control", "outcome"), tables.control_rows(verdict)),
     ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from repforget.records import Claim, Evidence, Localization, Verdict
-from repforget.report.series import SHOWN_COMPONENTS, STATUS_SIGNS, finite, sorted_claims, total_cost
+from repforget.report.series import SHOWN_COMPONENTS, STATUS_SIGNS, arm_order, finite, sorted_claims, total_cost
 
 MISSING = "–"
 HEADINGS = ("measure", "access", "original", "floor", "placebo", "edit", "share", "95 % limits", "margin", "status")
@@ -83,6 +83,10 @@ def _row(claim: Claim, evidence: Evidence | None) -> Row:
     counted = f"{claim.n_items} items in {claim.n_clusters} clusters" if claim.n_items else ""
     reason = "; ".join(part for part in (claim.reason + needed, counted) if part)
     return Row(claim, cells, budget, evidence.teaches if evidence else MISSING, reason)
+
+
+def control_rows(verdict: Verdict) -> list[tuple[str, str]]:
+    return [(name, verdict.controls[name]) for name in arm_order(verdict.controls)]
 
 
 def unscored(evidence: Sequence[Evidence]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from repforget.errors import KnowledgeError
 from repforget.report import figures, series, svg, tables
-from repforget.report.data import RESULT_FILE, ReportData, save
+from repforget.report.data import RESULT_FILE, ReportData, as_saved, save
 from repforget.report.markdown import markdown
 from repforget.store import json_bytes, write_atomic
 
@@ -27,7 +27,7 @@ def write(folder: Path, run: ReportData, show_texts: bool = False) -> Path:
     No forget text is written unless ``show_texts``; the texts then come from the knowledge probe, which must be
     the one that was judged (KnowledgeError otherwise). ResourceError when the folder cannot be written.
     """
-    folder = Path(folder)
+    folder, run = Path(folder), as_saved(run)
     texts = leaking_items(run, forget_texts(run)) if show_texts else ()
     save(folder, run)
     plots = {f"{name}.svg": picture.encode() for name, picture in static_plots(run).items()}
