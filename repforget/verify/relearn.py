@@ -23,21 +23,22 @@ _CURVE = ("relearning", "training steps", "probability of the truth on the half 
 MEASURES = {
     "best_step": MeasureInfo("knowledge", "weights", teaches="the other half of the forget clusters", curve=_CURVE),
 }
-RATE_TIMES_WIDTH = 0.128  # 1e-3 at width 128, 3e-5 at width 4096: AdamW's usual peak falls about as 1/width
+RATE_TIMES_WIDTH = 0.04  # 3e-4 at width 128, 1e-5 at width 4096: AdamW's usual rate falls about as 1/width
 Array = NDArray[np.float64]
 
 
 def relearn(
     model: LoadedModel, view: View, *, references: References, seed: int = 0, progress: Progress | None = None,
     steps: int = 24, checks: int = 3, lr: float | None = None, batch_size: int = 16, alternatives: int = 15,
-    train_forms: int = 2, parameters: str = "", max_items: int = 200,
+    train_forms: int = 2, company: float = 3.0, parameters: str = "", max_items: int = 200,
 ) -> Measurement:  # fmt: skip
-    """Fine-tune a copy on half of the forget clusters, ask the other half, then swap the halves.
+    """Fine-tune a copy on half of the forget clusters among retained facts, ask the other half, swap the halves.
 
     ``best_step`` is the contrastive probability of the truth (first question form) on items not taught, at the check
     (0 = before training) with the highest mean, the same maximum on every arm; data, order, seed, ``steps`` and
-    ``lr`` (None: 0.128 / width) are the same on every arm, which a twin needs to be a floor.  ``parameters`` is a
-    regular expression over parameter names (empty: all are trained).  Fact: steps until half of the original's value
+    ``lr`` (None: 0.04 / width) are the same on every arm, which a twin needs to be a floor.  ``company`` retain items
+    per taught item keep the model from forgetting everything else, which would hide what comes back.  ``parameters``
+    is a regular expression over parameter names (empty: all are trained).  Fact: steps until half of the original's value
     above the prior is back.  Source: Deeb and Roger 2024, arXiv 2410.08827.  Cost: two copies one after the other in
     float32 with two optimiser moments each, 2 x ``steps`` training steps, 2 x (``checks`` + 1) passes of questions.
 
@@ -52,6 +53,7 @@ def relearn(
     marks = sorted({round(steps * k / checks) for k in range(checks + 1)})
     parts = []
     for taught, asked in track(progress, [halves, halves[::-1]], "relearning"):
+        taught = (*taught, *ask.limited(view.support, round(company * len(taught)), seed))
         asked = ask.limited(asked, max_items // 2, seed)
         parts.append((asked, _curve(model, taught, asked, view, marks, lr, batch_size, train_forms, alternatives,
                                     parameters, seed)))  # fmt: skip
