@@ -1,4 +1,4 @@
-"""Verifiers on planted models: the layer that holds the facts is known, and the base is an aligned model that never knew."""
+"""Verifiers on planted models: the layer with the facts is known, and the base is an aligned model that never knew."""
 
 from __future__ import annotations
 

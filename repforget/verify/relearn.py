@@ -38,7 +38,7 @@ def relearn(
     (0 = before training) with the highest mean, the same maximum on every arm; data, order, seed, ``steps`` and
     ``lr`` (None: 0.04 / width) are the same on every arm, which a twin needs to be a floor.  ``company`` retain items
     per taught item keep the model from forgetting everything else, which would hide what comes back.  ``parameters``
-    is a regular expression over parameter names (empty: all are trained).  Fact: steps until half of the original's value
+    is a regular expression over parameter names (empty: all).  Fact: steps until half of the original's value
     above the prior is back.  Source: Deeb and Roger 2024, arXiv 2410.08827.  Cost: two copies one after the other in
     float32 with two optimiser moments each, 2 x ``steps`` training steps, 2 x (``checks`` + 1) passes of questions.
 

@@ -1,4 +1,4 @@
-"""What every verifier owes, found by discovery: described measures, plain data, nothing left behind, same bytes twice."""
+"""What every verifier owes: described measures, plain data, nothing left behind, the same bytes twice."""
 
 from __future__ import annotations
 
