@@ -29,7 +29,7 @@ class ClusterRule(_Strict):
     """Where the cluster of an item comes from: a column of the file, or every ``rows`` consecutive rows."""
 
     column: str | None = None
-    rows: int | None = Field(None, ge=1)
+    rows: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _one_of_two(self) -> ClusterRule:

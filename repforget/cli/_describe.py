@@ -27,10 +27,15 @@ class Description:
         return {**vars(self), "settings": [list(row) for row in self.settings]}
 
 
-def checked_room(name: str | None) -> str:
-    if name not in ROOMS:
-        raise UnknownNameError(f"There is no stage '{name}': {nearest(str(name), ROOMS)}")
-    return name
+def asked_for(first: str | None, second: str | None) -> tuple[tuple[str, ...], str | None]:
+    """(stages, method) of ``methods [STAGE] [METHOD]``, where a method alone names its stage too."""
+    if first is None or first in ROOMS:
+        return (ROOMS if first is None else (first,)), second
+    homes = tuple(room for room in ROOMS if first in discover.names(room))
+    if homes and second is None:
+        return homes[:1], first
+    known = (*ROOMS, *(name for room in ROOMS for name in discover.names(room)))
+    raise UnknownNameError(f"There is no stage or method '{first}': {nearest(first, known)}")
 
 
 def describe(room: str, name: str) -> Description:

@@ -44,6 +44,8 @@ def guarded(arguments: Sequence[str]) -> int:
         if state.debug:
             traceback.print_exc()
         return _failed(error, state)
+    if code == INTERRUPTED:  # how typer reports Ctrl-C
+        return _interrupted(state)
     return code if isinstance(code, int) else 0
 
 

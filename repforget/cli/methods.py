@@ -11,26 +11,26 @@ from repforget.cli._output import print_json, print_table
 
 
 def command(
-    room: Annotated[str | None, typer.Argument(help="locate, edit or verify.")] = None,
+    stage: Annotated[str | None, typer.Argument(help="locate, edit or verify; or a method.")] = None,
     name: Annotated[str | None, typer.Argument(help="One method, explained in full.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
     as_json: o.AsJson = False,
 ) -> None:
     """List the methods of each stage, or explain one of them.
 
-    ROOM is locate, edit or verify; NAME is one of its methods.
+    STAGE is locate, edit or verify; NAME is one of its methods, and may be given alone.
     """
     from repforget.cli import _describe as d
 
-    if name is not None:
-        chosen = d.describe(d.checked_room(room), name)
+    rooms, method = d.asked_for(stage, name)
+    if method is not None:
+        chosen = d.describe(rooms[0], method)
         if as_json:
             print_json(chosen.to_json())
             return
         typer.echo(f"{chosen.room} {chosen.name}\n\n{chosen.docstring}\n")
         print_table(("setting", "type", "default"), chosen.settings)
         return
-    rooms = d.ROOMS if room is None else (d.checked_room(room),)
     if as_json:
         print_json({key: [entry.to_json() for entry in d.described(key)] for key in rooms})
     elif markdown:
