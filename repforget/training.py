@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repforget.errors import UsageError
+from repforget.errors import NumericalError, UsageError
 
 Schedule = Literal["cosine", "linear", "constant"]
 NO_LABEL = -100
@@ -37,9 +38,7 @@ class Example:
                 f"Example: {len(self.tokens)} tokens but {len(self.labelled)} marks: give one mark per token."
             )
         if not any(self.labelled[1:]):
-            raise UsageError(
-                "Example labels no token after the first: mark at least one token that is to be learned."
-            )
+            raise UsageError("Example labels no token after the first: mark at least one token that is to be learned.")
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,7 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
         marked = torch.tensor(example.labelled)
         labels[row, :size][marked] = ids[row, :size][marked]
     labels[:, 0] = NO_LABEL
-    return {
-        name: t.to(device) for name, t in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))
-    }
+    return {name: t.to(device) for name, t in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
 
 
 def label_loss(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -110,25 +107,58 @@ def learning_rate(step: int, total: int, peak: float, warmup: int, schedule: Sch
     return peak * (1.0 - done) if schedule == "linear" else peak * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def _select(module: nn.Module, trainable: Callable[[str], bool] | None) -> list[tuple[str, nn.Parameter]]:
+def _select(module: nn.Module, trainable: Callable[[str], bool] | None) -> list[nn.Parameter]:
     """Return the parameters to train; a filter that matches nothing is an error."""
-    chosen = [(name, p) for name, p in module.named_parameters() if trainable is None or trainable(name)]
+    chosen = [p for name, p in module.named_parameters() if trainable is None or trainable(name)]
     if not chosen:
-        raise UsageError(
-            "The parameter filter matches none of the model's parameters: check it against the names."
-        )
+        raise UsageError("The parameter filter matches none of the model's parameters: check it against the names.")
     return chosen
 
 
-def _optimizer(
-    chosen: Sequence[tuple[str, nn.Parameter]], lr: float, decay: float, beta2: float
-) -> torch.optim.AdamW:
+@contextmanager
+def _only(module: nn.Module, chosen: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let gradients flow to ``chosen`` alone; afterwards every flag is as before and no gradient is left."""
+    before = [(p, p.requires_grad) for p in module.parameters()]
+    wanted = {id(p) for p in chosen}
+    for parameter, _ in before:
+        parameter.requires_grad_(id(parameter) in wanted)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, flag in before:
+            parameter.grad = None
+            parameter.requires_grad_(flag)
+
+
+def _masters(chosen: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Float32 stand-ins for half-precision parameters, so that steps too small for their grid still add up."""
+    return [p if p.dtype.itemsize >= 4 else p.detach().float().requires_grad_() for p in chosen]
+
+
+def _optimizer(masters: Sequence[Tensor], lr: float, decay: float, beta2: float) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only (vectors are norms and biases)."""
     groups = [
-        {"params": [p for _, p in chosen if p.ndim >= 2], "weight_decay": decay},
-        {"params": [p for _, p in chosen if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in masters if p.ndim >= 2], "weight_decay": decay},
+        {"params": [p for p in masters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, beta2))
+
+
+def _update(
+    accelerator: Any, optimizer: Any, chosen: Sequence[nn.Parameter], masters: Sequence[Tensor], clip: float
+) -> None:
+    """Take one clipped optimiser step on the masters and copy the result into the parameters."""
+    for parameter, master in zip(chosen, masters, strict=True):
+        if master is not parameter and parameter.grad is not None:
+            master.grad, parameter.grad = parameter.grad.float(), None
+    accelerator.clip_grad_norm_(masters, clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for parameter, master in zip(chosen, masters, strict=True):
+            if master is not parameter:
+                parameter.copy_(master)
 
 
 def finetune(
@@ -154,42 +184,43 @@ def finetune(
     ``examples`` is a sequence (shuffled and batched here, by ``seed``) or an iterable of ready batches.
     ``trainable`` picks parameters by name (all others keep their bits and their ``requires_grad``);
     ``extra_loss`` adds a term, for example a penalty; ``on_step`` sees every step and may raise to stop.
-    ``autocast`` multiplies in bfloat16 while weights stay as they are.  Dropout is off: the module is
-    trained in the mode it arrives in.
+    ``autocast`` multiplies in bfloat16 while weights stay as they are.  The module keeps its mode: one in
+    evaluation mode trains without dropout.  Raises NumericalError when the loss is not finite.
 
-    Costs one forward and one backward pass per step, and two extra copies of the trained parameters.  A low
-    loss does not show that the facts generalise beyond the texts given; measure that on other texts.
+    Costs one forward and one backward pass per step, and two float32 copies of the trained parameters (three
+    where they are half precision).  A low loss does not show that facts generalise beyond the texts given.
     """
     from accelerate import Accelerator
 
     chosen = _select(module, trainable)
-    before = {name: p.requires_grad for name, p in module.named_parameters()}
-    names = {name for name, _ in chosen}
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name in names)
-    device = chosen[0][1].device
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
-    optimizer = accelerator.prepare_optimizer(_optimizer(chosen, lr, weight_decay, beta2))
+    device = chosen[0].device
+    masters = _masters(chosen)
+    accelerator = Accelerator(device_placement=False)
+    optimizer = accelerator.prepare_optimizer(_optimizer(masters, lr, weight_decay, beta2))
     stream = iter(batches(examples, batch_size, seed) if isinstance(examples, Sequence) else examples)
     losses: list[float] = []
-    try:
-        for index in range(steps):
-            batch = collate(next(stream), device)
+    with _only(module, chosen):
+        for index, rows in zip(range(steps), stream, strict=False):
+            batch = collate(rows, device)
             rate = learning_rate(index, steps, lr, warmup, schedule)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
                 loss = label_loss(module, batch)
                 total = loss if extra_loss is None else loss + extra_loss(module)
-            optimizer.zero_grad(set_to_none=True)
+            losses.append(_finite(loss, index))
             accelerator.backward(total)
-            accelerator.clip_grad_norm_([p for _, p in chosen], clip)
-            optimizer.step()
-            losses.append(float(loss.detach()))
+            _update(accelerator, optimizer, chosen, masters, clip)
             if on_step is not None:
                 on_step(Step(index + 1, steps, losses[-1], rate, int(batch["attention_mask"].sum())))
-    finally:
-        optimizer.zero_grad(set_to_none=True)
-        for name, parameter in module.named_parameters():
-            parameter.requires_grad_(before[name])
+    if len(losses) < steps:
+        raise UsageError(f"The batches ended after {len(losses)} of {steps} steps: give more, or fewer steps.")
     return losses
+
+
+def _finite(loss: Tensor, index: int) -> float:
+    """Return the loss as a number, or refuse to go on from one that is not finite."""
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise NumericalError(f"The training loss is {value} at step {index + 1}: lower the learning rate.")
+    return value

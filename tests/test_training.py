@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from repforget.errors import UsageError
+from repforget.errors import NumericalError, UsageError
 from repforget.training import NO_LABEL, Example, batches, collate, finetune, label_loss, learning_rate
 
 
@@ -180,3 +180,37 @@ def test_extra_loss_is_added() -> None:
     )
     moved, kept = ((m.lm_head.weight - start).norm() for m in (plain, held))
     assert kept < 0.7 * moved
+
+
+def test_half_precision_weights_add_up_steps_that_their_own_grid_would_swallow() -> None:
+    """At lr 1e-4 a step is far below half a bfloat16 spacing of 1.0; sixty of them are not."""
+    module = _model().to(torch.bfloat16)
+    for parameter in module.parameters():
+        torch.nn.init.constant_(parameter, 1.0)
+    one = copy.deepcopy(module)
+    finetune(one, _examples(), steps=1, lr=1e-4, seed=0, schedule="constant")
+    many = copy.deepcopy(module)
+    finetune(many, _examples(), steps=60, lr=1e-4, seed=0, schedule="constant")
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), module.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(many.parameters(), module.parameters(), strict=True))
+    assert {p.dtype for p in many.parameters()} == {torch.bfloat16}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run() -> None:
+    module = _model()
+    with torch.no_grad():
+        module.lm_head.weight[3] = float("nan")
+    with pytest.raises(NumericalError, match="at step 1: lower the learning rate"):
+        finetune(module, _examples(), steps=2, lr=1e-3, seed=0)
+
+
+def test_batches_that_end_early_are_an_error() -> None:
+    with pytest.raises(UsageError, match="ended after 2 of 5 steps"):
+        finetune(_model(), iter([_examples(), _examples()]), steps=5, lr=1e-3, seed=0)
+
+
+def test_training_works_inside_no_grad() -> None:
+    module = _model()
+    with torch.no_grad():
+        losses = finetune(module, _examples(), steps=30, lr=1e-2, seed=0)
+    assert losses[-1] < 0.8 * losses[0]
