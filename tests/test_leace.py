@@ -471,6 +471,15 @@ def test_mean_direction_leaves_no_difference_along_itself(center: Any) -> None:
     torch.testing.assert_close(moved @ direction, torch.full((len(moved),), level, dtype=F64), rtol=1e-5, atol=1e-5)
 
 
+def test_sites_without_a_difference_are_left_alone_or_refused() -> None:
+    model, data = edit_models.model(), edit_models.people().for_editor()
+    edit = mean_direction(model, data)  # at attn_in.0 the last token is the same for everyone
+    assert edit.touched == ("mlp_in.0", "attn_in.1", "mlp_in.1")
+    assert edit.manifest.notes == ("no difference of means at attn_in.0: left alone",)
+    with pytest.raises(NoEffectError, match="same mean at attn_in.0"):
+        mean_direction(model, data, sites=["attn_in.0", "mlp_in.1"])
+
+
 def test_principal_directions_keep_the_mean_that_centring_would_remove() -> None:
     """A constant shift of the forget points is the leading uncentred direction; centred PCA cannot see it."""
     model, data = edit_models.model(), edit_models.people().for_editor()

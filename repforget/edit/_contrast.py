@@ -16,6 +16,8 @@ from repforget.models.load import LoadedModel
 from repforget.progress import Progress
 from repforget.records import Site
 
+NOTHING = 1e-9  # a difference below this share of the means is rounding
+
 
 @dataclass(frozen=True)
 class Contrast:
@@ -29,13 +31,15 @@ class Contrast:
 
 def contrasts(
     model: LoadedModel, sites: Sequence[Site], forget: Sequence[Fact], retain: Sequence[Fact], *,
-    positions: Positions = "last", rank: int = 1, principal: bool = False, progress: Progress | None = None,
+    positions: Positions = "last", rank: int = 1, principal: bool = False, required: bool = True,
+    progress: Progress | None = None,
 ) -> dict[Site, Contrast]:  # fmt: skip
     """Contrast forget and retain points at each site.
 
     ``directions`` is the normalised mean difference, or (``principal``) the ``rank`` leading directions of the
     *uncentred* second moment of (forget point - retain mean of its relation): centring would remove the very
-    signal. Cost: one pass over all facts, a second over the forget facts with ``principal``.
+    signal. Sites where the means agree are left out, or (``required``) refused with NoEffectError.
+    Cost: one pass over all facts, a second over the forget facts with ``principal``.
     """
     points = read_points(model, (*forget, *retain), positions)
     concept = membership_concept(points, frozenset(fact.id for fact in forget))
@@ -54,11 +58,14 @@ def contrasts(
         for site in group:
             difference = contrast(concept, seen[site])
             length = float(difference.norm())
-            if length == 0.0:
-                raise NoEffectError(f"Forget and retain facts have the same mean at {site}, so there is no direction "
-                                    "to edit along: choose a later layer, or positions='subject'.")  # fmt: skip
+            if length <= NOTHING * float(means[site].norm(dim=1).max()):
+                continue
             directions = moved[site] if principal else (difference / length)[None]
             out[site] = Contrast(difference, _retain_mean(concept, seen[site].mean_z, means[site]), directions)
+    absent = [str(site) for site in sites if site not in out]
+    if absent and (required or not out):
+        raise NoEffectError(f"Forget and retain facts have the same mean at {', '.join(absent)}, so there is no "
+                            "direction to edit along: choose later layers, or positions='subject'.")  # fmt: skip
     return out
 
 

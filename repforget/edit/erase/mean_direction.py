@@ -35,7 +35,8 @@ def mean_direction(
         center: "retain" moves points to the retain mean along V, "none" to zero.
         max_facts: facts read per set, chosen by seed.
 
-    Raises NoEffectError where the means agree. Cost: one pass over the facts, two with "principal".
+    Raises NoEffectError where the means agree (with "auto": at every site; some sites are noted and left alone).
+    Cost: one pass over the facts, two with "principal".
     """
     if rank < 1 or (rank > 1 and directions == "mean"):
         raise UsageError(f"A difference of means is one direction and rank={rank} was asked for: give rank=1, or "
@@ -43,7 +44,8 @@ def mean_direction(
     chosen = choose_sites(model, sites, where, kinds=("attn_in", "mlp_in"), top_layers=top_layers)
     found = contrasts(
         model, chosen, subsample(data.forget, max_facts, seed), subsample(data.retain, max_facts, seed),
-        positions=positions, rank=rank, principal=directions == "principal", progress=progress,
+        positions=positions, rank=rank, principal=directions == "principal", required=sites != "auto",
+        progress=progress,
     )  # fmt: skip
     operations = [
         Affine(site, c.directions.mT, c.directions, c.retain_mean if center == "retain" else None)
@@ -53,4 +55,6 @@ def mean_direction(
         "sites": [str(site) for site in chosen], "top_layers": top_layers, "positions": positions,
         "directions": directions, "rank": rank, "center": center, "max_facts": max_facts,
     }  # fmt: skip
-    return Edit.build("mean_direction", settings, model, data.digest, operations, sites=chosen)
+    absent = [str(site) for site in chosen if site not in found]
+    notes = [f"no difference of means at {', '.join(absent)}: left alone"] if absent else []
+    return Edit.build("mean_direction", settings, model, data.digest, operations, sites=list(found), notes=notes)

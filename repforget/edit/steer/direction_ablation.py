@@ -52,8 +52,8 @@ def direction_ablation(
     forget, retain = subsample(data.forget, max_facts, seed), subsample(data.retain, max_facts, seed)
     candidates = _candidates(model, site, where)
     found = contrasts(model, candidates, forget, retain, positions=positions, rank=rank,
-                      principal=directions == "principal", progress=progress)  # fmt: skip
-    chosen = candidates[0] if len(candidates) == 1 else _furthest(model, found, forget, retain, positions)
+                      principal=directions == "principal", required=site != "auto", progress=progress)  # fmt: skip
+    chosen = next(iter(found)) if len(found) == 1 else _furthest(model, found, forget, retain, positions)
     basis = orthonormal(found[chosen].directions)
     settings = {"site": str(chosen), "positions": positions, "directions": directions, "rank": rank,
                 "max_facts": max_facts}  # fmt: skip
