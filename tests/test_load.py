@@ -257,6 +257,31 @@ def test_an_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp
         assert "organism:bios" in sentence(error)
 
 
+def test_estimates_of_hub_models_read_headers_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import SafetensorsRepoMetadata
+    from huggingface_hub.utils._safetensors import SafetensorsFileMetadata, TensorInfo
+
+    from repforget.models import load as room
+
+    infos = {n: TensorInfo(dtype=c, shape=list(s), data_offsets=(0, 0)) for n, c, s in _files.headers(folder)}
+    one = SafetensorsFileMetadata(metadata={}, tensors=infos)
+    files = {"model.safetensors": one}
+    whole = SafetensorsRepoMetadata(metadata=None, sharded=False, weight_map={}, files_metadata=files)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda _name, revision=None: whole)
+    config = room._config("local", str(folder), False, None)
+    monkeypatch.setattr(room, "_config", lambda *_: config)
+    ours, local = estimate("owner/model"), estimate(str(folder))
+    assert (ours.parameters, ours.bytes, ours.dtype) == (local.parameters, local.bytes, local.dtype)
+
+
+def test_offloaded_weights_cannot_be_hashed() -> None:
+    module = build("llama")
+    module.model.layers[0].mlp.down_proj.to("meta")
+    with pytest.raises(ModelLoadError, match=r"layers\.0\.mlp\.down_proj\.weight' is offloaded"):
+        fingerprint(module)
+
+
 def test_organisms_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="did you mean 'organism:bios'"):
         load("organism:bio")

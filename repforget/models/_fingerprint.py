@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from repforget.errors import ModelLoadError
 from repforget.models._names import core
 
 CHUNK = 1 << 24  # elements hashed at a time, so that memory does not grow with the tensor
@@ -22,7 +23,12 @@ def fingerprint(module: nn.Module) -> str:
     memory of one chunk per thread.
     """
     module = core(module)
-    tensors = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if _is_tensor(tensor)}
+    state = module.state_dict(keep_vars=True)
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    away = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
+    if away is not None:
+        raise ModelLoadError(f"Weight '{away}' is offloaded from memory, so that the model's content cannot be "
+                             "hashed; use a device_map without offloading, or a smaller dtype.")  # fmt: skip
     distinct = {(t.data_ptr(), t.shape, t.dtype, t.device, t.stride()): t for t in tensors.values()}
     with ThreadPoolExecutor(max_workers=2) as pool:  # hashing releases the interpreter lock
         digests = dict(zip(distinct, pool.map(_digest, distinct.values()), strict=True))
@@ -31,10 +37,6 @@ def fingerprint(module: nn.Module) -> str:
         t = tensors[name]
         whole.update(name.encode() + b"\0" + digests[(t.data_ptr(), t.shape, t.dtype, t.device, t.stride())])
     return whole.hexdigest()
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
 
 
 def _digest(tensor: Tensor) -> bytes:

@@ -1,7 +1,7 @@
 """Plain hooks on the user's own module: read, write, stop early. The default source of activations.
 
-Reading costs nothing measurable beyond the forward pass (experiments/speed), ends right after the deepest
-requested site and skips the vocabulary projection. Nothing stays behind: every hook is removed on the way
+Reading adds some tens of microseconds per site to the forward pass (experiments/speed), ends right after the
+deepest requested site and skips the vocabulary projection. Nothing stays behind: every hook is removed on the way
 out, whatever happens inside.
 """
 
@@ -177,6 +177,9 @@ def _without_checkpointing(module: nn.Module) -> Iterator[None]:
 
 
 def _check_finite(found: Mapping[Site, Tensor], wanted: Iterable[Site], batch: Batch, gather: Gather) -> None:
+    sums = [found[site].detach().sum(dtype=torch.promote_types(found[site].dtype, torch.float32)) for site in wanted]
+    if bool(torch.stack([s.to(sums[0].device) for s in sums]).isfinite().all()):  # one look, one synchronisation
+        return
     for site in wanted:
         value = found[site].detach()
         if isinstance(gather, str) and gather == "all":  # padding may hold anything

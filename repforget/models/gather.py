@@ -55,6 +55,11 @@ class Batch:
         return (self.mask.long() * columns).argmax(1)
 
     @cached_property
+    def rows(self) -> Tensor:
+        """0, 1, ..., b - 1."""
+        return torch.arange(len(self.ids), device=self.ids.device)
+
+    @cached_property
     def counted(self) -> Tensor:
         """Tokens that enter a statistic [b, s] bool: real, and not the first of their row (position 0 carries
         massive activations) unless it is the only one."""
@@ -79,7 +84,7 @@ def select(x: Tensor, batch: Batch, gather: Gather) -> Tensor:
     """
     if x.ndim == 2 and len(x) == batch.mask.numel():
         x = x.view(*batch.mask.shape, -1)
-    rows = torch.arange(len(x), device=x.device)
+    rows = batch.rows.to(x.device)
     if isinstance(gather, Tensor):
         where = positions(gather, batch).to(x.device)
         return x[rows, where] if where.ndim == 1 else x[rows[:, None], where]  # indexing copies

@@ -298,6 +298,9 @@ def _refusal(name: str, reason: Exception) -> ModelLoadError:
     if "trust_remote_code" in text:
         return ModelLoadError(f"Model '{name}' brings its own code, which repforget does not run unless you "
                               "say trust_remote_code: true.")  # fmt: skip
+    if "safetensors" in text:
+        return ModelLoadError(f"Model '{name}' has no safetensors weights, and other formats can run code when they "
+                              f"are read ({_short(reason)}); choose a revision that has them.")  # fmt: skip
     if isinstance(reason, json.JSONDecodeError):
         return ModelLoadError(f"The config.json of '{name}' is not valid JSON ({_short(reason)}).")
     if not Path(name).exists() and not name.startswith(_files.ORGANISM):
