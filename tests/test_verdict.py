@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from repforget.errors import ControlError
-from repforget.records import Evidence, ItemScores, Verdict
+from repforget.records import Access, Evidence, ItemScores, Verdict
 from repforget.verify._claims import Rule, claims
 from repforget.verify.verdict import judge, outcome, worst_claim
 
@@ -35,8 +35,9 @@ def knowledge(name: str = "behaviour.contrastive", *, edit: float = 0.05, placeb
     levels = {"original": (original, 1), "edit": (edit, 2), "placebo": (placebo, 3)}
     arms = {arm: column(level, seed, noise) for arm, (level, seed) in levels.items()}
     arms |= {f"twin-{k}": column(0.05 if k == 0 else second, 10 + k, noise) for k in range(twins)}
+    access: Access = "black-box" if measure == "exact_match" else "logits"
     before = None if prior is None else column(prior, 4, 0.0)
-    return Evidence(verifier, measure, "knowledge", "logits", votes, arms, before, {"steps": 24.0})
+    return Evidence(verifier, measure, "knowledge", access, votes, arms, before, {"steps": 24.0, "max_items": 9.0})
 
 
 def collateral(name: str = "collateral.retain", *, edit: float = 0.95, placebo: float = 0.95, twins: int = 2,
@@ -55,17 +56,18 @@ def test_an_edit_at_the_twin_level_passes() -> None:
     assert verdict.controls == {"original": "as expected", "placebo": "as expected", "twin-1": "as expected"}
     assert verdict.sentence.startswith("Robust to attack")
     assert "steps 24" in verdict.sentence
+    assert "max_items" not in verdict.sentence
 
 
 def test_one_surviving_attack_fails_and_is_named() -> None:
-    verdict = judge([knowledge(), knowledge("reprobe.mlp", edit=0.8), collateral()])
+    verdict = judge([knowledge("behaviour.exact_match"), knowledge("reprobe.mlp", edit=0.8), collateral()])
     assert verdict.outcome == "fail"
     assert verdict.worst == "reprobe.mlp"
     assert verdict.sentence.startswith("Suppressed: ")
 
 
 def test_retained_in_behaviour_is_not_called_suppressed() -> None:
-    verdict = judge([knowledge(edit=0.9), collateral()])
+    verdict = judge([knowledge(edit=0.9), knowledge("behaviour.exact_match", edit=0.9), collateral()])
     assert verdict.outcome == "fail"
     assert "still there" in verdict.sentence
     claim = verdict.claims[0]
@@ -174,6 +176,8 @@ def test_below_the_floor_is_reported_as_over_unlearned() -> None:
     verdict = judge([knowledge(edit=0.0, twins=0, prior=0.2, noise=0.01), collateral(twins=0)])
     assert verdict.claims[0].status == "inconclusive"
     assert "over-unlearned" in verdict.claims[0].reason
+    silent = judge([knowledge("behaviour.exact_match", edit=0.0, twins=0, prior=0.2, noise=0.01), collateral(twins=0)])
+    assert silent.claims[0].status == "pass", "declining to answer is not avoiding the truth"
 
 
 def test_no_success_at_all_keeps_an_upper_limit_above_zero() -> None:

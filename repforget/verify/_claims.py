@@ -124,10 +124,11 @@ def _knowledge(data: _Aligned, floor: Array, rule: Rule) -> tuple[st.Interval, f
     return share, max(rule.margin, data.noise / float(gap.mean()))
 
 
-def _status(share: st.Interval, margin: float) -> tuple[ClaimStatus, str]:
+def _status(share: st.Interval, margin: float, forced: bool) -> tuple[ClaimStatus, str]:
+    """``forced``: the measure makes the model choose, so that lying below the floor means avoiding the truth."""
     if share.low > margin:
         return "fail", f"at least {share.low:.1%} is left, the margin is {margin:.1%}"
-    if share.high < -margin:
+    if share.high < -margin and forced:
         return "inconclusive", (f"over-unlearned: {-share.point:.1%} below the floor, so that the answer is avoided, "
                                 "which itself tells something")  # fmt: skip
     if share.high < margin:
@@ -156,7 +157,8 @@ def _claim(evidence: Evidence, rule: Rule, target: str, twins: Sequence[str]) ->
         return (base if evidence.votes else replace(base, status="descriptive")), 1.0
     if knowledge and data.floor is not None:
         share, margin = _knowledge(data, data.floor, rule)
-        status, reason = _status(share, margin)
+        # A model that declines to answer is below the floor of a black-box measure and gives nothing away.
+        status, reason = _status(share, margin, evidence.access != "black-box")
         reason += f"; floor: {data.floor_name}"
     else:
         lost = data.original - data.target

@@ -38,10 +38,10 @@ def worst_claim(found: Sequence[Claim]) -> Claim | None:
     failing = [c for c in found if c.status == "fail"]
     known = [c for c in failing if c.kind == "knowledge"]
     if failing:
-        return max(known or failing, key=lambda c: (c.rho_low - c.margin, c.name))
+        return max(known or failing, key=lambda c: c.rho_low - c.margin)  # of equals the first, which is the cheapest
     open_claims = [c for c in found if c.status == "inconclusive"]
     pool = open_claims or _voting(found, "knowledge")
-    return max(pool, key=lambda c: (c.rho_high - c.margin, c.name), default=None)
+    return max(pool, key=lambda c: c.rho_high - c.margin, default=None)
 
 
 def controls(evidence: Sequence[Evidence], rule: Rule) -> tuple[dict[str, str], bool]:
@@ -113,7 +113,8 @@ def judge(
 
 
 def _at_budget(claim: Claim, budget: Mapping[str, float]) -> str:
-    spent = ", ".join(f"{key} {value:g}" for key, value in budget.items())
+    limits = ("max_", "alternatives")  # of what is asked, not of the attack
+    spent = ", ".join(f"{key} {value:g}" for key, value in budget.items() if not key.startswith(limits))
     return f"{claim.name} at budget {spent or 'one pass'}"
 
 
@@ -142,9 +143,9 @@ def _failure(found: Sequence[Claim], worst: Claim, budget: Mapping[str, float]) 
     if worst.kind == "collateral":
         return (f"The edit does damage: {worst.name} lost {worst.rho:.1%} (at least {worst.rho_low:.1%}), and the "
                 f"limit is {worst.margin:.1%}.")  # fmt: skip
-    seen = [c for c in _voting(found, "knowledge") if c.name.startswith("behaviour.")]
+    seen = [c for c in _voting(found, "knowledge") if c.access == "black-box"]
     left = f"{worst.rho:.0%} (at least {worst.rho_low:.0%}) of what the original knew above the floor"
-    if seen and all(c.status == "pass" for c in seen):
+    if seen and all(c.status != "fail" for c in seen):
         return f"Suppressed: the answers are gone from behaviour, but {_at_budget(worst, budget)} still finds {left}."
     return f"The knowledge is still there: {_at_budget(worst, budget)} finds {left}."
 
