@@ -46,6 +46,8 @@ def greedy_answers(
             for _ in range(limit):
                 best = module(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
                 ids = torch.cat([ids, best], dim=1)
+                if (ids[:, length:] == tokenizer.eos_token_id).any(dim=1).all():
+                    break
             for row, tail in zip(rows, ids[:, length:].tolist(), strict=True):
                 cut = tail.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tail else len(tail)
                 answers[row] = tokenizer.decode(tail[:cut])
