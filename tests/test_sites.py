@@ -214,6 +214,35 @@ def test_known_exceptions_are_refused(kind: str, arguments: dict[str, Any], word
         site_map(automatic.from_config(config))
 
 
+def test_a_parallel_block_in_disguise_is_found_out() -> None:
+    """Two norms, but both read resid_pre: the sum is right and resid_mid would be wrong."""
+    module: Any = build("gpt_neox")
+    module.config.use_parallel_residual = False  # not what its blocks do
+    with pytest.raises(SiteError, match=r"resid_mid in layer 0|what the MLP reads in layer 0"):
+        check_sites(module, batch())
+
+
+def test_what_is_no_language_model_is_refused() -> None:
+    from transformers import AutoModel
+
+    with pytest.raises(SiteError, match="not a transformers causal language model"):
+        site_map(torch.nn.Linear(2, 2))
+    with pytest.raises(SiteError, match="missing: unembedding"):
+        site_map(AutoModel.from_config(build("llama").config))
+
+
+def test_the_language_part_of_a_multimodal_model_is_covered() -> None:
+    import transformers
+
+    text = build("gemma3").config.to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    module = transformers.Gemma3ForConditionalGeneration(config).eval()
+    assert site_map(module).n_layers == LAYERS
+    assert check_sites(module, batch()) < 1e-5
+
+
 def test_the_map_is_read_again_when_blocks_are_removed() -> None:
     module = build("llama")
     assert site_map(module).n_layers == 2

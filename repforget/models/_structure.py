@@ -101,6 +101,9 @@ def block_list(module: nn.Module, depth: int) -> str:
 def anatomy(module: nn.Module) -> Anatomy:
     """Read the anatomy of ``module``; raises SiteError with the coverage where anything is unknown."""
     config = text_config(module)
+    if not hasattr(config, "num_hidden_layers") or not hasattr(module, "get_output_embeddings"):
+        raise SiteError(f"{type(module).__name__} is not a transformers causal language model with a configuration, so "
+                        "that it has no sites; load it with repforget.load.")  # fmt: skip
     _refuse_known_exceptions(module, config)
     depth = int(config.num_hidden_layers)
     root = block_list(module, depth)

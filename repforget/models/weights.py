@@ -122,6 +122,9 @@ def _ref(module: nn.Module, path: str, role: Role, layer: int = -1, **facts: Any
         raise SiteError(f"Module '{path}' carries an adapter, so that its weight alone is not what the model "
                         "computes with; merge the adapter first (merge_and_unload).")  # fmt: skip
     weight = getattr(owner, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_meta:
+        raise SiteError(f"The weight of '{path}' is offloaded from memory and cannot be read or written; load the "
+                        "model without offloading.")  # fmt: skip
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
         raise SiteError(f"The weight of '{path}' is not a plain matrix (quantised or packed); dequantise the "
                         "model or load the full-precision checkpoint.")  # fmt: skip
