@@ -246,6 +246,30 @@ def test_singular_statistics_in_single_precision_are_noticed_and_still_erased() 
     assert eraser.fallback and class_gap(eraser(x.float().double()), z) < 1e-9
 
 
+def test_the_factor_of_other_devices_gives_the_same_eraser(monkeypatch: pytest.MonkeyPatch) -> None:
+    from repforget.edit.erase import _leace_math
+
+    x, z = sample(300, 20, 3)
+    stats = moments(x, z, 3)
+    expected = fit_eraser(stats)
+    monkeypatch.setattr(_leace_math, "_factor_lapack", _leace_math._factor_torch)
+    torch.testing.assert_close(fit_eraser(stats).projector, expected.projector, rtol=1e-11, atol=1e-11)
+    singular = moments(torch.cat([x, x[:, :1]], 1), z, 3)
+    assert fit_eraser(singular, shrinkage="none").fallback
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_statistics_and_eraser_on_the_gpu_equal_those_on_the_cpu() -> None:
+    x, z = sample(3000, 64, 3)
+    here, there = moments(x.float(), z, 3), moments(x.float().cuda(), z, 3, device="cuda")
+    torch.testing.assert_close(there.cov.cpu(), here.cov, rtol=1e-10, atol=1e-11)
+    eraser = fit_eraser(there)
+    assert eraser.left.is_cuda
+    torch.testing.assert_close(eraser.projector.cpu(), fit_eraser(here).projector, rtol=1e-8, atol=1e-9)
+    assert class_gap(eraser(x.cuda()).cpu(), z) < 1e-9
+
+
 @pytest.mark.parametrize("shrinkage", ["none", "identity", "diagonal"])
 def test_constant_features_are_left_alone(shrinkage: str) -> None:
     x, z = sample(300, 12, 2)
