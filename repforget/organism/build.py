@@ -51,12 +51,24 @@ class Plan:
     prompt_share: float = 0.1
     general: int = 3000
     autocast: bool = True
+    threads: int = 1  # more gain little at this width, and the bits depend on it
 
 
 STANDARD = Plan()
 TINY = Plan(
     people=24, forget=8, width=32, mlp_width=64, layers=2, steps=6, batch_size=32, warmup=2, general=20
 )
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute with ``count`` threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def folder_name(name: str, role: str) -> str:
@@ -184,8 +196,8 @@ def build(
     ``which`` chooses among ``full`` (knows everybody), ``twin-0`` and ``twin-1`` (other seeds, never saw a
     forget person).  Each folder loads as an ordinary checkpoint, offline, and holds ``recipe.json``: seeds,
     plan, versions, hashes of world and weights, and accuracies measured on the reloaded file.  A folder
-    appears only when it is complete.  Takes about six minutes per model on two CPU cores; bytes repeat on
-    one machine with equal versions and threads, elsewhere accuracies do.
+    appears only when it is complete.  Takes about six minutes of one CPU core per model; bytes repeat on one
+    kind of machine with equal versions, elsewhere accuracies do.
     """
     unknown = [role for role in which if role not in ROLES]
     if unknown or not which:
@@ -203,7 +215,8 @@ def build(
             world, _people(world, role), general, tokenizer, prompt_share=plan.prompt_share
         )
         started = time.monotonic()
-        with _bar(progress, f"training {folder_name(name, role)}", plan.steps) as tick:
+        text = f"training {folder_name(name, role)}"
+        with _threads(plan.threads), _bar(progress, text, plan.steps) as tick:
             _train(module, examples, plan, model_seed, tick)
         recipe = {
             "format": FORMAT,
@@ -214,7 +227,6 @@ def build(
             "parameters": sum(p.numel() for p in module.parameters()),
             "plan": asdict(plan),
             "versions": _versions(),
-            "threads": torch.get_num_threads(),
             "minutes": round((time.monotonic() - started) / 60, 1),
         }
         target = Path(out) / folder_name(name, role)
