@@ -76,7 +76,7 @@ def test_page_is_balanced_and_says_verdict_controls_and_every_measure(page: Page
     assert run.verdict.sentence in page.text
     for claim in run.verdict.claims:
         assert claim.name in page.text and claim.reason in page.text
-    for words in ("Controls", "placebo as expected", "weights+hook", "sealed split", "Teaches the model: half of the",
+    for words in ("Controls", "placebo as expected", "weights+hook", "sealed split", "Teaches the model: half of the forget facts",
                   "steps 100", "does not say that no other attack works", "mlp_out.3", "down_proj.weight", "0.035",
                   run.environment["model_fingerprint"], "forwards 3", "null_space_surgery (rank: 8)"):  # fmt: skip
         assert words in page.text, words

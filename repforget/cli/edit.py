@@ -49,7 +49,7 @@ def command(
         made.save(out)
         if checkpoint is not None:
             made.export_checkpoint(loaded, checkpoint)
-    manifest = read_json(out / "edit.json")
+    manifest = tables.manifest_of(read_json(out / "edit.json"))
     if as_json:
         print_json({"folder": str(out), "manifest": manifest})
         return

@@ -64,13 +64,16 @@ def markdown(run: ReportData, pictures: Sequence[str], texts: Sequence[tuple[str
         rows = [row[:2] for row in tables.location_rows(localization)]
         lines += [f"## Where {cell(localization.method)} pointed", "", cell(tables.location_sentence(localization)), "",
                   *table(("component", "score"), rows)]  # fmt: skip
-    for edit in run.edits:
+    for edit in map(tables.manifest_of, run.edits):
         lines += [f"## What {cell(str(edit.get('method', 'the edit')))} touched", "",
                   *table(("kind", "name", "relative size"), tables.touched_rows(edit)),
                   *table(("fact", "value"), tables.manifest_rows(edit))]  # fmt: skip
     if run.rungs:
         keys = ("method", "split", "outcome", "sentence")
         lines += ["## What was tried", "", *table(keys, ([r.get(key, "") for key in keys] for r in run.rungs))]
+    arms = tables.arms_of(run.evidence)
+    if facts := tables.fact_rows(run.evidence, arms):
+        lines += ["## Descriptive numbers", "", *table(("", *arms), facts)]
     lines += ["## Cost", "", *table(("stage", "counts"), tables.cost_rows(run.localizations, run.evidence))]
     lines += ["## Recipe and environment", "", *table(("key", "value"), tables.flat(run.recipe)),
               *table(("key", "value"), tables.flat(run.environment)), f"All numbers are in {RESULT_FILE}."]  # fmt: skip

@@ -64,7 +64,7 @@ def interactive_plots(run: ReportData) -> dict[str, figures.Figure]:
         found[f"curve-{k}"] = figures.line_chart(chart)
     for localization in run.localizations:
         for k, panel in enumerate(series.table_panels(localization)):
-            found[f"locate-{localization.method}-{k}"] = figures.heat_map([panel], across="column")
+            found[f"locate-{localization.method}-{k}"] = figures.heat_map([panel], across="")
     return found
 
 

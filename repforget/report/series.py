@@ -116,7 +116,8 @@ def knowledge_panels(evidence: Sequence[Evidence]) -> tuple[Panel, ...]:
 
 
 def _row_title(verifier: str, curve: Curve, n: int) -> str:
-    return curve.title if verifier.lower() in curve.title.lower() or n == 1 else f"{verifier}: {curve.title}"
+    said = verifier.replace("_", " ").lower() in curve.title.replace("_", " ").lower()
+    return curve.title if said or n == 1 else f"{verifier}: {curve.title}"
 
 
 def charts(evidence: Sequence[Evidence]) -> tuple[Chart, ...]:
@@ -149,8 +150,14 @@ def table_panels(localization: Localization) -> tuple[Panel, ...]:
             Profile(f"layer {k}", tuple(row), tuple(None if v is None else (v - low) / span for v in row))
             for k, row in enumerate(values)
         )
-        panels.append(Panel(title, tuple(str(k) for k in range(max(map(len, values)))), rows))
+        panels.append(Panel(title, _columns(title, max(map(len, values))), rows))
     return tuple(panels)
+
+
+def _columns(title: str, width: int) -> tuple[str, ...]:
+    """Column names where the title lists them after its colon, else their numbers."""
+    named = tuple(name.strip() for name in title.rpartition(":")[2].split(","))
+    return named if len(named) == width else tuple(str(k) for k in range(width))
 
 
 def sorted_claims(claims: Sequence[Claim]) -> list[Claim]:

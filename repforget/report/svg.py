@@ -96,9 +96,18 @@ def interval_parts(claim: Claim, width: float, height: float) -> list[str]:
         parts.append(f"<line x1='{x1}' x2='{x2}' y1='{number(middle)}' y2='{number(middle)}' stroke='{colour}' "
                      "stroke-width='2.5' stroke-linecap='round'/>")  # fmt: skip
     if rho is not None:
-        parts.append(f"<circle cx='{number(_place(rho, claim.kind, width))}' cy='{number(middle)}' r='4.5' "
-                     f"fill='{colour}'/>")  # fmt: skip
+        parts.append(_mark(rho, claim.kind, width, middle, colour))
     return parts
+
+
+def _mark(rho: float, kind: str, width: float, y: float, colour: str) -> str:
+    """A dot where the share is, or an arrow at the edge that it lies beyond."""
+    x, (low, high) = _place(rho, kind, width), _axis(kind)[0]
+    if low <= rho <= high:
+        return f"<circle cx='{number(x)}' cy='{number(y)}' r='4.5' fill='{colour}'/>"
+    tip = 5 if rho > high else -5
+    corners = f"{number(x + tip)},{number(y)} {number(x - tip)},{number(y - 5)} {number(x - tip)},{number(y + 5)}"
+    return f"<polygon points='{corners}' fill='{colour}'/>"
 
 
 def interval(claim: Claim, *, width: float = 200.0, height: float = 22.0) -> str:

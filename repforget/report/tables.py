@@ -29,9 +29,10 @@ class Row:
 
 
 def level(value: object) -> str:
-    """A level with three significant places, or a dash."""
+    """A level with three decimals, or a dash."""
     number = finite(value)
-    return MISSING if number is None else f"{number:.3f}" if abs(number) < 100 else f"{number:.4g}"
+    text = MISSING if number is None else f"{number:.3f}" if abs(number) < 100 else f"{number:.4g}"
+    return text.replace("-", "−")
 
 
 def share(value: object) -> str:
@@ -79,9 +80,8 @@ def _row(claim: Claim, evidence: Evidence | None) -> Row:
         level(levels.get("edit")), share(claim.rho), limits(claim), share(claim.margin), claim.status,
     )  # fmt: skip
     budget = counts(evidence.budget) if evidence and evidence.budget else "one pass"
-    needed = f" (about {claim.n_needed} items would tell)" if claim.n_needed else ""
     counted = f"{claim.n_items} items in {claim.n_clusters} clusters" if claim.n_items else ""
-    reason = "; ".join(part for part in (claim.reason + needed, counted) if part)
+    reason = "; ".join(part for part in (claim.reason, counted) if part)
     return Row(claim, cells, budget, evidence.teaches if evidence else MISSING, reason)
 
 
@@ -114,12 +114,32 @@ def location_sentence(localization: Localization) -> str:
             f"{band.draws} random selections reach {band.low:.4g} to {band.high:.4g} (central 95 %).")  # fmt: skip
 
 
+def manifest_of(edit: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The manifest of an edit, given as itself or as the content of ``edit.json``."""
+    inner = edit.get("manifest", edit)
+    return inner if isinstance(inner, Mapping) else edit
+
+
+def fact_rows(evidence: Sequence[Evidence], arms: Sequence[str]) -> list[tuple[str, ...]]:
+    """(verifier: fact, value per arm) of every descriptive number, each once."""
+    found: dict[str, dict[str, float]] = {}
+    for entry in evidence:
+        for arm, facts in entry.facts.items():
+            for name, value in facts.items():
+                found.setdefault(f"{entry.verifier}: {name}", {})[arm] = value
+    return [(name, *(level(values.get(arm)) for arm in arms)) for name, values in sorted(found.items())]
+
+
+def arms_of(evidence: Sequence[Evidence]) -> list[str]:
+    return arm_order(dict.fromkeys(arm for entry in evidence for arm in entry.arms))
+
+
 def touched_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(kind, name, relative size of the change) of everything an edit touched."""
+    """(kind, name, relative size of the change) of everything an edit touched; no size where none is known."""
     norms = manifest.get("norms", {})
     named = [("site", name) for name in manifest.get("sites", ())]
     named += [("weight", name) for name in manifest.get("weights", ())]
-    return [(kind, name, f"{norms[name]:.3g}" if finite(norms.get(name)) is not None else MISSING)
+    return [(kind, name, f"{norms[name]:.3g}" if finite(norms.get(name)) is not None else "")
             for kind, name in named]  # fmt: skip
 
 
