@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -97,60 +97,3 @@ def said(
     for (item, _), group in zip(asked, texts, strict=True):
         hits[item.id].extend(float(answers_match(text, item)) for text in group)
     return _means([hits[item.id] for item in items])
-
-
-@dataclass(frozen=True)
-class FirstTokens:
-    """One prompt per row and the tokens that would begin each candidate answer.
-
-    ``ids`` are the tokens before the answer, ``truth`` its first token, ``others`` the distinct first tokens of the
-    alternatives, ``prior`` the prior weight of the answers that begin like the truth; ``item`` is the row's item index.
-    Items whose alternatives all begin like the truth have no row.
-    """
-
-    item: tuple[int, ...]
-    ids: tuple[tuple[int, ...], ...]
-    truth: tuple[int, ...]
-    others: tuple[tuple[int, ...], ...]
-    prior: Array
-
-
-def first_tokens(
-    model: LoadedModel, items: Sequence[Item], knowledge: Knowledge, *, forms: int, limit: int
-) -> FirstTokens:
-    """Encode the questions with every candidate and collect where the candidates begin; no forward pass."""
-    asked = [(k, q) for k, item in enumerate(items) for q in item.questions[:forms]]
-    sets = [options(item, knowledge, limit) for item in items]
-    encoded = iter(encode_many(model.tokenizer, [(q, text) for k, q in asked for text in sets[k]]))
-    rows: list[tuple[int, tuple[int, ...], int, tuple[int, ...], float]] = []
-    for k, _ in asked:
-        group = [next(encoded) for _ in sets[k]]
-        ids = group[0].ids[: group[0].start]
-        # A candidate that changes the tokens of the prompt itself cannot be compared at this position.
-        fits = [e.valid and e.ids[: e.start] == ids for e in group]
-        first = [e.answer[0] for e in group]
-        others = sorted({t for t, ok in zip(first, fits, strict=True) if ok and t != first[0]})
-        if fits[0] and others:
-            weights = _weights(items[k], knowledge, limit)
-            like = sum(w for w, t, ok in zip(weights, first, fits, strict=True) if ok and t == first[0])
-            total = sum(w for w, ok in zip(weights, fits, strict=True) if ok)
-            rows.append((k, ids, first[0], tuple(others), like / total))
-    columns = zip(*rows, strict=True) if rows else ((), (), (), (), ())
-    item, tokens, truth, rest, before = (tuple(c) for c in columns)
-    return FirstTokens(item, tokens, truth, rest, np.array(before, dtype=np.float64))
-
-
-def _weights(item: Item, knowledge: Knowledge, limit: int) -> list[float]:
-    answers = (item.answer, *knowledge.alternatives(item, limit))
-    if item.wrong_answers:
-        return [1.0] * len(answers)
-    pool: Mapping[str, int] = knowledge.pools.get(item.relation, {})
-    return [float(pool.get(a, 0) + 1) for a in answers]
-
-
-def by_item(count: int, index: Sequence[int], values: Array) -> Array:
-    """Mean of row values per item [count]; NaN for items without a row."""
-    total, rows = np.zeros(count), np.zeros(count)
-    np.add.at(total, list(index), values)
-    np.add.at(rows, list(index), 1.0)
-    return np.where(rows > 0, total / np.maximum(rows, 1.0), np.nan)
