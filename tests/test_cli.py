@@ -18,7 +18,7 @@ from repforget import report
 from repforget.cli import docs, main
 from repforget.cli._guard import guarded
 from repforget.cli._progress import display, plain_progress
-from repforget.errors import ControlError, MissingExtraError, ResourceError
+from repforget.errors import ControlError, MissingExtraError, ResourceError, SiteError
 from repforget.recipe import Recipe
 from repforget.records import Verdict
 
@@ -110,6 +110,7 @@ def test_flags_win_over_the_file_and_the_folder_follows_from_the_recipe(
     [
         (ResourceError("The disk is full."), 1, "The disk is full."),
         (MissingExtraError("Install it with pip install 'repforget[quant]'."), 2, "repforget[quant]"),
+        (SiteError("Unknown site kind 'resid_pots': did you mean 'resid_post'?"), 2, "did you mean 'resid_post'"),
         (ControlError("The placebo came out wrong."), 1, "The placebo came out wrong."),
         (KeyboardInterrupt(), 130, "every finished stage is kept in 'here'; the same command continues"),
         (MemoryError(), 1, "Out of memory: 'repforget plan' shows"),

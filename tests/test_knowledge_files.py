@@ -222,7 +222,8 @@ def test_any_text_survives_the_way_from_the_file(text: str) -> None:
         clean = text.encode("utf-8", "ignore").decode() or "x"
         if not clean.strip():
             return
-        write_lines(folder / "forget.jsonl", [{**rows("f")[0], "answer": clean}, *rows("f")[1:]])
+        lines = [json.dumps(row, ensure_ascii=False) for row in [{**rows("f")[0], "answer": clean}, *rows("f")[1:]]]
+        (folder / "forget.jsonl").write_bytes("\n".join(lines).encode())
         write_lines(folder / "retain.jsonl", rows("r"))
         assert load_knowledge(folder).forget[0].answer == clean
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import synthetic_run
+from hypothesis import given
+from hypothesis import strategies as st
 
 from repforget import report
 from repforget.errors import KnowledgeError, ResourceError, UsageError
@@ -76,7 +78,7 @@ def test_page_is_balanced_and_says_verdict_controls_and_every_measure(page: Page
     assert run.verdict.sentence in page.text
     for claim in run.verdict.claims:
         assert claim.name in page.text and claim.reason in page.text
-    for words in ("Controls", "placebo as expected", "weights+hook", "sealed split", "Teaches the model: half of the forget facts",
+    for words in ("Controls", "placebo as expected", "weights+hook", "sealed split", "Teaches the model: half of the",
                   "steps 100", "does not say that no other attack works", "mlp_out.3", "down_proj.weight", "0.035",
                   run.environment["model_fingerprint"], "forwards 3", "null_space_surgery (rank: 8)"):  # fmt: skip
         assert words in page.text, words
@@ -219,3 +221,11 @@ def test_damaged_and_missing_results_are_sentences(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ResourceError, match="cannot be written"):
         report.write(tmp_path / "file", synthetic_run.run())
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+def test_ticks_cover_the_range_with_few_round_values(low: float, size: float) -> None:
+    found = svg.ticks(low, low + size)
+    slack = 1e-6 * (abs(low) + size)
+    assert 3 <= len(found) <= 8 and found[0] <= low + slack and found[-1] >= low + size - slack
+    assert found == sorted(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 
@@ -12,6 +13,7 @@ INK, FAINT, GRID = "#1f2933", "#6b7480", "#e3e7ec"
 FONT = "font-family='system-ui,-apple-system,Segoe UI,Roboto,sans-serif'"
 SCALE = ((247, 250, 252), (189, 214, 235), (92, 150, 199), (11, 60, 111))  # pale to deep blue, even in lightness
 KNOWLEDGE_AXIS = (-0.25, 1.15)  # share left: 0 is the floor, 1 the original
+LEGEND_COLUMNS = 3
 COLLATERAL_AXIS = (-0.05, 0.2)  # share lost: 0 is as before; larger losses stand at the edge
 
 
@@ -48,7 +50,7 @@ def heat_map(panels: Sequence[Panel], *, width: float = 960.0, row: float = 30.0
     left = 16 + 7.0 * max((len(name) for name in names), default=0)
     gap = 22.0
     inner = (width - left - gap * len(panels)) / len(panels)
-    parts = [text(left - 12, 50 + row * (k + 0.62), name, anchor="end") for k, name in enumerate(names)]
+    parts = [text(left - 10, 43 + row * (k + 0.5), name, anchor="end") for k, name in enumerate(names)]
     for index, panel in enumerate(panels):
         x0 = left + index * (inner + gap)
         parts.append(text(x0, 22, panel.title, size=13))
@@ -133,26 +135,40 @@ def forest(claims: Sequence[Claim], *, row: float = 26.0, width: float = 960.0) 
     return svg(width, 30 + row * len(claims) + 8, parts, f"Share {'left' if kind == 'knowledge' else 'lost'}")
 
 
+def ticks(low: float, high: float) -> list[float]:
+    """Four to seven round values that cover ``low`` to ``high``."""
+    if high <= low:
+        return [low, low + 1.0]
+    rough = (high - low) / 5
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= rough)
+    return [k * step for k in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
+
+
 def line_chart(chart: Chart, *, width: float = 470.0, height: float = 280.0) -> str:
     """Lines over one pair of axes with a legend below; gaps where a value is missing."""
     points = [(x, y) for line in chart.lines for x, y in zip(line.x, line.y, strict=False) if y is not None]
     if not points:
         return svg(width, 40, [text(8, 24, f"{chart.title}: nothing was measured", fill=FAINT)], chart.title)
     x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
-    y_low, y_high = min(0.0, *(y for _, y in points)), max(y for _, y in points)
-    left, right, top, bottom = 52.0, width - 14, 36.0, height - 66
+    y_ticks = ticks(min(0.0, *(y for _, y in points)), max(y for _, y in points))
+    y_low, y_high = y_ticks[0], y_ticks[-1]
+    legend_rows = -(-len(chart.lines) // LEGEND_COLUMNS)
+    left, right, top, bottom = 52.0, width - 24, 36.0, height - 48
+    height += 18 * legend_rows
 
     def at(x: float, y: float) -> tuple[float, float]:
         return (left + (x - x_low) / (x_high - x_low or 1) * (right - left),
                 bottom - (y - y_low) / (y_high - y_low or 1) * (bottom - top))  # fmt: skip
 
     parts = [text(8, 18, chart.title, size=13)]
-    for k in range(5):
-        x, y = x_low + (x_high - x_low) * k / 4, y_low + (y_high - y_low) * k / 4
-        parts.append(f"<line x1='{left}' x2='{right}' y1='{number(at(x, y)[1])}' y2='{number(at(x, y)[1])}' "
-                     f"stroke='{GRID}'/>")  # fmt: skip
-        parts.append(text(left - 6, at(x, y)[1] + 4, f"{y:.2g}", size=11, anchor="end", fill=FAINT))
-        parts.append(text(at(x, y)[0], bottom + 16, f"{x:.3g}", size=11, anchor="middle", fill=FAINT))
+    for y in y_ticks:
+        level = number(at(x_low, y)[1])
+        parts.append(f"<line x1='{number(left)}' x2='{number(right)}' y1='{level}' y2='{level}' stroke='{GRID}'/>")
+        parts.append(text(left - 6, at(x_low, y)[1] + 4, f"{y:.3g}", size=11, anchor="end", fill=FAINT))
+    for x in ticks(x_low, x_high):
+        if x_low - 1e-9 * abs(x_low) <= x <= x_high + 1e-9 * abs(x_high):
+            parts.append(text(at(x, y_low)[0], bottom + 16, f"{x:.3g}", size=11, anchor="middle", fill=FAINT))
     parts.append(text((left + right) / 2, bottom + 32, chart.x_label, size=11, anchor="middle", fill=FAINT))
     for k, line in enumerate(chart.lines):
         path = [f"{number(px)},{number(py)}" for x, y in zip(line.x, line.y, strict=False) if y is not None
@@ -160,7 +176,8 @@ def line_chart(chart: Chart, *, width: float = 470.0, height: float = 280.0) -> 
         dashes = " stroke-dasharray='5 4'" if line.dashed else ""
         parts.append(f"<polyline points='{' '.join(path)}' fill='none' stroke='{line.colour}' stroke-width='2'"
                      f"{dashes}/>")  # fmt: skip
-        parts.append(_legend(line.name, line.colour, dashes, left + k * (right - left) / len(chart.lines), height - 12))
+        x = left + k % LEGEND_COLUMNS * (right - left) / LEGEND_COLUMNS
+        parts.append(_legend(line.name, line.colour, dashes, x, bottom + 52 + 18 * (k // LEGEND_COLUMNS)))
     return svg(width, height, parts, chart.title)
 
 
