@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -11,7 +13,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 from repforget import discover
 from repforget.checked_yaml import Document, Fault, Location, check, fail, read_document
 from repforget.errors import RecipeError, nearest
-from repforget.store import canonical, digest
 
 Level = Literal["quick", "standard", "thorough"]
 LEVELS: tuple[str, ...] = get_args(Level)
@@ -129,13 +130,13 @@ class Recipe(_Strict):
 
     def canonical(self) -> dict[str, Any]:
         """Plain JSON data with every default written out; equal recipes give equal data."""
-        plain: dict[str, Any] = canonical(self.model_dump(mode="json"))
-        return plain
+        return self.model_dump(mode="json")
 
     @property
     def digest(self) -> str:
         """sha256 of the canonical recipe."""
-        return digest(self.canonical())
+        text = json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def recipe_schema() -> dict[str, Any]:
