@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,7 @@ def _sealed(session: Session, rung: Rung, found: list[Localization]) -> Path:
         write_json(folder / "job.json", {"recipe": session.recipe.canonical(), "edit": rung.folder.as_posix(),
                                          "store": session.store.root.as_posix()})  # fmt: skip
         command = [sys.executable, "-m", "repforget._sealed", str(folder)]
-        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, start_new_session=True)
         if done.returncode != 0:
             raise RepforgetError(f"The sealed check of '{rung.choice.name}' ended with exit code {done.returncode}"
                                  f"{': ' + done.stdout.strip() if done.stdout.strip() else ''}; run the command again.")
@@ -171,7 +171,7 @@ def _write_report(
     tried = [{"method": rung.choice.name, "settings": dict(rung.choice.settings), "split": look.split,
               "outcome": look.outcome, "sentence": look.sentence}
              for rung in rungs for look in rung.verdicts]  # fmt: skip
-    edits = [_manifest(rung.folder) for rung in sorted(rungs, key=lambda rung: rung is chosen)]
+    edits = [_manifest(session, rung.folder) for rung in sorted(rungs, key=lambda rung: rung is chosen)]
     data = ReportData(
         recipe=session.recipe.canonical(), verdict=verdict,
         evidence=tuple(Evidence.from_json(e) for e in read_json(sealed / "evidence.json")),
@@ -181,6 +181,15 @@ def _write_report(
     write_json(session.store.root / "verdict.json", verdict.to_json())
 
 
-def _manifest(folder: Path) -> Mapping[str, Any]:
-    manifest: Mapping[str, Any] = read_json(folder / "edit.json")
-    return manifest
+def _manifest(session: Session, folder: Path) -> Mapping[str, Any]:
+    """The manifest of a saved edit, with the size of the change: relative to the weight, absolute at a site."""
+    from repforget.artifact import load_edit, size, target
+
+    edit = load_edit(folder)
+    weights = dict(session.model.module.named_parameters(remove_duplicate=False))
+    norms: dict[str, float] = {}
+    for operation in edit.operations:
+        name = target(operation)
+        whole = float(weights[name].detach().float().norm()) if name in weights else 1.0
+        norms[name] = (norms.get(name, 0.0) ** 2 + (size(operation) / whole) ** 2) ** 0.5
+    return {**asdict(edit.manifest), "norms": norms}
