@@ -92,6 +92,17 @@ def test_a_wrong_control_stands_on_top_and_takes_the_verdict_away() -> None:
     assert text.splitlines()[0].endswith("NO VERDICT: a control came out wrong")
 
 
+@pytest.mark.parametrize("edit", [{}, {"method": "leace"}, {"manifest": {"method": "leace", "sites": ["mlp_in.0"]}}])
+def test_records_with_little_in_them_still_make_a_report(tmp_path: Path, edit: dict[str, Any]) -> None:
+    claim = dataclasses.replace(synthetic_run.claims("pass")[0], levels={}, reason="")
+    verdict = dataclasses.replace(synthetic_run.verdict(), claims=(claim,), worst=None, controls={})
+    bare = ReportData({}, verdict, (), edits=(edit,), rungs=({"method": "leace"}, {}))
+    report.write(tmp_path, bare)
+    assert report.load(tmp_path).edits == (edit,) and Page(render.html(bare)).open == []
+    nothing = ReportData({}, dataclasses.replace(verdict, claims=()), ())
+    assert "No control was run." in Page(render.html(nothing)).text and render.markdown(nothing, ())
+
+
 def test_nothing_is_fetched_and_no_handler_is_inline(page: Page) -> None:
     whole = render.html(synthetic_run.run())
     names = {name for name, _ in page.attributes}

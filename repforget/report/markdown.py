@@ -25,10 +25,10 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _opening(run: ReportData) -> list[str]:
-    verdict = run.verdict
+    verdict, named = run.verdict, tables.names(run.recipe)
     word = verdict.outcome.upper() if verdict.controls_ok else "NO VERDICT: a control came out wrong"
     return [
-        f"# {cell(run.recipe['knowledge'])} in {cell(run.recipe['model'])}: {word}", "", cell(verdict.sentence), "",
+        f"# {cell(named['knowledge'])} in {cell(named['model'])}: {word}", "", cell(verdict.sentence), "",
         f"Artifact: **{verdict.artifact}** · judged on the **{verdict.split}** split · worst measure: "
         f"**{cell(verdict.worst or 'none')}**", "",
         "## Controls", "", *table(("control", "outcome"), tables.control_rows(verdict)),

@@ -123,7 +123,7 @@ def html(run: ReportData, texts: tuple[tuple[str, str, str], ...] = ()) -> str:
     plots = interactive_plots(run)
     scripts = [_plotly_js(), _asset("report.js")] if plots else []
     return template.render(
-        run=run, verdict=run.verdict, tables=tables,
+        run=run, verdict=run.verdict, tables=tables, **tables.names(run.recipe),
         outcome=OUTCOME_WORDS[run.verdict.outcome] if run.verdict.controls_ok else "No verdict",
         rows=tables.claim_rows(run.verdict, run.evidence), unscored=tables.unscored(run.evidence),
         interval=lambda claim: Markup(svg.interval(claim)), texts=texts, result_file=RESULT_FILE,

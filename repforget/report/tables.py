@@ -114,6 +114,11 @@ def location_sentence(localization: Localization) -> str:
             f"{band.draws} random selections reach {band.low:.4g} to {band.high:.4g} (central 95 %).")  # fmt: skip
 
 
+def names(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """What the run was about, for titles."""
+    return {key: str(recipe.get(key, MISSING)) for key in ("knowledge", "model")}
+
+
 def manifest_of(edit: Mapping[str, Any]) -> Mapping[str, Any]:
     """The manifest of an edit, given as itself or as the content of ``edit.json``."""
     inner = edit.get("manifest", edit)
