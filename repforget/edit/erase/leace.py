@@ -156,6 +156,10 @@ def _notes(
     if cut:
         notes.append(f"only the strongest directions were erased (rank={rank}: {', '.join(cut)}): the concept is "
                      "weakened there, not linearly erased")  # fmt: skip
+    whole = [str(site) for site, e in erasers.items() if e.rank == e.left.shape[0]]
+    if whole:
+        notes.append(f"the concept spans every direction at {', '.join(whole)}: the site is constant afterwards, so "
+                     "give a rank")  # fmt: skip
     singular = [str(site) for site, e in erasers.items() if e.fallback]
     if singular:
         notes.append(f"singular covariance at {', '.join(singular)}: solved by eigendecomposition")
