@@ -316,7 +316,9 @@ class Verdict:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Verdict:
         def claim(entry: Mapping[str, Any]) -> Claim:
-            restored = {k: math.nan if v is None and k.startswith("rho") else v for k, v in entry.items()}
+            restored: dict[str, Any] = {
+                k: math.nan if v is None and k.startswith("rho") else v for k, v in entry.items()
+            }
             return Claim(**restored)
 
         fields = {**data, "claims": tuple(claim(c) for c in data["claims"])}
