@@ -18,7 +18,7 @@ from repforget.errors import KnowledgeError, RecipeError, SiteError, UnknownName
 from repforget.knowledge import Item, Knowledge
 from repforget.locate._exact import MIN_SELECTIONS, band_of, in_second_half, selections, top_size
 from repforget.locate._pairs import choose_facts, corrupted_pairs, matched_facts
-from repforget.locate._units import expand_nodes, heat_maps
+from repforget.locate._units import expand_nodes, heat_maps, size_class
 from repforget.locate.attribution_patching import node_attributions
 from repforget.models.capture import capture, hooks
 from repforget.models.load import wrap
@@ -215,7 +215,11 @@ def toy_pool(n: int, kinds: tuple[str, ...] = ("mlp_out",)) -> list[Component]:
 
 def test_band_never_claims_from_few_selections() -> None:
     pool = toy_pool(4)
-    band, notes, _ = band_of(pool, pool, 1, 20, 0, "{k}", lambda p: np.array([float(q[0] == pool[0]) for q in p]))
+
+    def effect(patches: Any) -> Any:
+        return np.array([float(p[0] == pool[0]) for p in patches])
+
+    band, notes = band_of(pool, pool, 1, 20, 0, "{k}", effect)
     assert band.draws == 4 and not band.beats_random and "Only 4 selections" in notes[0]
 
 
@@ -226,34 +230,40 @@ def test_band_claims_a_real_effect_and_not_noise() -> None:
     def real(patches: Any) -> Any:
         return np.array([sum(c in strong for c in p) / 3 for p in patches])
 
-    band, notes, _ = band_of(pool, pool, 3, 100, 0, "top {k}", real)
+    band, notes = band_of(pool, pool, 3, 100, 0, "top {k}", real)
     assert band.beats_random and not notes and band.effect == "top 3"
     claims = 0
     for seed in range(200):  # an order that says nothing about the effect: claims at the rate of chance
         generator = np.random.default_rng(seed)
         value = dict(zip(pool, generator.normal(size=len(pool)), strict=True))
         order = [pool[k] for k in generator.permutation(len(pool))]
-        band, _, _ = band_of(pool, order, 3, 100, seed, "{k}", lambda p, v=value: np.array([sum(v[c] for c in q) for q in p]))
-        claims += band.beats_random
+
+
+        def effect(patches: Any, value: Any = value) -> Any:
+            return np.array([sum(value[c] for c in p) for p in patches])
+
+        claims += band_of(pool, order, 3, 100, seed, "{k}", effect)[0].beats_random
     assert claims / 200 <= 0.06
 
 
 @settings(max_examples=40, deadline=None)
 @given(n=st.integers(3, 40), k=st.integers(1, 5), seed=st.integers(0, 9))
-def test_selections_match_size_and_kinds(n: int, k: int, seed: int) -> None:
-    pool = toy_pool(n, ("mlp_out", "attn_out"))
+def test_selections_match_number_and_width(n: int, k: int, seed: int) -> None:
+    pool = toy_pool(n, ("mlp_out", "attn_out", "mlp_post"))
     chosen = pool[: min(k, n)]
-    kinds = sorted(c.site.kind for c in chosen)
+    sizes = sorted(map(size_class, chosen))
     drawn = selections(pool, chosen, 25, seed)
     for patch in drawn:
-        assert sorted(c.site.kind for c in patch) == kinds and len(set(patch)) == len(chosen) and set(patch) <= set(pool)
+        assert sorted(map(size_class, patch)) == sizes
+        assert len(set(patch)) == len(chosen) and set(patch) <= set(pool)
     assert [list(p) for p in drawn] == [list(p) for p in selections(pool, chosen, 25, seed)]
 
 
 def test_automatic_size_leaves_enough_selections() -> None:
-    assert top_size(toy_pool(60), "auto") == 1
-    k = top_size(toy_pool(12), "auto")
-    assert k == 2 and len(selections(toy_pool(12), toy_pool(2), 10**6, 0)) == 66 >= MIN_SELECTIONS
+    assert top_size(toy_pool(300), "auto") == 1
+    for n, k, possible in ((60, 2, 1770), (12, 3, 220), (8, 3, 56)):
+        assert top_size(toy_pool(n), "auto") == k
+        assert len(selections(toy_pool(n), toy_pool(n)[:k], 10**6, 0)) == possible >= MIN_SELECTIONS
     with pytest.raises(UsageError, match="choose 1 to 3"):
         top_size(toy_pool(4), 4)
 
@@ -269,7 +279,8 @@ def test_halves_split_clusters() -> None:
 
 
 def test_heat_maps_have_a_row_per_layer() -> None:
-    components = [*toy_pool(3, ("attn_out", "mlp_out")), *(Component(Site("attn_z", k, h)) for k in range(3) for h in range(2))]
+    heads = [Component(Site("attn_z", k, h)) for k in range(3) for h in range(2)]
+    components = [*toy_pool(3, ("attn_out", "mlp_out")), *heads]
     scores = np.arange(len(components), dtype=float)
     maps = heat_maps(components, scores)
     assert {np.shape(m) for m in maps.values()} == {(3, 2)}
@@ -283,7 +294,8 @@ def test_every_locator_documents_itself() -> None:
 
 
 def test_patching_all_heads_is_patching_z(model: Any) -> None:
-    runs = corrupted_pairs(model.tokenizer, KNOWLEDGE.for_editor().forget[:3], KNOWLEDGE.for_editor().retain, seed=0).runs
+    data = KNOWLEDGE.for_editor()
+    runs = corrupted_pairs(model.tokenizer, data.forget[:3], data.retain, seed=0).runs
     heads = expand_nodes(model, ["heads"], [0])
     both = patch_scores(model, runs, [heads, [Component(Site("attn_z", 0))]])
     np.testing.assert_allclose(both[0], both[1], atol=1e-6)

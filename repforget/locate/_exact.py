@@ -7,27 +7,32 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from math import comb, prod
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from repforget.causal import Metric, Patch, Run, patch_effects
+from repforget.causal import Effects, Metric, Patch, Run, patch_effects
 from repforget.errors import UsageError
-from repforget.locate._units import node_of
+from repforget.locate._units import size_class
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress
 from repforget.records import Component, RandomBand
 
 Array = NDArray[np.float64]
+Control = Literal["mean", "joint"]
 MIN_SELECTIONS = 41  # fewer possible selections cannot place one above the central 95 % of all
+PLENTY = 200  # with so many, the top need not be the very best to lie above the central 95 %
 MIN_DRAWS = 20
 AFTER_SPLIT = "of the top {k} ranked on one half of the facts, measured on the other half"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is patched: runs (base to be changed, donor to be written in), donors, metric, weight of the
-    contrast."""
+    """What is patched: runs (base to be changed, donor to be written in), donors, metric, weight of contrast.
+
+    ``sign`` is -1 where the donor lacks the knowledge, so that "more important" is always positive.
+    """
 
     model: LoadedModel
     forget: tuple[Run, ...]
@@ -35,6 +40,7 @@ class Task:
     donors: tuple[LoadedModel | None, ...] = (None,)
     metric: Metric = "logprob"
     contrast: float = 0.0
+    sign: float = 1.0
 
     def half(self, second: bool, seed: int) -> Task:
         """The runs of one half of the clusters."""
@@ -53,6 +59,16 @@ def in_second_half(clusters: Sequence[str], seed: int) -> NDArray[np.bool_]:
 def _kept(runs: Sequence[Run], second: bool, seed: int) -> tuple[Run, ...]:
     chosen = in_second_half([r.cluster for r in runs], seed)
     return tuple(run for run, late in zip(runs, chosen, strict=True) if bool(late) is second)
+
+
+@dataclass(frozen=True)
+class BandPlan:
+    """How the random control is drawn: size of the selections, how many, what is measured of each."""
+
+    top: int | str
+    draws: int
+    control: Control
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -88,23 +104,41 @@ class Moves:
         return np.asarray(score, dtype=np.float64)
 
 
-def measure(task: Task, patches: Sequence[Patch], progress: Progress | None = None, sign: float = 1.0) -> Moves:
-    """Exact moves of every patch, averaged over the donors; ``sign`` makes "more important" positive."""
-    parts = [patch_effects(task.model, task.forget, patches, donor=d, metric=task.metric, progress=progress)
-             for d in task.donors]  # fmt: skip
+def measure(tasks: Sequence[Task], patches: Sequence[Patch], progress: Progress | None = None) -> Moves:
+    """Exact moves of every patch on the runs of all tasks, averaged over each task's donors."""
+    return join([_measure(task, patches, progress) for task in tasks])
+
+
+def _measure(task: Task, patches: Sequence[Patch], progress: Progress | None) -> Moves:
+    def effects(runs: Sequence[Run]) -> list[Effects]:
+        return [patch_effects(task.model, runs, patches, donor=donor, metric=task.metric, progress=progress)
+                for donor in task.donors]  # fmt: skip
+
+    forget = effects(task.forget)
     retain = np.zeros((len(patches), 0))
     if task.retain:
-        retain = np.mean([patch_effects(task.model, task.retain, patches, donor=d, metric=task.metric,
-                                        progress=progress).moved for d in task.donors], axis=0)  # fmt: skip
-    forget, gap = np.mean([e.moved for e in parts], axis=0), np.mean([e.gap for e in parts], axis=0)
-    return Moves(sign * forget, sign * gap, sign * retain, tuple(r.cluster for r in task.forget),
+        retain = np.mean([e.moved for e in effects(task.retain)], axis=0)
+    return moves_of(task, np.mean([e.moved for e in forget], axis=0), np.mean([e.gap for e in forget], axis=0), retain)
+
+
+def moves_of(task: Task, forget: Array, gap: Array, retain: Array) -> Moves:
+    """Raw moves of one task's runs with their clusters, oriented by its sign."""
+    return Moves(task.sign * forget, task.sign * gap, task.sign * retain, tuple(r.cluster for r in task.forget),
                  tuple(r.cluster for r in task.retain))  # fmt: skip
 
 
-def forwards(task: Task, patches: int) -> float:
-    """Sequences run for :func:`measure`: base, donor twice (values, score) and one per patch, for each
-    donor."""
-    return float((len(task.forget) + len(task.retain)) * len(task.donors) * (patches + 3))
+def join(parts: Sequence[Moves]) -> Moves:
+    """The runs of several tasks side by side."""
+    return Moves(
+        np.concatenate([m.forget for m in parts], axis=1), np.concatenate([m.gap for m in parts]),
+        np.concatenate([m.retain for m in parts], axis=1), tuple(c for m in parts for c in m.clusters),
+        tuple(c for m in parts for c in m.retain_clusters),
+    )  # fmt: skip
+
+
+def forwards(tasks: Sequence[Task], patches: int) -> float:
+    """Sequences run for :func:`measure`: base, donor twice (values, score) and one per patch, for each donor."""
+    return float(sum((len(t.forget) + len(t.retain)) * len(t.donors) * (patches + 3) for t in tasks))
 
 
 def ranked(components: Sequence[Component], scores: Array) -> tuple[tuple[Component, ...], tuple[float, ...]]:
@@ -114,39 +148,41 @@ def ranked(components: Sequence[Component], scores: Array) -> tuple[tuple[Compon
 
 
 def _possible(pool: Sequence[Component], chosen: Sequence[Component]) -> int:
-    """How many selections have as many components of each node kind as ``chosen``."""
-    return prod(comb(sum(node_of(c) == node for c in pool), sum(node_of(c) == node for c in chosen))
-                for node in {node_of(c) for c in chosen})  # fmt: skip
+    """How many selections have as many components of each size as ``chosen``."""
+    return prod(comb(sum(size_class(c) == size for c in pool), sum(size_class(c) == size for c in chosen))
+                for size in {size_class(c) for c in chosen})  # fmt: skip
 
 
 def top_size(order: Sequence[Component], top: int | str) -> int:
-    """``auto``: the fewest leading components of which enough random selections of the same kinds exist."""
+    """``auto``: the fewest leading components of which plenty (or else just enough) random selections exist."""
     if top != "auto":
         if not 1 <= int(top) < len(order):
             raise UsageError(f"A top of {top} components cannot be compared with random ones among "
                              f"{len(order)}: choose 1 to {len(order) - 1}, or 'auto'.")  # fmt: skip
         return int(top)
     sizes = range(1, max(2, len(order) // 2 + 1))
-    return next((k for k in sizes if _possible(order, order[:k]) >= MIN_SELECTIONS), max(sizes))
+    possible = {k: _possible(order, order[:k]) for k in sizes}
+    enough = (next((k for k in sizes if possible[k] >= needed), None) for needed in (PLENTY, MIN_SELECTIONS))
+    return next((k for k in enough if k is not None), max(sizes))
 
 
 def selections(pool: Sequence[Component], chosen: Sequence[Component], draws: int, seed: int) -> list[Patch]:
-    """Random selections with as many components of each kind as ``chosen``: all of them where few exist."""
-    counts = {node: sum(node_of(c) == node for c in chosen) for node in dict.fromkeys(map(node_of, chosen))}
-    kinds = {node: [c for c in pool if node_of(c) == node] for node in counts}
+    """Random selections with as many components of each size as ``chosen``: all of them where few exist."""
+    counts = {size: sum(size_class(c) == size for c in chosen) for size in dict.fromkeys(map(size_class, chosen))}
+    same = {size: [c for c in pool if size_class(c) == size] for size in counts}
     if _possible(pool, chosen) <= draws:
         found: list[tuple[Component, ...]] = [()]
-        for node, k in counts.items():
-            found = [(*left, *right) for left in found for right in combinations(kinds[node], k)]
+        for size, k in counts.items():
+            found = [(*left, *right) for left in found for right in combinations(same[size], k)]
         return list(found)
     generator = random.Random(f"selections-{seed}")
-    return [[c for node, k in counts.items() for c in generator.sample(kinds[node], k)] for _ in range(draws)]
+    return [[c for size, k in counts.items() for c in generator.sample(same[size], k)] for _ in range(draws)]
 
 
 def band_of(
     pool: Sequence[Component], order: Sequence[Component], top: int | str, draws: int, seed: int, words: str,
     effect: Callable[[Sequence[Patch]], Array],
-) -> tuple[RandomBand, tuple[str, ...], int]:  # fmt: skip
+) -> tuple[RandomBand, tuple[str, ...]]:  # fmt: skip
     """The effect of the leading components of ``order`` beside that of random selections of the same kinds.
 
     ``effect`` gives one value per selection and must look at other facts than ``order`` was made from.
@@ -166,34 +202,44 @@ def band_of(
     band = RandomBand(k, len(drawn), float(values[0]), low, high, words.format(k=k))
     possible = _possible(pool, chosen)
     if possible < MIN_SELECTIONS:
-        return band, (f"Only {possible} selections of {k} components of these kinds exist, and a claim needs "
+        return band, (f"Only {possible} selections of {k} components of these sizes exist, and a claim needs "
                       f"{MIN_SELECTIONS}: no localisation is claimed; rank more components or more "
-                      "kinds.",), len(values)  # fmt: skip
+                      "kinds.",)  # fmt: skip
     if not band.beats_random:
-        return band, (f"The top {k} do not beat random selections of the same kinds ({band.top:.3f} against "
-                      f"at most {high:.3f}): no localisation is claimed.",), len(values)  # fmt: skip
-    return band, (), len(values)
+        return band, (f"The top {k} do not beat random selections of the same sizes ({band.top:.3f} against "
+                      f"at most {high:.3f}): no localisation is claimed.",)  # fmt: skip
+    return band, ()
 
 
 def exact_band(
-    task: Task, pool: Sequence[Component], order: Sequence[Component], *, top: int | str, draws: int, seed: int,
-    sign: float, progress: Progress | None,
+    tasks: Sequence[Task], pool: Sequence[Component], order: Sequence[Component], plan: BandPlan,
+    progress: Progress | None,
 ) -> tuple[RandomBand, tuple[str, ...], float]:  # fmt: skip
-    """:func:`band_of` with the joint exact effect on the second half of the facts; also the forward passes
-    spent."""
-    held = task.half(True, seed)
-    split = bool(held.forget)
-    held = held if split else task
-    words = "joint exact patching effect " + (AFTER_SPLIT if split else "of the top {k} on the facts that "
-                                                                        "ranked them")
+    """:func:`band_of` with exact effects on the second half of the facts; also the passes spent.
+
+    ``mean`` is the mean effect of patching the selected components one at a time; ``joint`` that of patching them
+    together, which is the harder question where a few components already bring back everything.
+    """
+    held = [task.half(True, plan.seed) for task in tasks]
+    split = all(task.forget for task in held)
+    held = held if split else list(tasks)
+    words = {"mean": "mean exact patching effect ", "joint": "joint exact patching effect "}[plan.control]
+    words += AFTER_SPLIT if split else "of the top {k} on the facts that ranked them"
+    run: list[int] = []
 
     def effect(patches: Sequence[Patch]) -> Array:
-        return measure(held, patches, progress, sign).scores(task.contrast)
+        units = list(patches) if plan.control == "joint" else [(c,) for c in sorted({c for p in patches for c in p})]
+        run.append(len(units))
+        values = measure(held, units, progress).scores(held[0].contrast)
+        if plan.control == "joint":
+            return values
+        single = {unit[0]: value for unit, value in zip(units, values, strict=True)}
+        return np.array([np.mean([single[c] for c in patch]) for patch in patches])
 
-    band, notes, measured = band_of(pool, order, top, draws, seed, words, effect)
+    band, notes = band_of(pool, order, plan.top, plan.draws, plan.seed, words, effect)
     if not split:
         notes = (*notes, "All facts are of one cluster, so the ranking was not checked on other facts.")
-    return band, notes, forwards(held, measured)
+    return band, notes, forwards(held, sum(run))
 
 
 def pearson(a: Iterable[float], b: Iterable[float]) -> float:

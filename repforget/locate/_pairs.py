@@ -50,18 +50,19 @@ def matched_facts(chosen: Sequence[Fact], retain: Sequence[Fact], seed: int) -> 
 
 
 def corrupted_pairs(
-    tokenizer: Any, facts: Sequence[Fact], partners: Sequence[Fact], *, seed: int, positions: Positions = "all"
-) -> Pairs:
+    tokenizer: Any, facts: Sequence[Fact], others: Sequence[Fact], *, seed: int, positions: Positions = "all",
+    partners: int = 1,
+) -> Pairs:  # fmt: skip
     """Pair each fact with the same prompt about another subject of equal token length and another answer.
 
-    The partner is drawn by seed from ``partners`` of the same relation (of any relation where none has an
-    answer to it); its answer becomes the rival of ``logit_difference``.  Facts without a subject in the
-    prompt or without a partner are left out and counted; raises KnowledgeError when none is left.  Symmetric
-    token replacement: Zhang & Nanda 2023, arXiv 2309.16042.
+    Up to ``partners`` partners per fact are drawn by seed from ``others`` of the same relation (of any relation
+    where none has an answer to it); their answers become the rivals of ``logit_difference``.  Facts
+    without a subject in the prompt or without a partner are left out and counted; raises KnowledgeError when none
+    is left.  Symmetric token replacement: Zhang & Nanda 2023, arXiv 2309.16042.
     """
     by_relation: dict[str, list[Fact]] = {}
-    for partner in partners:
-        by_relation.setdefault(partner.relation, []).append(partner)
+    for other in others:
+        by_relation.setdefault(other.relation, []).append(other)
     runs: list[Run] = []
     missing: list[str] = []
     alone: list[str] = []
@@ -70,11 +71,10 @@ def corrupted_pairs(
             missing.append(fact.id)
             continue
         same = by_relation.get(fact.relation)
-        run = _pair(tokenizer, fact, same or partners, same is not None, seed, positions)
-        if run is None:
+        found = _pair(tokenizer, fact, same or others, same is not None, seed, positions, partners)
+        runs += found
+        if not found:
             alone.append(fact.id)
-        else:
-            runs.append(run)
     if not runs:
         raise KnowledgeError(_nothing_left(len(facts), missing, alone))
     reasons = {
@@ -89,23 +89,27 @@ def _left_out(ids: Sequence[str], total: int, why: str) -> str:
     return f"{len(ids)} of {total} facts are left out because {why} (first '{ids[0]}')."
 
 
-def _pair(tokenizer: Any, fact: Fact, partners: Sequence[Fact], related: bool, seed: int,
-          positions: Positions) -> Run | None:  # fmt: skip
-    """The first seeded partner that gives an aligned prompt, or None."""
-    found = {p.subject: p for p in sorted(partners, key=lambda p: p.id)
+def _pair(
+    tokenizer: Any, fact: Fact, others: Sequence[Fact], related: bool, seed: int, positions: Positions, partners: int
+) -> list[Run]:
+    """Runs with the first seeded partners that give an aligned prompt."""
+    found = {p.subject: p for p in sorted(others, key=lambda p: p.id)
              if p.subject and p.subject != fact.subject and p.cluster != fact.cluster
              and not (related and p.answer == fact.answer)}  # fmt: skip
     order = list(found.values())
     random.Random(f"partner-{seed}-{fact.id}").shuffle(order)
+    runs: list[Run] = []
     for partner in order[:MAX_PARTNERS_TRIED]:
+        if len(runs) == partners:
+            break
         donor = fact.prompt.replace(fact.subject, partner.subject)
         try:
-            return prompt_run(tokenizer, fact.id, fact.cluster, fact.prompt, fact.answer, donor_prompt=donor,
-                              subject=fact.subject, positions=positions,
-                              rival=partner.answer if related else None)  # fmt: skip
+            runs.append(prompt_run(tokenizer, fact.id, fact.cluster, fact.prompt, fact.answer, donor_prompt=donor,
+                                   subject=fact.subject, positions=positions,
+                                   rival=partner.answer if related else None))  # fmt: skip
         except KnowledgeError:  # not aligned with this partner: try the next
             continue
-    return None
+    return runs
 
 
 def _nothing_left(total: int, missing: Sequence[str], alone: Sequence[str]) -> str:

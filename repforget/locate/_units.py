@@ -18,6 +18,7 @@ Node = Literal[
     "mlp_gate", "mlp_up", "mlp_post", "mlp_out", "heads", "neurons",
 ]  # fmt: skip
 Layers = Literal["all"] | list[int]
+STREAM_WIDE = ("embed", "resid_pre", "resid_mid", "resid_post", "attn_in", "mlp_in", "attn_out", "mlp_out")
 
 
 def expand_nodes(model: LoadedModel, nodes: Sequence[Node], layers: Layers = "all") -> tuple[Component, ...]:
@@ -54,6 +55,12 @@ def node_of(component: Component) -> str:
     if component.neuron is not None:
         return "neurons"
     return "heads" if component.site.head is not None else component.site.kind
+
+
+def size_class(component: Component) -> str:
+    """Components of one class have the same number of columns and may stand for each other in a random selection."""
+    node = node_of(component)
+    return "residual width" if node in STREAM_WIDE else node
 
 
 def heat_maps(

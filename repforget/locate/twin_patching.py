@@ -8,7 +8,7 @@ from typing import Any, Literal
 from repforget.causal import Positions
 from repforget.errors import UsageError
 from repforget.knowledge import Knowledge
-from repforget.locate._exact import exact_band, forwards, measure, ranked
+from repforget.locate._exact import BandPlan, Control, exact_band, forwards, measure, ranked
 from repforget.locate._tasks import twin_task
 from repforget.locate._units import Layers, Node, expand_nodes, heat_maps
 from repforget.models.load import LoadedModel
@@ -20,7 +20,7 @@ def twin_patching(
     model: LoadedModel, knowledge: Knowledge, *, twins: Sequence[LoadedModel] = (), seed: int = 0,
     progress: Progress | None = None, nodes: tuple[Node, ...] = ("mlp_out", "attn_out"), layers: Layers = "all",
     positions: Positions = "all", items: int = 64, contrast: float = 1.0, top: int | Literal["auto"] = "auto",
-    draws: int = 100,
+    draws: int = 100, control: Control = "mean",
 ) -> Localization:  # fmt: skip
     """Rank components by how much knowledge is lost when a retain-only twin's output is written in.
 
@@ -40,14 +40,14 @@ def twin_patching(
                          "'twins', or use activation_patching.")  # fmt: skip
     components = expand_nodes(model, nodes, layers)
     task, notes = twin_task(model, knowledge, twins, items, seed, positions, contrast)
-    moves = measure(task, [(c,) for c in components], progress, -1.0)
+    moves = measure([task], [(c,) for c in components], progress)
     scores = moves.scores(contrast)
     half_order, _ = ranked(components, moves.scores(contrast, seed))
-    band, band_notes, spent = exact_band(task, components, half_order, top=top, draws=draws, seed=seed, sign=-1.0,
-                                         progress=progress)  # fmt: skip
+    band, band_notes, spent = exact_band([task], components, half_order, BandPlan(top, draws, control, seed), progress)
     order, values = ranked(components, scores)
     settings: dict[str, Any] = {"nodes": list(nodes), "layers": layers, "positions": positions, "items": items,
-                                "contrast": contrast, "top": top, "draws": draws, "seed": seed,
+                                "contrast": contrast, "top": top, "draws": draws, "control": control,
+                                "seed": seed,
                                 "twins": [t.name for t in twins]}  # fmt: skip
     forget_loss, retain_loss = moves.forget.mean(axis=1), moves.retain.mean(axis=1)
     best = int(forget_loss.argmax())
@@ -55,7 +55,7 @@ def twin_patching(
         notes = (*notes, f"Writing the twin in at {components[best]} costs retain facts "
                          f"{retain_loss[best]:.2f} nats and forget facts {forget_loss[best]:.2f}: the twin "
                          "does not share this model's basis there, so the scores say little.")  # fmt: skip
-    cost = {"forwards": forwards(task, len(components)) + spent, "backwards": 0.0, "facts": float(len(task.forget))}
+    cost = {"forwards": forwards([task], len(components)) + spent, "backwards": 0.0, "facts": float(len(task.forget))}
     tables = {**heat_maps(components, scores, "effect"), **heat_maps(components, forget_loss, "nats lost, "
                                                                                               "forget"),
               **heat_maps(components, retain_loss, "nats lost, retain")}  # fmt: skip
