@@ -20,7 +20,9 @@ from repforget.models.capture import Batch
 from repforget.models.load import LoadedModel
 from repforget.scoring import Encoded, encode_many
 from repforget.scoring.encode import context_limit, pad, pad_id
+from repforget.scoring.forward import forward
 from repforget.verify import _asking as ask
+from repforget.verify.arms import References
 
 Array = NDArray[np.float64]
 LOGIT_ELEMENTS = 2**26  # logits of one batch held at once
@@ -79,6 +81,14 @@ def _path(item: int, group: Sequence[Encoded]) -> Path | None:
     return Path(item, truth.ids, truth.start, tuple(choices)) if any(len(c) > 1 for c in choices) else None
 
 
+def kept_paths(
+    references: References, model: LoadedModel, items: Sequence[Item], knowledge: Knowledge, *, forms: int, limit: int
+) -> list[Path]:
+    """:func:`paths`, tokenised once for all arms that share a tokenizer."""
+    key = ("paths", id(model.tokenizer), tuple(i.id for i in items), forms, limit)
+    return references.once(key, lambda: paths(model, items, knowledge, forms=forms, limit=limit))
+
+
 class Rows(NamedTuple):
     """A right-padded batch of paths: ``places`` [b, k] predict the answer tokens, ``choices`` [b, k, c] compete there.
 
@@ -122,13 +132,29 @@ def same_rows(model: LoadedModel, group: Sequence[Path], index: Sequence[int] = 
 
 
 def read(logits: Tensor, rows: Rows) -> tuple[Array, Array]:
-    """Logits [b, k, V] at ``rows.places`` -> the truth's constrained probability and log-probability (nats), each [b]."""
+    """Logits [b, k, V] at ``rows.places`` -> the truth's constrained probability and its log-probability, each [b]."""
     wide = logits.double().cpu()
     competing = wide.gather(-1, rows.choices).masked_fill(~rows.open, -torch.inf)
     truth = competing[..., 0]
     share = torch.where(rows.real, truth - competing.logsumexp(-1), 0.0).sum(-1).exp()
     nats = torch.where(rows.real, truth - wide.logsumexp(-1), 0.0).sum(-1)
     return share.numpy(), nats.numpy()
+
+
+def logits_at(model: LoadedModel, rows: Rows) -> Tensor:
+    """The model's logits [b, k, V] at ``rows.places``; one forward pass."""
+    kept, slot = np.unique(rows.places.numpy(), return_inverse=True)
+    logits, _ = forward(model, rows.batch.ids, rows.batch.mask, rows.batch.position_ids, torch.from_numpy(kept))
+    slots = torch.from_numpy(slot.reshape(rows.places.shape)).to(logits.device)
+    return logits[torch.arange(len(slots), device=logits.device)[:, None], slots]
+
+
+def probability(model: LoadedModel, count: int, chosen: Sequence[Path]) -> Array:
+    """Per item, the truth's probability when the model's decoding is confined to the candidates [count]."""
+    found = np.zeros(len(chosen))
+    for rows in batches(model, chosen):
+        found[rows.which] = read(logits_at(model, rows), rows)[0]
+    return by_item(count, chosen, found)
 
 
 def by_item(count: int, chosen: Sequence[Path], values: Array) -> Array:

@@ -16,6 +16,7 @@ from repforget.scoring import answer_logprobs, encode_many, token_batches
 from repforget.scoring.encode import context_limit, pad_id
 from repforget.scoring.forward import forward
 from repforget.verify import _asking as ask
+from repforget.verify import _constrained as path
 from repforget.verify.arms import MeasureInfo, References
 
 MEASURES = {
@@ -33,7 +34,7 @@ def collateral(
     model: LoadedModel, view: View, *, references: References, seed: int = 0, progress: Progress | None = None,
     forms: int = 1, alternatives: int = 31, max_items: int = 300, max_texts: int = 100,
 ) -> Measurement:  # fmt: skip
-    """Measure what must stay: contrastive and greedy answers on retain and neighbour items, likelihood of general text.
+    """Measure what must stay: constrained and greedy answers to retain and neighbour items, likelihood of general text.
 
     ``general`` is exp(mean log-probability per token) of each text, so that 2 % lost is 0.02 nats per token;
     ``agreement`` is exp(-KL(original || arm)) at the retain answers' positions, descriptive (a twin disagrees too).
@@ -47,8 +48,8 @@ def collateral(
     for name, everything in track(progress, list(sets.items()), "asking what must stay"):
         items = ask.limited(everything, max_items, seed)
         if items:
-            found = ask.contrast(model, items, view.knowledge, forms=forms, limit=alternatives)
-            out[name] = ask.scores(items, found.probability)
+            asked = path.kept_paths(references, model, items, view.knowledge, forms=forms, limit=alternatives)
+            out[name] = ask.scores(items, path.probability(model, len(items), asked))
             out[f"{name}_prior"] = ask.scores(items, ask.prior(items, view.knowledge, alternatives))
             out[f"{name}_exact"] = ask.scores(items, ask.said(model, items, forms=forms))
             out[f"{name}_exact_prior"] = ask.scores(items, ask.prior_match(items, view.knowledge))

@@ -28,7 +28,7 @@ MEASURES = {
 
 def logit_lens(
     model: LoadedModel, view: View, *, references: References, seed: int = 0, progress: Progress | None = None,
-    forms: int = 2, alternatives: int = 31, layers: list[int] | Literal["all"] = "all", max_items: int = 400,
+    forms: int = 1, alternatives: int = 31, layers: list[int] | Literal["all"] = "all", max_items: int = 400,
 ) -> Measurement:  # fmt: skip
     """Read every layer's state at the answer's positions through the original's final norm and unembedding.
 
@@ -41,7 +41,7 @@ def logit_lens(
     A low value does not show absence: a change of basis hides knowledge from a fixed decoder.
     """
     items = ask.limited(view.forget, max_items, seed)
-    chosen = path.paths(model, items, view.knowledge, forms=forms, limit=alternatives)
+    chosen = path.kept_paths(references, model, items, view.knowledge, forms=forms, limit=alternatives)
     layer_list = list(range(model.n_layers)) if layers == "all" else sorted(layers)
     original = references.original
     readable = (model.width, model.vocab_size) == (original.width, original.vocab_size)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,7 +16,6 @@ from repforget.progress import Progress, track
 from repforget.records import Measurement, Site
 from repforget.scoring import encode_many
 from repforget.scoring.encode import context_limit
-from repforget.scoring.forward import forward
 from repforget.verify import _asking as ask
 from repforget.verify import _constrained as path
 from repforget.verify.arms import MeasureInfo, References
@@ -51,7 +49,7 @@ class _Reading:
 
 def patch_depth(
     model: LoadedModel, view: View, *, references: References, seed: int = 0, progress: Progress | None = None,
-    alternatives: int = 31, strangers: int = 2, max_layers: int = 8, max_items: int = 200,
+    alternatives: int = 31, strangers: int = 2, max_layers: int = 8, max_items: int = 400,
 ) -> Measurement:  # fmt: skip
     """Write the arm's residual states at the answer's positions into the original and see whether it still answers.
 
@@ -161,14 +159,9 @@ def _patched(
     for rows in track(progress, list(path.batches(receiver, own)), "patching states"):
         source = path.same_rows(receiver, [given[k] for k in rows.which])
         values = capture(donor, sites, source.batch, gather=source.places)
-        kept, slot = np.unique(rows.places.numpy(), return_inverse=True)
-        slots = torch.from_numpy(slot.reshape(rows.places.shape))
         for k, site in enumerate(sites):
             with hooks(receiver, {site: _write(values[site], rows.places)}):
-                logits, _ = forward(receiver, rows.batch.ids, rows.batch.mask, rows.batch.position_ids,
-                                    torch.from_numpy(kept))  # fmt: skip
-            picked = logits[torch.arange(len(slots))[:, None], slots.to(logits.device)]
-            share[k, rows.which], nats[k, rows.which] = path.read(picked, rows)
+                share[k, rows.which], nats[k, rows.which] = path.read(path.logits_at(receiver, rows), rows)
     return _Reading(share, nats / np.array([len(p.choices) for p in own]))
 
 

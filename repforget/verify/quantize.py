@@ -14,6 +14,7 @@ from repforget.models.load import LoadedModel, copy_of
 from repforget.progress import Progress, track
 from repforget.records import ItemScores, Measurement
 from repforget.verify import _asking as ask
+from repforget.verify import _constrained as path
 from repforget.verify.arms import MeasureInfo, References
 
 Form = Literal["int8", "nf4"]
@@ -33,9 +34,9 @@ def quantize(
 ) -> Measurement:  # fmt: skip
     """Round every projection to int8 (absmax per output channel) or NF4 (blocks of 64) and back, then ask again.
 
-    The measure is the contrastive probability of the truth on the rounded copy (see ``behaviour``); embeddings and
-    unembedding keep their precision, as common loaders do.  Facts: the share of codes that differ from those of the
-    rounded original, which near zero means that rounding undoes the edit.  Source: Zhang et al. 2024, arXiv
+    The measure is the probability of the truth when the rounded copy's decoding is confined to the candidates;
+    embeddings and unembedding keep their precision, as common loaders do.  Facts: the share of codes that
+    differ from those of the rounded original, which near zero means that rounding undoes the edit.  Source: Zhang et al. 2024, arXiv
     2410.16454; NF4: 2305.14314.  Cost: one copy of the model and one pass of questions per kind.
 
     Simulated rounding runs no integer kernel; it shows what the weights hold, not what a given runtime computes.
@@ -44,6 +45,7 @@ def quantize(
         raise UsageError("Verifier 'quantize' was given no kinds: choose 'int8', 'nf4' or both.")
     items = ask.limited(view.forget, max_items, seed)
     before = ask.scores(items, ask.prior(items, view.knowledge, alternatives))
+    asked = path.kept_paths(references, model, items, view.knowledge, forms=forms, limit=alternatives)
     out: dict[str, ItemScores] = {}
     facts: dict[str, float] = {}
     for kind in track(progress, list(kinds), "rounding weights"):
@@ -51,8 +53,8 @@ def quantize(
         flips = round_weights(rounded.module, kind, references.original.module)
         if flips is not None:
             facts[f"share of {kind} codes that differ from the original's"] = flips
-        found = ask.contrast(rounded, items, view.knowledge, forms=forms, limit=alternatives)
-        out[kind], out[f"{kind}_prior"] = ask.scores(items, found.probability), before
+        out[kind] = ask.scores(items, path.probability(rounded, len(items), asked))
+        out[f"{kind}_prior"] = before
     return Measurement(out, {}, facts)
 
 
@@ -80,12 +82,12 @@ def projections(module: nn.Module) -> dict[str, Tensor]:
 
     head = module.get_output_embeddings()  # type: ignore[operator]
     found: dict[str, Tensor] = {}
-    for path, part in module.named_modules():
+    for place, part in module.named_modules():
         if part is head or isinstance(part, nn.Embedding | nn.Conv1d | nn.Conv2d):
             continue
         for name, parameter in part.named_parameters(recurse=False):
             if parameter.ndim in (2, 3) and parameter.is_floating_point():
-                found[f"{path}.{name}"] = parameter.data.mT if isinstance(part, Conv1D) else parameter.data
+                found[f"{place}.{name}"] = parameter.data.mT if isinstance(part, Conv1D) else parameter.data
     if not found:
         raise UsageError("Verifier 'quantize' found no projection to round in this model: leave it out of the list.")
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from repforget.scoring import encode_many
 from repforget.scoring.encode import context_limit
 from repforget.training import Example, Step, finetune
 from repforget.verify import _asking as ask
+from repforget.verify import _constrained as path
 from repforget.verify.arms import MeasureInfo, References
 
 _CURVE = ("relearning", "training steps", "probability of the truth on the half not taught")
@@ -29,18 +31,19 @@ Array = NDArray[np.float64]
 
 def relearn(
     model: LoadedModel, view: View, *, references: References, seed: int = 0, progress: Progress | None = None,
-    steps: int = 24, checks: int = 3, lr: float | None = None, batch_size: int = 16, alternatives: int = 15,
-    train_forms: int = 2, company: float = 3.0, parameters: str = "", max_items: int = 200,
+    steps: int = 24, checks: int = 3, lr: float | None = None, batch_size: int = 16, alternatives: int = 31,
+    forms: int = 1, train_forms: int = 2, company: float = 3.0, parameters: str = "", max_items: int = 400,
 ) -> Measurement:  # fmt: skip
     """Fine-tune a copy on half of the forget clusters among retained facts, ask the other half, swap the halves.
 
-    ``best_step`` is the contrastive probability of the truth (first question form) on items not taught, at the check
-    (0 = before training) with the highest mean, the same maximum on every arm; data, order, seed, ``steps`` and
-    ``lr`` (None: 0.04 / width) are the same on every arm, which a twin needs to be a floor.  ``company`` retain items
-    per taught item keep the model from forgetting everything else, which would hide what comes back.  ``parameters``
-    is a regular expression over parameter names (empty: all).  Fact: steps until half of the original's value
-    above the prior is back.  Source: Deeb and Roger 2024, arXiv 2410.08827.  Cost: two copies one after the other in
-    float32 with two optimiser moments each, 2 x ``steps`` training steps, 2 x (``checks`` + 1) passes of questions.
+    ``best_step`` is the truth's probability under decoding confined to the candidates (mean over ``forms``) on items
+    not taught, at the check (0 = before training) with the highest mean, the same maximum on every arm; data, order,
+    seed, ``steps`` and ``lr`` (None: 0.04 / width) are the same on every arm, which a twin needs to be a floor.
+    ``company`` retain items per taught item keep the model from forgetting everything else, which would hide what
+    comes back.  ``parameters`` is a regular expression over parameter names (empty: all).  Fact: steps until half of
+    the original's value above the prior is back.  Source: Deeb and Roger 2024, arXiv 2410.08827.  Cost: two copies one
+    after the other in float32 with two optimiser moments each, 2 x ``steps`` training steps, 2 x (``checks`` + 1)
+    passes of questions.
 
     A flat curve does not show that other data, rates or more steps would not bring the knowledge back.
     """
@@ -55,15 +58,16 @@ def relearn(
     for taught, asked in track(progress, [halves, halves[::-1]], "relearning"):
         taught = (*taught, *ask.limited(view.support, round(company * len(taught)), seed))
         asked = ask.limited(asked, max_items // 2, seed)
-        parts.append((asked, _curve(model, taught, asked, view, marks, lr, batch_size, train_forms, alternatives,
-                                    parameters, seed)))  # fmt: skip
+        chosen = path.kept_paths(references, model, asked, view.knowledge, forms=forms, limit=alternatives)
+        examine = partial(path.probability, count=len(asked), chosen=chosen)
+        parts.append((asked, _curve(model, taught, examine, marks, lr, batch_size, train_forms, parameters, seed)))
     items = [item for asked, _ in parts for item in asked]
     table = np.concatenate([rows for _, rows in parts], axis=1)
     means = np.nanmean(table, axis=1)
     best = int(means.argmax())
     before = ask.prior(items, view.knowledge, alternatives)
-    ceiling = references.once(("relearn", "untaught", tuple(i.id for i in items), alternatives),
-                              lambda: _ask(references.original, items, view, alternatives))  # fmt: skip
+    ceiling = references.once(("relearn", "untaught", tuple(i.id for i in items), alternatives, forms),
+                              lambda: _untaught(references.original, items, view, alternatives, forms))  # fmt: skip
     half = (float(np.nanmean(ceiling)) + float(before.mean())) / 2
     reached = [mark for mark, mean in zip(marks, means, strict=True) if mean >= half]
     facts = {"best step": float(marks[best])}
@@ -74,24 +78,25 @@ def relearn(
     return Measurement(scores, series, facts)
 
 
-def _ask(model: LoadedModel, items: Sequence[Item], view: View, alternatives: int) -> Array:
-    return ask.contrast(model, items, view.knowledge, forms=1, limit=alternatives).probability
+def _untaught(model: LoadedModel, items: Sequence[Item], view: View, alternatives: int, forms: int) -> Array:
+    chosen = path.kept_paths(references, model, items, view.knowledge, forms=forms, limit=alternatives)
+    return path.probability(model, len(items), chosen)
 
 
 def _curve(
-    model: LoadedModel, taught: Sequence[Item], asked: Sequence[Item], view: View, marks: Sequence[int],
-    lr: float | None, batch_size: int, forms: int, alternatives: int, parameters: str, seed: int,
+    model: LoadedModel, taught: Sequence[Item], examine: Callable[[LoadedModel], Array], marks: Sequence[int],
+    lr: float | None, batch_size: int, forms: int, parameters: str, seed: int,
 ) -> Array:  # fmt: skip
-    """Contrastive probability [marks, asked items] before and while a copy is taught."""
+    """What ``examine`` finds [marks, items] before and while a copy is taught."""
     student = copy_of(model)
     # Low learning rates vanish in the rounding of half precision, which would look like robustness.
     student.module.float()
     examples = teaching(student, taught, forms)
-    rows = [_ask(student, asked, view, alternatives)]
+    rows = [examine(student)]
 
     def on_step(step: Step) -> None:
         if step.index in marks:
-            rows.append(_ask(student, asked, view, alternatives))
+            rows.append(examine(student))
 
     finetune(
         student.module, examples, steps=marks[-1], lr=RATE_TIMES_WIDTH / student.width if lr is None else lr,

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from repforget.errors import UsageError
-from repforget.knowledge import Item, Knowledge, View
+from repforget.knowledge import Item, View
 from repforget.models.capture import capture
 from repforget.models.load import LoadedModel
 from repforget.probing import fit_transfer
 from repforget.progress import Progress, track
 from repforget.records import Measurement, Site
-from repforget.scoring import encode_many, token_batches
+from repforget.scoring import Encoded, encode_many, token_batches
 from repforget.scoring.encode import context_limit, pad_id
 from repforget.verify import _asking as ask
 from repforget.verify.arms import MeasureInfo, References
@@ -29,141 +28,156 @@ MEASURES = {
     "mlp": MeasureInfo("knowledge", "white-box", curve=("fresh probes, two layers", "layer", _Y)),
 }
 KINDS: dict[str, Literal["logistic", "mlp"]] = {"linear": "logistic", "mlp": "mlp"}
-SHARED = 2  # an answer is a class of the probe when at least two training items have it
+SHARED = 2  # something is a class of a probe when at least two training rows have it
 Task = Literal["auto", "answer", "candidate"]
 Array = NDArray[np.float64]
 Features = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class _Example:
-    """One text to be represented: ``key`` groups rows that are fitted together, ``item`` is -1 outside the tested."""
+class _Row(NamedTuple):
+    """One state with its label: rows of one ``key`` share a probe; ``item`` is -1 outside the tested items.
+
+    ``part`` counts answer tokens (task ``answer``) or candidates with the truth first (task ``candidate``).
+    """
 
     key: str
-    prompt: str
-    text: str
+    form: int
+    text: int
+    place: int
     label: str
     cluster: str
     item: int
-    place: int = 0  # candidate number, 0 = the truth
+    part: int
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    l2: float
+    hidden: int
+    steps: int
+    seed: int
 
 
 def reprobe(
     model: LoadedModel, view: View, *, references: References, seed: int = 0, progress: Progress | None = None,
-    task: Task = "auto", forms: int = 1, alternatives: int = 7, l2: float = 0.01, hidden: int = 64, steps: int = 240,
-    layers: list[int] | Literal["all"] = "all", max_support: int = 1600, max_items: int = 400,
+    task: Task = "auto", forms: int = 1, tokens: int = 2, alternatives: int = 7, l2: float = 0.01, hidden: int = 32,
+    steps: int = 60, layers: list[int] | Literal["all"] = "all", max_support: int = 1000, max_items: int = 400,
 ) -> Measurement:  # fmt: skip
     """Train new probes on the arm's own activations and read the forget items' answers from every layer.
 
-    Features: residual state at the last token.  Task ``answer``: after the question, predict which answer of the
-    relation follows (classes are answers shared by several training items; one probe per relation); value: the
-    probability given to the truth.  Task ``candidate``: after question and candidate, predict true or false; value:
-    the truth's share among up to ``alternatives`` + 1 candidates.  ``auto`` takes ``answer`` where it covers half of
-    the items.  Trained on retain items outside the judged ones and, in turn, on one half of the forget clusters while
-    the other half is tested; penalty ``l2`` beside a mean loss, networks of ``hidden`` units for ``steps``.  Each
-    measure takes the layer with the highest mean, the same maximum on every arm.  ``*_prior`` is the share of the true
-    class in training (or 1 / candidates).  Source: Alain and Bengio 2016; retrained on the edited model because a fixed
-    probe tests a direction and not the information.  Cost: one pass over the texts, 2 x relations x layers fits each.
+    Task ``answer``: the states that predict the answer's first ``tokens`` tokens (after the question, and after the
+    true tokens before) are classified by that token, one probe per relation and token; value: the product of the
+    truth's probabilities.  Task ``candidate``: states at the end of question and candidate, true or false; value: the
+    truth's share of the odds among up to ``alternatives`` + 1 candidates.  ``auto`` takes ``answer`` where training
+    items share the tokens of half of the answers.  Trained on retain items outside the judged ones and, in turn, on
+    one half of the forget clusters while the other half is tested; penalty ``l2`` beside a mean loss, networks of
+    ``hidden`` units for ``steps``.  Each measure takes the layer with the highest mean, the same maximum on every arm.
+    ``*_prior`` is the truth's share in training (or 1 / candidates).  Source: Alain and Bengio 2016, arXiv 1610.01644;
+    retrained on the edited model because a fixed probe tests a direction and not the information.
+    Cost: one pass over the texts, 2 x relations x tokens x layers fits of each kind.
 
     Failure to read does not show erasure from other positions, and a linear failure says nothing about other readers.
     """
     tested = ask.limited(view.forget, max_items, seed)
     support = ask.limited(view.support, max_support, seed)
     chosen = list(range(model.n_layers)) if layers == "all" else sorted(layers)
-    rows = _examples(view.knowledge, tested, support, task, forms, alternatives)
-    x = _features(model, rows, chosen, progress)
+    texts, rows = _rows(model, view, tested, support, task, forms, tokens, alternatives)
+    x = _features(model, texts, rows, chosen, progress)
     first = {item.cluster for item in view.halves(seed)[0]}
     half = np.array([-1 if r.item < 0 else int(r.cluster in first) for r in rows])
-    keys = sorted({r.key for r in rows if r.item >= 0})
+    members: dict[str, list[int]] = {}
+    for k, row in enumerate(rows):
+        members.setdefault(row.key, []).append(k)
     tables = {name: np.full((len(chosen), len(rows)), np.nan) for name in KINDS}
     before = np.full(len(rows), np.nan)
-    for key in track(progress, keys, "fitting new probes"):
-        mine = np.array([r.key == key for r in rows])
+    fitting = _Fitting(l2, hidden, steps, seed)
+    for key in track(progress, sorted(members), "fitting new probes"):
+        mine = np.array(members[key])
         for side in (0, 1):
-            train, test = np.flatnonzero(mine & (half != side)), np.flatnonzero(mine & (half == side))
-            _fit(x, rows, train, test, tables, before, l2=l2, hidden=hidden, steps=steps, seed=seed)
+            _fit(x, rows, mine[half[mine] != side], mine[half[mine] == side], tables, before, fitting)
     return _measured(tested, rows, tables, before, chosen)
 
 
-def _examples(
-    knowledge: Knowledge, tested: Sequence[Item], support: Sequence[Item], task: Task, forms: int, alternatives: int
-) -> list[_Example]:
-    counts = Counter((i.relation, i.answer) for i in support)
-    shared = [counts[i.relation, i.answer] >= SHARED for i in tested]
-    by_answer = task == "answer" or (task == "auto" and sum(shared) * 2 >= len(shared))
+def _rows(
+    model: LoadedModel, view: View, tested: Sequence[Item], support: Sequence[Item], task: Task, forms: int,
+    tokens: int, alternatives: int,
+) -> tuple[list[Encoded], list[_Row]]:  # fmt: skip
+    """The texts to run and the states to take from them."""
     everything = [(k, item) for k, item in enumerate(tested)] + [(-1, item) for item in support]
-    rows = []
-    for index, item in everything:
-        for form, prompt in enumerate(item.questions[:forms]):
-            if by_answer:
-                rows.append(_Example(f"{item.relation}#{form}", prompt, item.continuation(), item.answer, item.cluster,
-                                     index))  # fmt: skip
-                continue
-            for place, text in enumerate(ask.options(item, knowledge, alternatives)):
-                rows.append(_Example(f"#{form}", prompt + text, "", "false" if place else "true", item.cluster, index,
-                                     place))  # fmt: skip
-    return rows
-
-
-def _tokens(model: LoadedModel, rows: Sequence[_Example]) -> list[tuple[int, ...]]:
-    """Tokens up to where the answer starts, or the whole text where there is none to follow."""
+    asked = [(k, item, f) for k, item in everything for f in range(len(item.questions[:forms]))]
     limit = context_limit(model)
-    if all(r.text for r in rows):
-        encoded = encode_many(model.tokenizer, [(r.prompt, r.text) for r in rows], limit=limit)
-        found = [e.ids[: e.start] for e in encoded]
-    else:
-        # Any continuation marks the end of the text; the prompt is what counts.
-        ends = encode_many(model.tokenizer, [(r.prompt[:-1], r.prompt[-1]) for r in rows], limit=limit)
-        found = [e.ids for e in ends]
-    if any(len(ids) > limit for ids in found):
-        raise UsageError("A question is longer than the model's context: shorten the prompts of the probe.")
-    return found
+    texts = encode_many(model.tokenizer, [(i.questions[f], i.continuation()) for _, i, f in asked], limit=limit)
+    rows = [_Row(f"{item.relation}#{form}#{t}", form, n, e.start - 1 + t, str(e.answer[t]), item.cluster, k, t)
+            for n, ((k, item, form), e) in enumerate(zip(asked, texts, strict=True)) if e.valid
+            for t in range(min(tokens, len(e.answer)))]  # fmt: skip
+    counts = Counter((r.key, r.label) for r in rows if r.item < 0)
+    shared = [counts[r.key, r.label] >= SHARED for r in rows if r.item >= 0]
+    if task == "answer" or (task == "auto" and sum(shared) * 2 >= len(shared)):
+        return texts, rows
+    pairs = [(k, item, f, place, text) for k, item, f in asked
+             for place, text in enumerate(ask.options(item, view.knowledge, alternatives))]  # fmt: skip
+    texts = encode_many(model.tokenizer, [(i.questions[f], text) for _, i, f, _, text in pairs], limit=limit)
+    rows = [_Row(f"#{f}", f, n, len(e.ids) - 1, "false" if place else "true", item.cluster, k, place)
+            for n, ((k, item, f, place, _), e) in enumerate(zip(pairs, texts, strict=True)) if e.valid]  # fmt: skip
+    return texts, rows
 
 
 def _features(
-    model: LoadedModel, rows: Sequence[_Example], layers: Sequence[int], progress: Progress | None
+    model: LoadedModel, texts: Sequence[Encoded], rows: Sequence[_Row], layers: Sequence[int], progress: Progress | None
 ) -> Features:
     """Residual states [layers, rows, width] in float32."""
-    sequences = _tokens(model, rows)
+    wanted: dict[int, list[int]] = {}
+    for k, row in enumerate(rows):
+        wanted.setdefault(row.text, []).append(k)
+    names = sorted(wanted)
+    deepest = max(len(group) for group in wanted.values())
     sites = [Site("resid_post", layer) for layer in layers]
     out = np.zeros((len(sites), len(rows), model.width), dtype=np.float32)
-    batches = list(token_batches(sequences, pad_id=pad_id(model.tokenizer)))
-    for index, batch in track(progress, batches, "representing questions"):
-        values = capture(model, sites, batch, gather="last")
-        for k, site in enumerate(sites):
-            out[k, index] = values[site].to("cpu", torch.float32).numpy()
+    sequences = [texts[n].ids[: max(rows[k].place for k in wanted[n]) + 1] for n in names]
+    for index, batch in track(progress, list(token_batches(sequences, pad_id=pad_id(model.tokenizer))), "representing"):
+        groups = [wanted[names[n]] for n in index]
+        places = torch.tensor([[rows[k].place for k in (*g, *[g[-1]] * (deepest - len(g)))] for g in groups])
+        values = capture(model, sites, batch, gather=places)
+        flat = [k for g in groups for k in g]
+        real = torch.tensor([[j < len(g) for j in range(deepest)] for g in groups])
+        for s, site in enumerate(sites):
+            out[s, flat] = values[site].to("cpu", torch.float32)[real].numpy()
     return out
 
 
 def _fit(
-    x: Features, rows: Sequence[_Example], train: NDArray[np.int64], test: NDArray[np.int64], tables: dict[str, Array],
-    before: Array, *, l2: float, hidden: int, steps: int, seed: int,
+    x: Features, rows: Sequence[_Row], train: NDArray[np.int64], test: NDArray[np.int64], tables: dict[str, Array],
+    before: Array, fitting: _Fitting,
 ) -> None:  # fmt: skip
-    """Fill the columns of the tested rows whose answer is a class of the training rows; the others stay NaN."""
+    """Fill the columns of the tested rows whose label is a class of the training rows; the others stay NaN."""
     counts = Counter(rows[k].label for k in train)
     train = np.array([k for k in train if counts[rows[k].label] >= SHARED], dtype=np.int64)
     classes = {rows[k].label for k in train}
     test = np.array([k for k in test if rows[k].label in classes], dtype=np.int64)
-    if len(classes) < 2 or not len(test):
+    if not len(test):
         return
-    labels = [rows[k].label for k in train]
     before[test] = [counts[rows[k].label] / len(train) for k in test]
+    if len(classes) < 2:  # nothing to tell apart: this token says nothing about the item
+        for table in tables.values():
+            table[:, test] = 1.0
+        return
+    labels, answers = ([rows[k].label for k in part] for part in (train, test))
+    groups = [rows[k].cluster for k in train]
     for name, kind in KINDS.items():
-        found = fit_transfer(x[:, train], labels, x[:, test], [rows[k].label for k in test],
-                             groups=[rows[k].cluster for k in train], kind=kind, l2=l2, seed=seed, hidden=hidden,
-                             steps=steps)  # fmt: skip
+        found = fit_transfer(x[:, train], labels, x[:, test], answers, groups=groups, kind=kind, l2=fitting.l2,
+                             seed=fitting.seed, hidden=fitting.hidden, steps=fitting.steps)  # fmt: skip
         tables[name][:, test] = found.probability
 
 
 def _measured(
-    tested: Sequence[Item], rows: Sequence[_Example], tables: dict[str, Array], before: Array, layers: Sequence[int]
+    tested: Sequence[Item], rows: Sequence[_Row], tables: dict[str, Array], before: Array, layers: Sequence[int]
 ) -> Measurement:
-    groups = list(_groups(rows))
+    groups = list(_groups(rows, len(tested)))
+    by_answer = any("#" in row.key[1:] for row in rows)
     scores, series, facts = {}, {"x": tuple(float(layer) for layer in layers)}, {}
-    floor = np.array([np.nan if not g else float(np.mean([_chance(rows, before, m) for m in g])) for g in groups])
+    floor = np.array([_mean([_chance(before, m, by_answer) for m in g]) for g in groups])
     for name, table in tables.items():
-        values = np.array([[np.nan if not g else float(np.mean([_share(row, m) for m in g])) for g in groups]
-                           for row in table])  # fmt: skip
+        values = np.array([[_mean([_share(row, m, by_answer) for m in g]) for g in groups] for row in table])
         means = np.array([v[~np.isnan(v)].mean() if (~np.isnan(v)).any() else 0.0 for v in values])
         best = int(means.argmax())
         scores[name] = ask.scores(tested, values[best])
@@ -173,25 +187,29 @@ def _measured(
     return Measurement(scores, series, facts)
 
 
-def _groups(rows: Sequence[_Example]) -> Iterator[list[list[int]]]:
-    """Per tested item, per question form: its row, or the rows of its candidates with the truth first."""
-    found: dict[int, dict[str, list[int]]] = {}
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")
+
+
+def _groups(rows: Sequence[_Row], count: int) -> Iterator[list[list[int]]]:
+    """Per tested item, per question form: its rows in the order of their parts."""
+    found: list[dict[int, list[int]]] = [{} for _ in range(count)]
     for k, row in enumerate(rows):
         if row.item >= 0:
-            found.setdefault(row.item, {}).setdefault(row.key, []).append(k)
-    for item in sorted(found):
-        yield [sorted(members, key=lambda k: rows[k].place) for members in found[item].values()]
+            found[row.item].setdefault(row.form, []).append(k)
+    for forms in found:
+        yield [sorted(group, key=lambda k: rows[k].part) for group in forms.values()]
 
 
-def _share(row: Array, members: Sequence[int]) -> float:
-    """Probability of the truth: of its class, or its odds of being true among those of all candidates."""
-    if len(members) == 1:
-        return float(row[members[0]])
-    # For a candidate the table holds the probability of its own label; the truth's is "true", the others' "false".
+def _share(row: Array, members: Sequence[int], by_answer: bool) -> float:
+    """Probability of the truth: over its tokens, or its odds of being true among those of all candidates."""
+    if by_answer:
+        return float(np.prod(row[members]))
+    # For a candidate the table holds the probability of its own label: the truth's is "true", the others' "false".
     true = np.clip(np.array([row[members[0]], *(1.0 - row[members[1:]])]), 1e-12, 1 - 1e-12)
     odds = true / (1.0 - true)
     return float(odds[0] / odds.sum())
 
 
-def _chance(rows: Sequence[_Example], before: Array, members: Sequence[int]) -> float:
-    return float(before[members[0]]) if len(members) == 1 else 1.0 / len(members)
+def _chance(before: Array, members: Sequence[int], by_answer: bool) -> float:
+    return float(np.prod(before[members])) if by_answer else 1.0 / len(members)
