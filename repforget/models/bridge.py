@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from repforget.errors import SiteError, UsageError
+from repforget.models._hooking import input_device
 from repforget.models._names import core
 from repforget.models._shadow import shadow, state_key
 from repforget.models.capture import Batch, EditSite, Gather, forward, select
@@ -74,7 +75,7 @@ class LensSource:
             raise UsageError("Capture needs at least one site, for example resid_post.3.")
         places = self._checked(sites)
         values: dict[Site, Tensor] = {}
-        sent = batch.to(self.bridge.cfg.device)
+        sent = batch.to(input_device(self.module))
         named: dict[str, list[Site]] = {}
         for site in dict.fromkeys(s for s in sites if s.kind != "logits"):
             named.setdefault(tl_name(places, site), []).append(site)
@@ -125,7 +126,7 @@ class LensSource:
     def forward(self, batch: Batch, grad: bool = False) -> Tensor:
         """Return the bridge's logits [b, s, V] with whatever hooks are on it."""
         self._checked([])
-        sent = batch.to(self.bridge.cfg.device)
+        sent = batch.to(input_device(self.module))
         with torch.set_grad_enabled(grad):
             return self.bridge(sent.ids, attention_mask=sent.mask.long())  # type: ignore[no-any-return]
 
