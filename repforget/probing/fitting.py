@@ -19,9 +19,9 @@ from repforget.probing.mlp import network
 Kind = Literal["logistic", "mean_difference", "lda", "mlp"]
 GRID = (1e-3, 1e-2, 1e-1, 1.0)  # penalties beside a mean loss: scikit-learn's C = 1 / (penalty * rows)
 DEFAULT_PENALTY = 1e-2  # where there are too few groups to choose one
-TOLERANCE, ITERATIONS = 1e-4, 200
-CHOICE_TOLERANCE, CHOICE_ITERATIONS = 1e-3, 20  # enough to rank penalties
-RANK = 64
+TOLERANCE, ITERATIONS = 3e-3, 200  # share of the objective still to gain
+CHOICE_TOLERANCE, CHOICE_ITERATIONS = 3e-2, 10  # enough to rank penalties
+RANK = 128
 STATE_PER_WEIGHT, STATE_PER_LOGIT = 24, 6  # floats held per weight and per logit while fitting
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]

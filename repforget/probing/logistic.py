@@ -16,6 +16,7 @@ from repforget.errors import NumericalError
 HISTORY = 8
 ARMIJO = 1e-4
 HALVINGS = 12
+COMPACT = 0.8  # continue with fewer fits once this share or less is unfinished
 Pair = tuple[Tensor, Tensor, Tensor]  # step [l, j, p], change of gradient [l, j, p], 1 / their product [l, j]
 
 
@@ -32,6 +33,9 @@ class Problem:
     penalty: Tensor
     n_classes: int
 
+    def only(self, fits: Tensor) -> Problem:
+        return Problem(self.labels[fits], self.weights[fits], self.penalty[:, fits], self.n_classes)
+
     @property
     def columns(self) -> int:
         """Logits per fit: one for two classes, otherwise one per class, as in scikit-learn."""
@@ -41,7 +45,7 @@ class Problem:
 @dataclass(frozen=True)
 class Fits:
     """``theta`` [l, j, c, d + 1]: weights and, last, the intercept; ``logits`` [l, j, c, n] of all rows;
-    ``converged`` [l, j]: every gradient entry fell below the tolerance."""
+    ``converged`` [l, j]: no step promised a gain above the tolerance."""
 
     theta: Tensor
     logits: Tensor
@@ -91,36 +95,68 @@ def linear(theta: Tensor, features: Tensor) -> Tensor:
 def fit(features: Tensor, axes: Axes, problem: Problem, *, tol: float, max_iter: int) -> Fits:
     """Minimise mean cross-entropy + penalty / 2 |weights|^2 (intercept free) by preconditioned L-BFGS.
 
-    ``features`` [l, n, d + 1] end with the constant.  A fit stops when all entries of its gradient are below
-    ``tol``.  Cost: two products of [j c, d] with [d, n] per layer and iteration.  Source: Liu and Nocedal, 1989,
+    ``features`` [l, n, d + 1] end with the constant.  A fit stops when its quasi-Newton step promises to lower
+    the objective by less than the share ``tol`` of it, which is free of any scale.  Cost: two products of [j c, d] with [d, n] per layer and iteration.  Source: Liu and Nocedal, 1989,
     Mathematical Programming 45.
     """
-    ridge = torch.ones_like(features[:, None, :1])  # [l, 1, 1, d + 1]: the intercept is not penalised
+    state = _begin(features, problem)
+    theta, logits = torch.empty_like(state.theta), torch.empty_like(state.logits)
+    converged = torch.zeros_like(problem.penalty, dtype=torch.bool)
+    alive = torch.arange(len(problem.labels), device=features.device)
+    for iteration in range(max_iter + 1):
+        direction = _direction(state, axes, problem)
+        active = -_dot(state.gradient, direction) > tol * state.loss
+        going = active.any(0)
+        last = iteration == max_iter or not bool(going.any())
+        if last or int(going.sum()) <= COMPACT * len(alive):  # carry on with the unfinished fits only
+            theta[:, alive], logits[:, alive], converged[:, alive] = state.theta, state.logits, ~active
+            if last:
+                break
+            problem, state, alive = problem.only(going), state.only(going), alive[going]
+            direction, active = direction[:, going], active[:, going]
+        state = _advance(features, problem, state, direction * active[:, :, None, None])
+    if not bool(torch.isfinite(theta).all()):
+        raise NumericalError("Logistic probing diverged to values that are not finite: check the features' scale.")
+    return Fits(theta, logits, converged)
+
+
+@dataclass(frozen=True)
+class _State:
+    """Where j fits stand: parameters, logits, objective, gradient, mean curvature, and the steps behind them."""
+
+    theta: Tensor  # [l, j, c, d + 1]
+    logits: Tensor  # [l, j, c, n]
+    loss: Tensor  # [l, j]
+    gradient: Tensor  # [l, j, c, d + 1]
+    curvature: Tensor  # [l, j]
+    ridge: Tensor  # [l, j, 1, d + 1]
+    memory: tuple[Pair, ...] = ()
+
+    def only(self, fits: Tensor) -> _State:
+        values = (self.theta, self.logits, self.loss, self.gradient, self.curvature, self.ridge)
+        memory = tuple((s[:, fits], y[:, fits], rho[:, fits]) for s, y, rho in self.memory)
+        theta, logits, loss, gradient, curvature, ridge = (value[:, fits] for value in values)
+        return _State(theta, logits, loss, gradient, curvature, ridge, memory)
+
+
+def _begin(features: Tensor, problem: Problem) -> _State:
+    ridge = torch.ones_like(features[:, None, :1])  # the intercept is not penalised
     ridge[..., -1] = 0
     ridge = ridge * problem.penalty[:, :, None, None].to(features)
     theta = _start(features, problem)
     logits = linear(theta, features)
     loss, residual, curvature = _loss(problem, theta, ridge, logits)
-    gradient = _gradient(features, theta, ridge, residual)
-    memory: list[Pair] = []
-    active = _active(gradient, tol)
-    for _ in range(max_iter):
-        if not bool(active.any()):
-            break
-        metric = _Metric(axes, curvature.clamp(min=1e-4), problem.penalty.to(features))
-        direction = _direction(gradient, memory, metric) * active[:, :, None, None]
-        slope = _dot(gradient, direction).double()
-        change = linear(direction, features)
-        size, logits, loss, residual, curvature = _search(problem, theta, ridge, logits, direction, change, loss, slope)
-        step = size * direction
-        theta = theta + step
-        fresh = _gradient(features, theta, ridge, residual)
-        memory = [*memory, _pair(step, fresh - gradient)][-HISTORY:]
-        gradient = fresh
-        active = _active(gradient, tol)
-    if not bool(torch.isfinite(theta).all()):
-        raise NumericalError("Logistic probing diverged to values that are not finite: check the features' scale.")
-    return Fits(theta, logits, ~active)
+    return _State(theta, logits, loss, _gradient(features, theta, ridge, residual), curvature, ridge)
+
+
+def _advance(features: Tensor, problem: Problem, state: _State, direction: Tensor) -> _State:
+    """One step of every fit along its direction."""
+    size, logits, loss, residual, curvature = _search(problem, state, direction, linear(direction, features))
+    step = size * direction
+    theta = state.theta + step
+    gradient = _gradient(features, theta, state.ridge, residual)
+    memory = (*state.memory, _pair(step, gradient - state.gradient))[-HISTORY:]
+    return _State(theta, logits, loss, gradient, curvature, state.ridge, memory)
 
 
 @dataclass(frozen=True)
@@ -183,17 +219,14 @@ def _gradient(features: Tensor, theta: Tensor, ridge: Tensor, residual: Tensor) 
     )
 
 
-def _active(gradient: Tensor, tol: float) -> Tensor:
-    return gradient.abs().amax((2, 3)) > tol
-
-
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum((2, 3))
 
 
-def _direction(gradient: Tensor, memory: list[Pair], metric: _Metric) -> Tensor:
-    """Two-loop recursion [l, j, c, d + 1]; every fit has its own history."""
-    q = gradient.clone()
+def _direction(state: _State, axes: Axes, problem: Problem) -> Tensor:
+    """Quasi-Newton direction [l, j, c, d + 1] by the two-loop recursion; every fit has its own history."""
+    metric = _Metric(axes, state.curvature.clamp(min=1e-4), problem.penalty.to(state.theta))
+    memory, q = state.memory, state.gradient.clone()
     alphas = []
     for s, y, rho in reversed(memory):
         alpha = rho * _dot(s, q)
@@ -210,18 +243,17 @@ def _direction(gradient: Tensor, memory: list[Pair], metric: _Metric) -> Tensor:
 
 
 def _search(
-    problem: Problem, theta: Tensor, ridge: Tensor, logits: Tensor, direction: Tensor, change: Tensor, loss: Tensor,
-    slope: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    problem: Problem, state: _State, direction: Tensor, change: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Armijo backtracking per fit; logits are linear in the step, so a trial costs no matrix product."""
+    slope = _dot(state.gradient, direction).double()
+    slack = 1e-6 if direction.dtype == torch.float32 else 1e-13  # rounding must not reject a step at the optimum
     size = torch.ones_like(slope)
     for _ in range(HALVINGS):
         factor = size[:, :, None, None].to(direction)
-        trial = logits + factor * change
-        value, residual, curvature = _loss(problem, theta + factor * direction, ridge, trial)
-        # Rounding of the logits must not reject a step at the optimum.
-        slack = 1e-6 if direction.dtype == torch.float32 else 1e-13
-        bad = value > loss + ARMIJO * size * slope + slack * loss.abs()
+        trial = state.logits + factor * change
+        value, residual, curvature = _loss(problem, state.theta + factor * direction, state.ridge, trial)
+        bad = value > state.loss + ARMIJO * size * slope + slack * state.loss.abs()
         if not bool(bad.any()):
             break
         size = torch.where(bad, 0.5 * size, size)
