@@ -185,6 +185,22 @@ class TestAnswerLogprobs:
         assert np.abs(hooked - before).min() > 1e-3
         assert cached == pytest.approx(hooked, abs=1e-5)
 
+    def test_adapters_are_scored_as_they_stand(self) -> None:
+        """A LoRA wrapper hides the model's signature; the fast path must not depend on it."""
+        from peft import LoraConfig, get_peft_model
+
+        wrapped = LoadedModel("adapter", get_peft_model(tiny("gpt2").module, LoraConfig(r=2)), word_tokenizer(), "")
+        wrapped.module.eval()
+        with torch.no_grad():
+            for name, parameter in wrapped.module.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(0.3 * torch.ones_like(parameter))
+        slow = [plain(wrapped, prompt, answer).sum() for prompt, answer in PAIRS]
+        assert answer_logprobs(wrapped, PAIRS).sum_logprob == pytest.approx(slow, abs=5e-5)
+        assert np.abs(answer_logprobs(tiny("gpt2"), PAIRS).sum_logprob - slow).max() > 1e-3
+        cached = candidate_logprobs(wrapped, [p for p, _ in PAIRS], [[a] for _, a in PAIRS])
+        assert np.concatenate(cached) == pytest.approx(slow, abs=5e-5)
+
     def test_nan_is_an_error(self) -> None:
         broken = tiny("llama")
         broken.module.lm_head.weight.data.fill_(float("nan"))
@@ -313,6 +329,11 @@ class TestGenerate:
         assert say(2) == [""] and say(newline) == [""]
         assert say(model.tokenizer.get_vocab()["Oslo"]) == ["Oslo Oslo Oslo Oslo"]
 
+    def test_empty_prompt_starts_from_bos(self, model: LoadedModel) -> None:
+        with torch.no_grad():
+            first = int(model.module(input_ids=torch.tensor([[1]])).logits[0, -1].argmax())
+        assert generate(model, [""], max_new_tokens=1)[0][0] == model.tokenizer.decode([first], skip_special_tokens=True)
+
     def test_refusals(self, model: LoadedModel) -> None:
         with pytest.raises(UsageError, match="greedy"):
             generate(model, ["Ada"], samples=2)
@@ -341,3 +362,14 @@ class TestMatch:
             and answers_match("3, or so", three)
             and not answers_match("3.5", three)
         )
+
+
+def test_remembered_encodings_follow_a_changed_tokenizer() -> None:
+    tokenizer = word_tokenizer()
+    before = encode(tokenizer, "the city", " was").ids
+    assert encode(tokenizer, "the city", " was").ids == before
+    word = "zzqx"
+    old = encode(tokenizer, "the city", f" {word}").ids
+    tokenizer.add_tokens([word])
+    new = encode(tokenizer, "the city", f" {word}").ids
+    assert new != old and new[-1] == len(tokenizer) - 1

@@ -6,16 +6,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from repforget.errors import KnowledgeError, UsageError
+from repforget.models._names import core, text_config
 from repforget.models.capture import Batch
 
 if TYPE_CHECKING:
     from repforget.models.load import LoadedModel
 
 NO_LIMIT = 10**9  # tokenizers write "no maximum length" as an astronomically large number
+REMEMBERED = 200_000  # texts per tokenizer, a few hundred bytes each
+Span = tuple[tuple[int, ...], list[int] | None]
+_MEMO: WeakKeyDictionary[Any, tuple[Any, dict[str, Span]]] = WeakKeyDictionary()
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
 
 
@@ -58,9 +64,7 @@ def encode_many(
     if not pairs:
         return []
     if eos and tokenizer.eos_token_id is None:
-        raise UsageError(
-            "The tokenizer has no end-of-sequence token but eos=True was asked: score with eos=False."
-        )
+        raise UsageError("The tokenizer has no end-of-sequence token but eos=True was asked: score with eos=False.")
     longest = _tokenizer_limit(tokenizer) if limit is None else limit
     tail = (int(tokenizer.eos_token_id),) if eos else ()
     spans = _spans(tokenizer, [prompt + continuation for prompt, continuation in pairs])
@@ -87,18 +91,33 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[tuple[int, ..
     encoded = [ids for ids, _ in _spans(tokenizer, prompts)] if prompts else []
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not ids:
-            raise KnowledgeError(
-                f"The prompt '{prompt}' has no tokens in this tokenizer: write a longer prompt."
-            )
+            raise KnowledgeError(f"The prompt '{prompt}' has no tokens in this tokenizer: write a longer prompt.")
     return encoded
 
 
-def _spans(tokenizer: Any, texts: Sequence[str]) -> list[tuple[tuple[int, ...], list[int] | None]]:
-    """Ids (without trailing special tokens) and the character where each token ends, None without offsets."""
+def _spans(tokenizer: Any, texts: Sequence[str]) -> list[Span]:
+    """Ids (without trailing special tokens) and the character where each token ends, None without offsets.
+
+    Remembered per tokenizer object: a battery asks the same texts on every arm and by several verifiers.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):  # anything else may not even have a length
+        return _tokenised(tokenizer, texts)
+    state = (len(tokenizer), getattr(tokenizer, "add_bos_token", None), getattr(tokenizer, "add_eos_token", None))
+    known, memo = _MEMO.get(tokenizer, (None, {}))
+    if known != state or len(memo) > REMEMBERED:
+        memo = {}
+        _MEMO[tokenizer] = (state, memo)
+    new = [text for text in dict.fromkeys(texts) if text not in memo]
+    if new:
+        memo.update(zip(new, _tokenised(tokenizer, new), strict=True))
+    return [memo[text] for text in texts]
+
+
+def _tokenised(tokenizer: Any, texts: Sequence[str]) -> list[Span]:
     fast = bool(tokenizer.is_fast)
     coded = tokenizer(list(texts), return_offsets_mapping=fast, return_special_tokens_mask=True,
                       return_attention_mask=False, verbose=False)  # fmt: skip
-    out: list[tuple[tuple[int, ...], list[int] | None]] = []
+    out: list[Span] = []
     for row, text in enumerate(texts):
         ids, special = coded["input_ids"][row], coded["special_tokens_mask"][row]
         stop = len(ids)
@@ -119,9 +138,7 @@ def _leading(tokenizer: Any, ids: Sequence[int]) -> int:
                  and token != tokenizer.bos_token_id), len(ids))  # fmt: skip
 
 
-def _boundary(
-    tokenizer: Any, prompt: str, continuation: str, ids: Sequence[int], ends: list[int] | None
-) -> int:
+def _boundary(tokenizer: Any, prompt: str, continuation: str, ids: Sequence[int], ends: list[int] | None) -> int:
     if ends is not None:
         return next((k for k, end in enumerate(ends) if end > len(prompt)), len(ids))
     alone = _spans(tokenizer, [prompt])[0][0]
@@ -139,7 +156,7 @@ def _tokenizer_limit(tokenizer: Any) -> int:
 
 def context_limit(model: LoadedModel) -> int:
     """Longest sequence in tokens that the model accepts: its configuration, else its tokenizer's maximum."""
-    config = model.module.config.get_text_config()
+    config = text_config(core(model))
     for name in _CONTEXT_NAMES:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
@@ -157,14 +174,7 @@ def pad_id(tokenizer: Any) -> int:
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"] = "right") -> Batch:
     """Stack token sequences [b] of different length into ids and mask [b, s]."""
-    width = max(len(s) for s in sequences)
-    ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(sequences), width), dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        columns = slice(0, len(sequence)) if side == "right" else slice(width - len(sequence), width)
-        ids[row, columns] = torch.tensor(sequence, dtype=torch.long)
-        mask[row, columns] = 1
-    return Batch(ids, mask)
+    return Batch.pad(sequences, pad_id, side)
 
 
 def token_batches(
@@ -181,9 +191,7 @@ def token_batches(
     architectures that cannot be told about it.
     """
     order = sorted(range(len(sequences)), key=lambda row: (-len(sequences[row]), row))
-    groups = (
-        [list(g) for _, g in groupby(order, key=lambda row: len(sequences[row]))] if equal_length else [order]
-    )
+    groups = [list(g) for _, g in groupby(order, key=lambda row: len(sequences[row]))] if equal_length else [order]
     for group in groups:
         while group:
             size = max(1, token_budget // max(1, len(sequences[group[0]])))
