@@ -189,8 +189,8 @@ class TestAnswerLogprobs:
         """A LoRA wrapper hides the model's signature; the fast path must not depend on it."""
         from peft import LoraConfig, get_peft_model
 
-        wrapped = LoadedModel("adapter", get_peft_model(tiny("gpt2").module, LoraConfig(r=2)), word_tokenizer(), "")
-        wrapped.module.eval()
+        module = get_peft_model(tiny("gpt2").module, LoraConfig(r=2, fan_in_fan_out=True)).eval()
+        wrapped = LoadedModel("adapter", module, word_tokenizer(), "")
         with torch.no_grad():
             for name, parameter in wrapped.module.named_parameters():
                 if "lora_B" in name:
@@ -332,7 +332,8 @@ class TestGenerate:
     def test_empty_prompt_starts_from_bos(self, model: LoadedModel) -> None:
         with torch.no_grad():
             first = int(model.module(input_ids=torch.tensor([[1]])).logits[0, -1].argmax())
-        assert generate(model, [""], max_new_tokens=1)[0][0] == model.tokenizer.decode([first], skip_special_tokens=True)
+        expected = model.tokenizer.decode([first], skip_special_tokens=True)
+        assert generate(model, [""], max_new_tokens=1) == [[expected]]
 
     def test_refusals(self, model: LoadedModel) -> None:
         with pytest.raises(UsageError, match="greedy"):

@@ -96,8 +96,9 @@ def fit(features: Tensor, axes: Axes, problem: Problem, *, tol: float, max_iter:
     """Minimise mean cross-entropy + penalty / 2 |weights|^2 (intercept free) by preconditioned L-BFGS.
 
     ``features`` [l, n, d + 1] end with the constant.  A fit stops when its quasi-Newton step promises to lower
-    the objective by less than the share ``tol`` of it, which is free of any scale.  Cost: two products of [j c, d] with [d, n] per layer and iteration.  Source: Liu and Nocedal, 1989,
-    Mathematical Programming 45.
+    the objective by less than the share ``tol`` of it, which is free of any scale.  Cost: two
+    products of [j c, d] with [d, n] per layer and iteration.  Source: Liu and Nocedal, 1989, Mathematical
+    Programming 45.
     """
     state = _begin(features, problem)
     theta, logits = torch.empty_like(state.theta), torch.empty_like(state.logits)

@@ -56,9 +56,7 @@ def candidate_logprobs(
     if len(prompts) != len(candidates):
         raise UsageError(f"candidate_logprobs got {len(prompts)} prompts and {len(candidates)} candidate "
                          "lists: give one list of candidates per prompt.")  # fmt: skip
-    pairs = list(
-        dict.fromkeys((p, c) for p, options in zip(prompts, candidates, strict=True) for c in options)
-    )
+    pairs = list(dict.fromkeys((p, c) for p, options in zip(prompts, candidates, strict=True) for c in options))
     scores = _scores(model, pairs, token_budget) if pairs else np.zeros(0)
     index = {pair: k for k, pair in enumerate(pairs)}
     return [scores[[index[p, c] for c in options]] if len(options) else np.zeros(0)
@@ -79,9 +77,7 @@ def _scores(model: LoadedModel, pairs: Sequence[tuple[str, str]], token_budget: 
             return answer_logprobs(model, pairs, token_budget=token_budget).sum_logprob
         group = [prefixes[row] for row in rows]
         first = [(k, tail[0], who) for k, prefix in enumerate(group) for who, tail in prefix.tails]
-        values, _ = target_logprobs(
-            logits[[k for k, _, _ in first], -1], torch.tensor([t for _, t, _ in first])
-        )
+        values, _ = target_logprobs(logits[[k for k, _, _ in first], -1], torch.tensor([t for _, t, _ in first]))
         np.add.at(total, [who for _, _, who in first], values.numpy())
         _add_tails(model, total, group, batch, past, token_budget)
     return total
@@ -122,9 +118,7 @@ def _add_tails(
         ids = torch.tensor([row.stem for row in chunk])
         mask = torch.cat([batch.mask[source], torch.ones_like(ids)], 1)
         positions = lengths[source][:, None] + torch.arange(ids.shape[1])
-        logits, _ = forward(
-            model, ids, mask, positions, ids.shape[1], past=select_rows(past, source), use_cache=True
-        )
+        logits, _ = forward(model, ids, mask, positions, ids.shape[1], past=select_rows(past, source), use_cache=True)
         wanted = torch.tensor([(r, *want) for r, row in enumerate(chunk) for want in row.wanted]).T
         place = wanted[:2].to(logits.device)
         values, _ = target_logprobs(logits[place[0], place[1]], wanted[2])

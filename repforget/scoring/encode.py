@@ -8,7 +8,6 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from repforget.errors import KnowledgeError, UsageError

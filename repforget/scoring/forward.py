@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from repforget.errors import NumericalError
+from repforget.models._names import core
 
 if TYPE_CHECKING:
     from repforget.models.load import LoadedModel
@@ -25,7 +26,7 @@ def _accepted(function: Any) -> frozenset[str]:
 
 def places_tokens(model: LoadedModel) -> bool:
     """True where the model takes ``position_ids``, so that left padding and shared prefixes are exact."""
-    return "position_ids" in _accepted(type(model.module).forward)
+    return "position_ids" in _accepted(type(core(model)).forward)
 
 
 def forward(
@@ -37,7 +38,7 @@ def forward(
     ``keep`` is either the positions of the padded batch (LongTensor [k]) or the number of last positions. The
     model's own output head runs on those positions only, so scaling, softcapping and hooks on it all apply.
     """
-    accepted = _accepted(type(model.module).forward)
+    accepted = _accepted(type(core(model)).forward)
     device = model.device
     inputs: dict[str, Any] = {
         "input_ids": ids.to(device),

@@ -50,9 +50,7 @@ def generate(
         raise UsageError("generate needs samples, max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1, "
                          f"got {samples}, {max_new_tokens}, {temperature} and {top_p}.")  # fmt: skip
     if samples > 1 and temperature == 0:
-        raise UsageError(
-            f"generate was asked for {samples} greedy samples, which are all equal: set a temperature."
-        )
+        raise UsageError(f"generate was asked for {samples} greedy samples, which are all equal: set a temperature.")
     sequences = encode_prompts(model.tokenizer, prompts)
     room = context_limit(model) - max_new_tokens
     for prompt, ids in zip(prompts, sequences, strict=True):
@@ -122,9 +120,7 @@ class _Ends:
 
     def __init__(self, model: LoadedModel) -> None:
         self.tokenizer: Any = model.tokenizer
-        settings = getattr(
-            model.module, "generation_config", None
-        )  # chat models end turns with further tokens
+        settings = getattr(model.module, "generation_config", None)  # chat models end turns with further tokens
         extra = getattr(settings, "eos_token_id", None)
         self.eos = {self.tokenizer.eos_token_id, *(extra if isinstance(extra, list) else [extra])}
         self.pieces: dict[int, str] = {}

@@ -23,9 +23,7 @@ class AnswerScores:
 
     sum_logprob: NDArray[np.float64]  # [n] sum over the answer's tokens
     n_tokens: NDArray[np.int64]  # [n] scored tokens
-    greedy_match: NDArray[
-        np.bool_
-    ]  # [n] every answer token is the arg max: greedy decoding would say the answer
+    greedy_match: NDArray[np.bool_]  # [n] every answer token is the arg max: greedy decoding would say the answer
     token_logprobs: tuple[NDArray[np.float64], ...]  # n arrays, one value per answer token
     valid: NDArray[np.bool_]  # [n]
 
@@ -73,12 +71,8 @@ def answer_logprobs(
             mine = row_of == k
             values[scored[row]] = found.numpy()[mine]
             greedy[scored[row]] = bool(top.numpy()[mine].all())
-    sums = np.array(
-        [v.sum() if ok else np.nan for v, ok in zip(values, valid, strict=True)], dtype=np.float64
-    )
-    return AnswerScores(
-        sums, np.array([len(v) for v in values], dtype=np.int64), greedy, tuple(values), valid
-    )
+    sums = np.array([v.sum() if ok else np.nan for v, ok in zip(values, valid, strict=True)], dtype=np.float64)
+    return AnswerScores(sums, np.array([len(v) for v in values], dtype=np.int64), greedy, tuple(values), valid)
 
 
 def _logit_budget(model: LoadedModel, encoded: Sequence[Encoded]) -> int:
