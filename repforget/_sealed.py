@@ -1,6 +1,7 @@
-"""The sealed check, run as a process of its own: ``python -m repforget._sealed STAGE_FOLDER``.
+"""The sealed check, run as a process of its own: ``python -m repforget._sealed JOB_FILE``.
 
-Reads ``job.json`` in the stage folder, loads everything from disk and writes ``evidence.json`` and ``verdict.json``.
+A job names the recipe, the run folder, the saved edit and the arms to measure; everything is loaded from disk, and
+the measurements become stages of the run folder.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from repforget._session import open_session
 from repforget.errors import RepforgetError
 from repforget.recipe import build_recipe
-from repforget.store import Store, read_json, write_json
+from repforget.store import Store, read_json
 
 
 def _end_with_parent() -> None:
@@ -29,14 +30,11 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def check(folder: Path) -> None:
-    """Judge the saved edit that ``folder/job.json`` names, on the sealed split."""
-    job = read_json(folder / "job.json")
+def check(job_file: Path) -> None:
+    """Measure the arms that the job names, on the sealed split."""
+    job = read_json(job_file)
     session = open_session(build_recipe(job["recipe"]), Store(Path(job["store"])), None, lambda line: None)
-    edit = Path(job["edit"])
-    evidence = session.measure(edit, "sealed", session.recipe.verify)
-    write_json(folder / "evidence.json", [e.to_json() for e in evidence])
-    write_json(folder / "verdict.json", session.verdict(edit, evidence, "sealed").to_json())
+    session.measure_arms(Path(job["edit"]), "sealed", session.recipe.verify, only=job["arms"])
 
 
 def main() -> int:

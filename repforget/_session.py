@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -113,6 +113,11 @@ class Session:
             "device": self.model.device.type, "versions": versions(), "code": code_digest(),
         }  # fmt: skip
 
+    def room_for(self, processes: int) -> bool:
+        """True when that many processes with models of their own fit into memory beside this one."""
+        planned = plan(self.recipe)
+        return processes * planned.peak_bytes <= planned.available_bytes
+
     def key(self, **own: Any) -> dict[str, Any]:
         return {**self.base, **own}
 
@@ -127,20 +132,27 @@ class Session:
         }  # fmt: skip
 
     def measure(self, edit: Path, split: Split, level: Any) -> tuple[Evidence, ...]:
-        """Measure the saved ``edit``, its placebo, the original and the twins; each arm is a stage of its own."""
+        """Evidence on the saved ``edit``, its placebo, the original and the twins."""
+        from repforget.verify.battery import assemble
+
+        return assemble(self.measure_arms(edit, split, level), self._tasks(level))
+
+    def measure_arms(
+        self, edit: Path, split: Split, level: Any, only: Sequence[str] | None = None
+    ) -> dict[str, Mapping[str, Measurement]]:
+        """Measurements by arm, each arm a stage of its own; ``only`` names the arms to measure."""
         from repforget.artifact import load_edit
         from repforget.verify._verify import arms_of
         from repforget.verify.arms import References
-        from repforget.verify.battery import assemble, measure_arm, tasks
+        from repforget.verify.battery import measure_arm
 
         loaded = load_edit(edit)
         loaded.check_base(self.model)
         references = References(self.model, self.twins)
-        view = self.knowledge.view(split)
-        chosen = tasks(level if isinstance(level, str) else [{c.name: c.settings} for c in level])
+        view, chosen = self.knowledge.view(split), self._tasks(level)
         verifiers = {task.name: task.settings for task in chosen}
+        arms = [arm for arm in arms_of(loaded, references, seed=self.recipe.seed) if only is None or arm.name in only]
         measured: dict[str, Mapping[str, Measurement]] = {}
-        arms = arms_of(loaded, references, seed=self.recipe.seed)
         for arm in track(self.progress, arms, f"verify on {split}", len(arms)):
 
             def build(folder: Path, arm: Arm = arm) -> None:
@@ -151,7 +163,13 @@ class Session:
             key = self.key(arm=arm.name, edit=identity, split=split, verifiers=verifiers)
             data = read_json(self.store.stage(f"measure-{split}-{arm.name}", key, build) / "measurements.json")
             measured[arm.name] = {name: Measurement.from_json(m) for name, m in data.items()}
-        return assemble(measured, chosen)
+        return measured
+
+    @staticmethod
+    def _tasks(level: Any) -> Any:
+        from repforget.verify.battery import tasks
+
+        return tasks(level if isinstance(level, str) else [{c.name: c.settings} for c in level])
 
     def judge(self, edit: Path, split: Split, level: Any) -> Verdict:
         """Measure and judge one saved edit on one split."""

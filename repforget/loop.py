@@ -6,6 +6,7 @@ process that loads the saved edit from disk; nothing of the editing process reac
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -75,9 +76,8 @@ def run(
             if _passed_gate(rungs[-1]):
                 break
         chosen = max(rungs, key=lambda rung: rung.merit)
-        sealed = _sealed(session, chosen, found)
-        verdict = Verdict.from_json(read_json(sealed / "verdict.json"))
-        _write_report(session, chosen, rungs, found, sealed, show_texts)
+        verdict, evidence = _sealed(session, chosen)
+        _write_report(session, chosen, rungs, found, verdict, evidence, show_texts)
     return RunResult(verdict, Path(out), tuple(rungs))
 
 
@@ -137,22 +137,55 @@ def _edit(session: Session, choice: Choice, where: Localization | None) -> Path:
     return session.store.stage(f"edit-{choice.name}", key, build) / "edit"
 
 
-def _sealed(session: Session, rung: Rung, found: list[Localization]) -> Path:
-    """Judge the saved artifact on the sealed split, in a process that knows nothing but the files."""
+def _sealed(session: Session, rung: Rung) -> tuple[Verdict, tuple[Evidence, ...]]:
+    """Judge the saved artifact on the sealed split, measured by processes that know nothing but the files."""
+    session.echo(f"sealed check of '{rung.choice.name}': reloading the saved edit in a fresh process")
+    twins = [f"twin-{k}" for k in range(len(session.twins))]
+    groups = [["original", *twins], ["edit", "placebo"]]
+    if not _side_by_side(session):
+        groups = [[arm for group in groups for arm in group]]
 
     def build(folder: Path) -> None:
-        write_json(folder / "job.json", {"recipe": session.recipe.canonical(), "edit": rung.folder.as_posix(),
-                                         "store": session.store.root.as_posix()})  # fmt: skip
-        command = [sys.executable, "-m", "repforget._sealed", str(folder)]
-        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, start_new_session=True)
-        if done.returncode != 0:
-            raise RepforgetError(f"The sealed check of '{rung.choice.name}' ended with exit code {done.returncode}"
-                                 f"{': ' + done.stdout.strip() if done.stdout.strip() else ''}; run the command again.")
-        (folder / "job.json").unlink()
+        _measure_apart(session, rung, groups, folder)
+        evidence = session.measure(rung.folder, "sealed", session.recipe.verify)
+        write_json(folder / "evidence.json", [e.to_json() for e in evidence])
+        write_json(folder / "verdict.json", session.verdict(rung.folder, evidence, "sealed").to_json())
 
-    key = session.key(edit=_edit_digest(rung.folder), verify=session.recipe.canonical()["verify"])
-    session.echo(f"sealed check of '{rung.choice.name}': reloading the saved edit in a fresh process")
-    return session.store.stage("sealed", key, build)
+    wanted = session.recipe.canonical()["verify"]
+    key = session.key(edit=_edit_digest(rung.folder), verify=wanted, processes=len(groups))
+    stage = session.store.stage("sealed", key, build)
+    evidence = tuple(Evidence.from_json(e) for e in read_json(stage / "evidence.json"))
+    return Verdict.from_json(read_json(stage / "verdict.json")), evidence
+
+
+def _side_by_side(session: Session) -> bool:
+    """Two processes at once where each has a core of its own and both fit into memory."""
+    return session.model.device.type == "cpu" and (os.cpu_count() or 1) >= 2 and session.room_for(2)
+
+
+def _measure_apart(session: Session, rung: Rung, groups: list[list[str]], folder: Path) -> None:
+    threads = str(max(1, (os.cpu_count() or 1) // len(groups)))
+    running = []
+    for number, arms in enumerate(groups):
+        job = folder / f"job-{number}.json"
+        write_json(job, {"recipe": session.recipe.canonical(), "store": session.store.root.resolve().as_posix(),
+                         "edit": rung.folder.resolve().as_posix(), "arms": arms})  # fmt: skip
+        # A session of its own: Ctrl-C reaches this process alone, which then ends the others.
+        running.append(subprocess.Popen([sys.executable, "-m", "repforget._sealed", str(job)], text=True,
+                                        stdout=subprocess.PIPE, start_new_session=True,
+                                        env={**os.environ, "OMP_NUM_THREADS": threads}))  # fmt: skip
+    try:
+        for process in track(session.progress, running, "sealed check", len(running)):
+            said = process.communicate()[0].strip()
+            if process.returncode != 0:
+                raise RepforgetError(f"The sealed check of '{rung.choice.name}' ended with exit code "
+                                     f"{process.returncode}{': ' + said if said else ''}; run the command again.")
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    for job in folder.glob("job-*.json"):
+        job.unlink()
 
 
 def _edit_digest(folder: Path) -> str:
@@ -162,20 +195,19 @@ def _edit_digest(folder: Path) -> str:
 
 
 def _write_report(
-    session: Session, chosen: Rung, rungs: list[Rung], found: list[Localization], sealed: Path, show_texts: bool
-) -> None:
+    session: Session, chosen: Rung, rungs: list[Rung], found: list[Localization], verdict: Verdict,
+    evidence: tuple[Evidence, ...], show_texts: bool,
+) -> None:  # fmt: skip
     from repforget import report
     from repforget.report.data import ReportData
 
-    verdict = Verdict.from_json(read_json(sealed / "verdict.json"))
     tried = [{"method": rung.choice.name, "settings": dict(rung.choice.settings), "split": look.split,
               "outcome": look.outcome, "sentence": look.sentence}
              for rung in rungs for look in rung.verdicts]  # fmt: skip
     edits = [_manifest(session, rung.folder) for rung in sorted(rungs, key=lambda rung: rung is chosen)]
     data = ReportData(
-        recipe=session.recipe.canonical(), verdict=verdict,
-        evidence=tuple(Evidence.from_json(e) for e in read_json(sealed / "evidence.json")),
-        localizations=tuple(found), edits=tuple(edits), rungs=tuple(tried), environment=session.environment,
+        recipe=session.recipe.canonical(), verdict=verdict, evidence=evidence, localizations=tuple(found),
+        edits=tuple(edits), rungs=tuple(tried), environment=session.environment,
     )  # fmt: skip
     report.write(session.store.root, data, show_texts=show_texts)
     write_json(session.store.root / "verdict.json", verdict.to_json())
