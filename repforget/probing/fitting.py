@@ -17,11 +17,12 @@ from repforget.probing.logistic import Axes, Problem, fit, principal_axes, with_
 from repforget.probing.mlp import network
 
 Kind = Literal["logistic", "mean_difference", "lda", "mlp"]
-GRID = (1e-3, 1e-2, 1e-1, 1.0)  # penalties beside a mean loss: scikit-learn's C = 1 / (penalty * rows)
+# Penalties for two classes; with k classes the curvature of the loss is 2 / k of that, and the penalties with it.
+GRID = (1e-3, 1e-2, 1e-1, 1.0)
 DEFAULT_PENALTY = 1e-2  # where there are too few groups to choose one
-TOLERANCE, ITERATIONS = 3e-3, 200  # share of the objective still to gain
-CHOICE_TOLERANCE, CHOICE_ITERATIONS = 3e-2, 10  # enough to rank penalties
-RANK = 128
+TOLERANCE, ITERATIONS = 1e-3, 200  # share of the objective still to gain
+CHOICE_TOLERANCE, CHOICE_ITERATIONS = 1e-2, 20  # enough to rank penalties
+RANK = {True: 64, False: 128}  # axes of the preconditioner, for two classes and for more: the cheaper the fewer
 STATE_PER_WEIGHT, STATE_PER_LOGIT = 24, 6  # floats held per weight and per logit while fitting
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
@@ -60,10 +61,10 @@ def check_kind(kind: str) -> None:
         raise UsageError(f"There is no probing classifier '{kind}': {nearest(kind, get_args(Kind))}")
 
 
-def prepare(x: Tensor, kind: Kind) -> Prepared:
+def prepare(x: Tensor, kind: Kind, n_classes: int) -> Prepared:
     if kind != "logistic":
         return Prepared(x, None, None)
-    return Prepared(x, with_constant(x), principal_axes(x, RANK))
+    return Prepared(x, with_constant(x), principal_axes(x, RANK[n_classes == 2]))
 
 
 def layer_chunks(layers: int, fits: int, columns: int, rows: int, width: int, device: torch.device) -> Iterator[slice]:
@@ -95,7 +96,7 @@ def predict(
             stopping = torch.from_numpy(plan.stopping[part]).to(ready.x.device)
             logits = network(ready.x, problem, stopping, hidden=hidden, steps=steps, seed=seed)
         elif ready.features is None or ready.axes is None:
-            raise UsageError("Logistic probing needs features prepared for it: call prepare(x, 'logistic').")
+            raise UsageError("Logistic probing needs features prepared for it: call prepare with kind 'logistic'.")
         else:
             tol, limit = (CHOICE_TOLERANCE, CHOICE_ITERATIONS) if choosing else (TOLERANCE, ITERATIONS)
             logits = fit(ready.features, ready.axes, problem, tol=tol, max_iter=limit).logits

@@ -33,7 +33,7 @@ def as_features(features: Any, rows: int, what: str = "features") -> Tensor:
     x = x.cpu() if x.device.type == "mps" else x  # that device has no fp64
     if x.dtype != torch.float64:
         x = x.float()
-    bad = ~torch.isfinite(x).all(2).all(1)
+    bad = ~torch.isfinite(x.sum((1, 2)))
     if bool(bad.any()):
         first = int(bad.nonzero()[0, 0])
         raise NumericalError(f"The {what} of layer {first} hold NaN or infinite values, so no classifier can be "
@@ -69,13 +69,16 @@ def as_groups(groups: ArrayLike | None, rows: int) -> NDArray[np.int64]:
 def standardise(x: Tensor, reference: Tensor | None = None) -> Tensor:
     """Centre and scale each feature of each layer [l, n, d] by the reference rows [l, m, d] (default: all rows).
 
-    Labels are not used.  Features that are constant in the reference become zero.  Moments are taken in fp64.
+    Labels are not used.  Features that are constant in the reference become zero.  The mean is taken twice, so that
+    it is exact to rounding even where it is large beside the spread.
     """
     known = x if reference is None else reference
-    mean = known.mean(1, keepdim=True, dtype=torch.float64)
-    centred = known - mean.to(x)
-    variance = centred.square().mean(1, keepdim=True, dtype=torch.float64)
-    size = (mean.square() + variance).sqrt()
-    constant = variance.sqrt() <= 1e-6 * size.clamp(min=1e-30)
-    scale = torch.where(constant, 0.0, variance.clamp(min=1e-60).rsqrt())
-    return ((x - mean.to(x)) if reference is not None else centred) * scale.to(x)
+    rough = known.mean(1, keepdim=True)
+    centred = known - rough
+    rest = centred.mean(1, keepdim=True)
+    centred -= rest
+    spread = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / centred.shape[1] ** 0.5
+    # Rounding leaves a constant feature a spread of about 1e-7 of its value.
+    constant = spread <= 1e-6 * rough.abs().maximum(spread).clamp(min=1e-30)
+    scale = torch.where(constant, torch.zeros_like(spread), 1.0 / spread.clamp(min=1e-30))
+    return (x - rough - rest if reference is not None else centred) * scale

@@ -183,8 +183,8 @@ class _Metric:
 
 def _start(features: Tensor, problem: Problem) -> Tensor:
     """Zero weights and the intercepts of the class frequencies, [l, j, c, d + 1]."""
-    onehot = torch.nn.functional.one_hot(problem.labels, problem.n_classes).to(features)
-    share = torch.einsum("jn,jnc->jc", problem.weights, onehot).clamp(min=1e-6)
+    share = torch.zeros(len(problem.labels), problem.n_classes, dtype=features.dtype, device=features.device)
+    share = share.scatter_add_(1, problem.labels, problem.weights.to(features)).clamp(min=1e-6)
     start = (share[:, 1:] / share[:, :1]).log() if problem.columns == 1 else share.log()
     shape = (features.shape[0], len(problem.labels), problem.columns, features.shape[2])
     theta = torch.zeros(shape, dtype=features.dtype, device=features.device)

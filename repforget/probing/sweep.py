@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -89,9 +88,9 @@ def fit_sweep(
 
     ``labels`` [n] are the property, ``groups`` [n] (subject, document) are never split; default: every row its own
     group.  ``kind``: logistic (linear, L2), mean_difference or lda (linear, closed form), mlp (two layers,
-    ``hidden`` units, ``steps`` batches).  ``l2`` is a penalty beside the mean loss (scikit-learn's 1 / (C n)), a
-    grid, or "auto"; a grid is searched per layer and fold by inner validation over the other folds.  Features are
-    standardised per layer without labels.  ``types`` [n] (default: groups) get the control labels; set
+    ``hidden`` units, ``steps`` batches).  ``l2`` is a penalty beside the mean loss (scikit-learn's 1 / (C n) with n
+    training rows), a grid, or "auto"; a grid is searched per layer and fold by inner grouped validation.  Features
+    are standardised per layer without labels.  ``types`` [n] (default: groups) get the control labels; set
     ``control=False`` to skip shuffled floor and control.
 
     High accuracy shows that the property can be decoded, not that the model uses it; low accuracy of a linear kind
@@ -149,15 +148,15 @@ def _run(
     probability = np.zeros((depth, len(tasks), n))
     penalties = np.full((depth, n_folds), np.nan)
     for layers in layer_chunks(depth, len(plan.labels), columns, n, d, x.device):
-        ready = prepare(standardise(x[layers]), kind)
+        ready = prepare(standardise(x[layers]), kind, n_classes)
         penalty = torch.full((len(ready.x), n_folds), torch.nan, dtype=ready.x.dtype, device=x.device)
         if kind == "logistic":
-            grid = penalty_grid(l2)
+            grid = penalty_grid(l2, n_classes)
             if len(grid) > 1 and n_folds > 2:
                 splits = _inner_splits(tasks[0].fold, n_folds)
                 penalty = choose_penalty(ready, tasks[0].labels, n_classes, splits, n_folds, grid)
             else:
-                penalty = torch.full_like(penalty, grid[0] if len(grid) == 1 else DEFAULT_PENALTY)
+                penalty = torch.full_like(penalty, grid[0] if len(grid) == 1 else DEFAULT_PENALTY * 2 / n_classes)
         penalties[layers] = penalty.double().cpu().numpy()
         every = penalty.repeat(1, len(tasks))
         found, likely = predict(ready, plan, kind, every, seed=seed, hidden=hidden, steps=steps)
@@ -178,13 +177,17 @@ def _plan(tasks: Sequence[_Task], n_folds: int, n_classes: int) -> Plan:
 
 
 def _inner_splits(fold: Ints, n_folds: int) -> list[Split]:
-    """Fits without two folds: each judges one of them for the final fit that holds out the other."""
-    return [Split((fold != a) & (fold != b), {a: fold == b, b: fold == a}) for a, b in combinations(range(n_folds), 2)]
+    """Fits without two neighbouring folds: each judges one of them for the final fit that holds out the other, so
+    that every final fit chooses its penalty on two folds, from fits that saw neither these nor its own."""
+    pairs = [(a, (a + 1) % n_folds) for a in range(n_folds)]
+    return [Split((fold != a) & (fold != b), {a: fold == b, b: fold == a}) for a, b in pairs]
 
 
-def penalty_grid(l2: Penalty) -> tuple[float, ...]:
+def penalty_grid(l2: Penalty, n_classes: int) -> tuple[float, ...]:
     """The penalties to try, from "auto", one number or several; all must be positive."""
-    grid = GRID if l2 == "auto" else (l2,) if isinstance(l2, (int, float)) else l2
+    if l2 == "auto":
+        return tuple(value * 2 / n_classes for value in GRID)
+    grid = (l2,) if isinstance(l2, (int, float)) else l2
     if isinstance(grid, str) or not grid or min(grid) <= 0:
         raise UsageError(f"The probing penalty l2 must be 'auto', a positive number or a list of them, not {l2!r}.")
     return tuple(float(v) for v in grid)
