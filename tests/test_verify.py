@@ -56,7 +56,7 @@ def between(share: float) -> LoadedModel:
 VOTING = [
     ("behaviour", "contrastive", {}), ("behaviour", "exact_match", {}), ("behaviour", "sampled", {"samples": 4}),
     ("logit_lens", "best_layer", {}), ("patch_depth", "carried", {}), ("quantize", "int8", {}),
-    ("quantize", "nf4", {}), ("relearn", "best_step", {"steps": 6, "lr": 5e-4}),
+    ("quantize", "nf4", {}), ("relearn", "best_step", {"steps": 6, "lr": 1e-4}),
     ("reprobe", "linear", {}), ("reprobe", "mlp", {}),
 ]  # fmt: skip
 
@@ -75,7 +75,7 @@ def test_a_voting_measure_tells_knowing_from_never_knowing(name: str, what: str,
 def test_lens_of_the_last_layer_is_the_models_own_contrast() -> None:
     """Answers are single tokens here, so both read the same logits."""
     model = fixture.model(LAYER)
-    lens, asked = run("logit_lens", model, layers=[3]), run("behaviour", model)
+    lens, asked = run("logit_lens", model, layers=[3]), run("behaviour", model, forms=1)
     assert lens.scores["best_layer"].values == pytest.approx(asked.scores["contrastive"].values, abs=1e-5)
     assert lens.scores["own_decoder"].values == pytest.approx(lens.scores["best_layer"].values, abs=1e-6)
 
@@ -128,7 +128,7 @@ def test_layer_weights_need_an_effect() -> None:
 def test_relearning_leaves_the_model_alone_and_teaches_the_copy() -> None:
     model = fixture.model(None)
     before = fingerprint(model.module)
-    found = run("relearn", model, steps=30, checks=3)
+    found = run("relearn", model, steps=30, checks=3, lr=3e-4)
     assert fingerprint(model.module) == before
     assert found.series["x"] == (0.0, 10.0, 20.0, 30.0)
     # Independent facts: what was taught says nothing about the other half.
@@ -139,16 +139,15 @@ def test_relearning_leaves_the_model_alone_and_teaches_the_copy() -> None:
 
 
 def test_relearning_brings_back_what_was_only_suppressed() -> None:
-    """The planted MLP output is switched off by a scale that training can undo; the base has nothing to bring back."""
+    """The planted MLP is turned down by a scale that training can undo; the base has nothing to bring back."""
     dimmed = copy_of(fixture.model(LAYER))
     with torch.no_grad():
-        dimmed.module.model.layers[LAYER].mlp.down_proj.weight.mul_(0.5)
-    settings = {"steps": 30, "lr": 1e-3}
-    before = run("behaviour", dimmed).scores["contrastive"].mean
-    after = run("relearn", dimmed, **settings).scores["best_step"].mean
-    never = run("relearn", fixture.model(None), **settings).scores["best_step"].mean
-    assert after > before + 0.1
-    assert after > never + 0.3
+        dimmed.module.model.layers[LAYER].mlp.down_proj.weight.mul_(0.7)
+    settings = {"steps": 48, "lr": 1e-4}
+    curve = run("relearn", dimmed, **settings).series["best_step"]
+    never = run("relearn", fixture.model(None), **settings).series["best_step"]
+    assert max(curve) > curve[0] + 0.05
+    assert max(curve) > max(never) + 0.3
 
 
 def test_collateral_of_the_untouched_original_is_zero_and_noise_does_damage() -> None:

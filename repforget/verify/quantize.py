@@ -35,9 +35,9 @@ def quantize(
     """Round every projection to int8 (absmax per output channel) or NF4 (blocks of 64) and back, then ask again.
 
     The measure is the probability of the truth when the rounded copy's decoding is confined to the candidates;
-    embeddings and unembedding keep their precision, as common loaders do.  Facts: the share of codes that
-    differ from those of the rounded original, which near zero means that rounding undoes the edit.  Source: Zhang et al. 2024, arXiv
-    2410.16454; NF4: 2305.14314.  Cost: one copy of the model and one pass of questions per kind.
+    embeddings and unembedding keep their precision, as common loaders do.  Facts: the share of codes that differ from
+    those of the rounded original; near zero, rounding undoes the edit.  Source: Zhang et al. 2024, arXiv 2410.16454;
+    NF4: 2305.14314.  Cost: one copy of the model and one pass of questions per kind.
 
     Simulated rounding runs no integer kernel; it shows what the weights hold, not what a given runtime computes.
     """

@@ -67,7 +67,7 @@ def relearn(
     best = int(means.argmax())
     before = ask.prior(items, view.knowledge, alternatives)
     ceiling = references.once(("relearn", "untaught", tuple(i.id for i in items), alternatives, forms),
-                              lambda: _untaught(references.original, items, view, alternatives, forms))  # fmt: skip
+                              lambda: _untaught(references, items, view, alternatives, forms))  # fmt: skip
     half = (float(np.nanmean(ceiling)) + float(before.mean())) / 2
     reached = [mark for mark, mean in zip(marks, means, strict=True) if mean >= half]
     facts = {"best step": float(marks[best])}
@@ -78,7 +78,8 @@ def relearn(
     return Measurement(scores, series, facts)
 
 
-def _untaught(model: LoadedModel, items: Sequence[Item], view: View, alternatives: int, forms: int) -> Array:
+def _untaught(references: References, items: Sequence[Item], view: View, alternatives: int, forms: int) -> Array:
+    model = references.original
     chosen = path.kept_paths(references, model, items, view.knowledge, forms=forms, limit=alternatives)
     return path.probability(model, len(items), chosen)
 
