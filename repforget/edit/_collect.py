@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from repforget.stats import Precision, Statistics
 Positions = Literal["last", "subject", "both"]
 Consume = Callable[[dict[Site, Tensor], list[int]], None]
 MEMORY = 2 << 30  # bytes of covariances held at once when many sites are read in one pass
+TOKENS_PER_FEATURE = 100  # of retained text, for a covariance that is only a metric
 
 
 @dataclass(frozen=True)
@@ -132,10 +134,21 @@ def collect_text(
 
 
 def text_sequences(model: LoadedModel, data: EditData, facts: Sequence[Fact]) -> list[tuple[int, ...]]:
-    """Token sequences of retained text: complete statements and the general texts, cut to the context."""
+    """Token sequences of retained text: complete statements and the general texts, cut to the context.
+
+    Statements are a fixed random selection of ``facts`` of at most ``TOKENS_PER_FEATURE`` tokens per residual
+    dimension: a covariance of that many rows is known well enough.
+    """
     limit = context_limit(model)
-    texts = [fact.prompt + fact.answer for fact in facts] + list(data.general)
-    return [ids[:limit] for ids in encode_prompts(model.tokenizer, texts)]
+    general, stated = (
+        [ids[:limit] for ids in encode_prompts(model.tokenizer, texts)] if texts else []
+        for texts in (list(data.general), [fact.prompt + fact.answer for fact in facts])
+    )
+    share = TOKENS_PER_FEATURE * model.width / max(1, sum(map(len, stated)))
+    if share < 1:
+        order = torch.randperm(len(stated), generator=torch.Generator().manual_seed(0))
+        stated = [stated[i] for i in order[: math.ceil(share * len(stated))].sort().values.tolist()]
+    return stated + general
 
 
 def new_statistics(
