@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from repforget.errors import UsageError
@@ -16,7 +17,7 @@ from repforget.progress import Progress, track
 from repforget.records import Measurement
 from repforget.scoring import encode_many
 from repforget.scoring.encode import context_limit
-from repforget.training import Example, Step, finetune
+from repforget.training import Example, Step, collate, finetune, label_loss
 from repforget.verify import _asking as ask
 from repforget.verify import _constrained as path
 from repforget.verify.arms import MeasureInfo, References
@@ -45,6 +46,7 @@ def relearn(
     after the other in float32 with two optimiser moments each, 2 x ``steps`` training steps, 2 x (``checks`` + 1)
     passes of questions.
 
+    An edit whose hooks pass no gradient leaves the curve flat: whoever holds the weights can take the hooks off.
     A flat curve does not show that other data, rates or more steps would not bring the knowledge back.
     """
     if steps < checks or checks < 1:
@@ -99,6 +101,10 @@ def _curve(
         if step.index in marks:
             rows.append(examine(student))
 
+    with torch.enable_grad():
+        learns = label_loss(student.module, collate(examples[:1], student.device)).requires_grad
+    if not learns:  # the edit lets no gradient through: nothing can be taught this way, and the curve is flat
+        return np.stack(rows * len(marks))
     finetune(
         student.module, examples, steps=marks[-1], lr=RATE_TIMES_WIDTH / student.width if lr is None else lr,
         seed=seed, batch_size=batch_size, schedule="constant", trainable=_chosen(parameters), on_step=on_step,
