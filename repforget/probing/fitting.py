@@ -124,7 +124,12 @@ def choose_penalty(
     """The penalty [l, finals] with the most correct judged rows; the stronger one on a tie.
 
     All splits and penalties of a layer are one optimisation; a split that judges two final fits is fitted once.
+    One penalty is taken as it is, no split means the default, and classifiers without a penalty get NaN.
     """
+    if ready.features is None or len(grid) == 1 or not splits:
+        given = grid[0] if len(grid) == 1 else DEFAULT_PENALTY * 2 / n_classes
+        value = torch.nan if ready.features is None else given
+        return torch.full((len(ready.x), finals), value, dtype=ready.x.dtype, device=ready.x.device)
     plan_train = np.repeat(np.stack([s.train for s in splits]), len(grid), 0)
     fits = len(plan_train)
     plan = Plan(np.broadcast_to(labels, (fits, len(labels))).copy(), plan_train, np.zeros_like(plan_train), n_classes)

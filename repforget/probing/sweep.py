@@ -13,7 +13,6 @@ from torch import Tensor
 
 from repforget.errors import UsageError
 from repforget.probing.fitting import (
-    DEFAULT_PENALTY,
     GRID,
     Ints,
     Kind,
@@ -147,16 +146,11 @@ def _run(
     predicted = np.zeros((depth, len(tasks), n), dtype=np.int64)
     probability = np.zeros((depth, len(tasks), n))
     penalties = np.full((depth, n_folds), np.nan)
+    grid = penalty_grid(l2, n_classes)
+    splits = _inner_splits(tasks[0].fold, n_folds) if n_folds > 2 else []
     for layers in layer_chunks(depth, len(plan.labels), columns, n, d, x.device):
         ready = prepare(standardise(x[layers]), kind, n_classes)
-        penalty = torch.full((len(ready.x), n_folds), torch.nan, dtype=ready.x.dtype, device=x.device)
-        if kind == "logistic":
-            grid = penalty_grid(l2, n_classes)
-            if len(grid) > 1 and n_folds > 2:
-                splits = _inner_splits(tasks[0].fold, n_folds)
-                penalty = choose_penalty(ready, tasks[0].labels, n_classes, splits, n_folds, grid)
-            else:
-                penalty = torch.full_like(penalty, grid[0] if len(grid) == 1 else DEFAULT_PENALTY * 2 / n_classes)
+        penalty = choose_penalty(ready, tasks[0].labels, n_classes, splits, n_folds, grid)
         penalties[layers] = penalty.double().cpu().numpy()
         every = penalty.repeat(1, len(tasks))
         found, likely = predict(ready, plan, kind, every, seed=seed, hidden=hidden, steps=steps)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from repforget.errors import KnowledgeError, UsageError
 from repforget.probing.fitting import (
-    DEFAULT_PENALTY,
     Ints,
     Kind,
     Plan,
@@ -94,18 +93,11 @@ def fit_transfer(
     predicted, probability = np.zeros((depth, len(answers)), dtype=np.int64), np.zeros((depth, len(answers)))
     penalties = np.full(depth, np.nan)
     columns = (1 if len(known.classes) == 2 else len(known.classes)) * (hidden if kind == "mlp" else 1)
+    grid = penalty_grid(l2, len(known.classes))
     for layers in layer_chunks(depth, 1, columns, len(rows), d, train.device):
         both = torch.cat([train[layers], test[layers].to(train)], 1)
         ready = prepare(standardise(both, train[layers]), kind, len(known.classes))
-        penalty = torch.full((len(both), 1), torch.nan, dtype=both.dtype, device=both.device)
-        if kind == "logistic":
-            grid = penalty_grid(l2, len(known.classes))
-            if len(grid) > 1 and len(splits) > 1:
-                penalty = choose_penalty(ready, rows, len(known.classes), splits, 1, grid)
-            else:
-                penalty = torch.full_like(
-                    penalty, grid[0] if len(grid) == 1 else DEFAULT_PENALTY * 2 / len(known.classes)
-                )
+        penalty = choose_penalty(ready, rows, len(known.classes), splits, 1, grid)
         penalties[layers] = penalty[:, 0].double().cpu().numpy()
         found, likely = predict(ready, plan, kind, penalty, seed=seed, hidden=hidden, steps=steps)
         predicted[layers], probability[layers] = found[:, 0, n:].cpu().numpy(), likely[:, 0, n:].double().cpu().numpy()
