@@ -34,6 +34,10 @@ def check(job_file: Path) -> None:
     """Measure the arms that the job names, on the sealed split."""
     job = read_json(job_file)
     session = open_session(build_recipe(job["recipe"]), Store(Path(job["store"])), None, lambda line: None)
+    if session.base != job["base"]:
+        changed = [name for name, value in session.base.items() if job["base"].get(name) != value]
+        raise RepforgetError(f"The fresh process finds another {', '.join(changed)} than the run that asked for it: "
+                             "leave models, probes and package alone while a run is going on.")  # fmt: skip
     session.measure_arms(Path(job["edit"]), "sealed", session.recipe.verify, only=job["arms"])
 
 

@@ -38,10 +38,10 @@ class Rung:
 
     @property
     def merit(self) -> tuple[int, int, float]:
-        """Order of rungs when none passes: looks survived, outcome of the last, knowledge left at worst."""
+        """Order of rungs when none passes: looks survived, outcome of the last, worst share left or lost."""
         last = self.verdicts[-1]
-        left = [c.rho for c in last.claims if c.kind == "knowledge" and c.rho == c.rho]
-        return len(self.verdicts), RANK[last.outcome], -max(left, default=1.0)
+        faults = [c.rho for c in last.claims if c.status in ("pass", "fail", "inconclusive")]
+        return len(self.verdicts), RANK[last.outcome], -max(faults, default=1.0)
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _measure_apart(session: Session, rung: Rung, groups: list[list[str]], folder
     for number, arms in enumerate(groups):
         job = folder / f"job-{number}.json"
         write_json(job, {"recipe": session.recipe.canonical(), "store": session.store.root.resolve().as_posix(),
-                         "edit": rung.folder.resolve().as_posix(), "arms": arms})  # fmt: skip
+                         "edit": rung.folder.resolve().as_posix(), "arms": arms, "base": session.base})  # fmt: skip
         # A session of its own: Ctrl-C reaches this process alone, which then ends the others.
         running.append(subprocess.Popen([sys.executable, "-m", "repforget._sealed", str(job)], text=True,
                                         stdout=subprocess.PIPE, start_new_session=True,
