@@ -1,4 +1,4 @@
-"""The sealed check, run as a process of its own: ``python -m repforget._sealed JOB_FILE``.
+"""The sealed check, run as a process of its own: ``python -m repforget._sealed`` with a job (JSON) on stdin.
 
 A job names the recipe, the run folder, the saved edit and the arms to measure; everything is loaded from disk, and
 the measurements become stages of the run folder.
@@ -6,16 +6,19 @@ the measurements become stages of the run folder.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from repforget._session import open_session
 from repforget.errors import RepforgetError
 from repforget.recipe import build_recipe
-from repforget.store import Store, read_json
+from repforget.store import Store
 
 
 def _end_with_parent() -> None:
@@ -30,21 +33,21 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def check(job_file: Path) -> None:
+def check(job: Mapping[str, Any]) -> None:
     """Measure the arms that the job names, on the sealed split."""
-    job = read_json(job_file)
     session = open_session(build_recipe(job["recipe"]), Store(Path(job["store"])), None, lambda line: None)
     if session.base != job["base"]:
         changed = [name for name, value in session.base.items() if job["base"].get(name) != value]
         raise RepforgetError(f"The fresh process finds another {', '.join(changed)} than the run that asked for it: "
                              "leave models, probes and package alone while a run is going on.")  # fmt: skip
-    session.measure_arms(Path(job["edit"]), "sealed", session.recipe.verify, only=job["arms"])
+    edit = None if job["edit"] is None else Path(job["edit"])
+    session.measure_arms(edit, "sealed", session.recipe.verify, only=job["arms"])
 
 
 def main() -> int:
     _end_with_parent()
     try:
-        check(Path(sys.argv[1]))
+        check(json.load(sys.stdin))
     except RepforgetError as error:
         print(error)
         return error.exit_code

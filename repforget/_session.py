@@ -138,7 +138,7 @@ class Session:
         return assemble(self.measure_arms(edit, split, level), self._tasks(level))
 
     def measure_arms(
-        self, edit: Path, split: Split, level: Any, only: Sequence[str] | None = None
+        self, edit: Path | None, split: Split, level: Any, only: Sequence[str] | None = None
     ) -> dict[str, Mapping[str, Measurement]]:
         """Measurements by arm, each arm a stage of its own; ``only`` names the arms to measure."""
         from repforget.artifact import load_edit
@@ -146,8 +146,9 @@ class Session:
         from repforget.verify.arms import References
         from repforget.verify.battery import measure_arm
 
-        loaded = load_edit(edit)
-        loaded.check_base(self.model)
+        loaded = None if edit is None else load_edit(edit)
+        if loaded is not None:
+            loaded.check_base(self.model)
         references = References(self.model, self.twins)
         view, chosen = self.knowledge.view(split), self._tasks(level)
         verifiers = {task.name: task.settings for task in chosen}
@@ -159,7 +160,7 @@ class Session:
                 found = measure_arm(arm, view, chosen, references, seed=self.recipe.seed, progress=self.progress)
                 write_json(folder / "measurements.json", {name: m.to_json() for name, m in found.items()})
 
-            identity = loaded.digest if arm.name in ("edit", "placebo") else None
+            identity = loaded.digest if loaded is not None and arm.name in ("edit", "placebo") else None
             key = self.key(arm=arm.name, edit=identity, split=split, verifiers=verifiers)
             data = read_json(self.store.stage(f"measure-{split}-{arm.name}", key, build) / "measurements.json")
             measured[arm.name] = {name: Measurement.from_json(m) for name, m in data.items()}

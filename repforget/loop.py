@@ -6,17 +6,14 @@ process that loads the saved edit from disk; nothing of the editing process reac
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from repforget._apart import Apart, controls, measure_sealed, side_by_side, start
 from repforget._session import Echo, Plan, Session, open_session, plan
-from repforget.errors import RepforgetError
 from repforget.progress import Progress, track
 from repforget.recipe import Choice, Recipe
 from repforget.records import Evidence, Localization, Verdict
@@ -65,20 +62,31 @@ def run(
     store = Store(Path(out), note=echo)
     with store.locked():
         session = open_session(recipe, store, progress, echo)
-        found = [_locate(session, choice) for choice in track(progress, recipe.locate, "locate")]
-        rungs: list[Rung] = []
-        for choice in recipe.ladder:
-            if rungs and time.monotonic() - started > 60 * recipe.limits.minutes:
-                echo(f"The {recipe.limits.minutes:g} minutes of the recipe are used up; '{choice.name}' and what "
-                     "follows it are not tried.")  # fmt: skip
-                break
-            rungs.append(_climb(session, choice, _where_for(choice, found), looks=_gate_looks(rungs)))
-            if _passed_gate(rungs[-1]):
-                break
-        chosen = max(rungs, key=lambda rung: rung.merit)
-        verdict, evidence = _sealed(session, chosen)
+        ahead = start(session, controls(session), None) if side_by_side(session) else None
+        try:
+            found = [_locate(session, choice) for choice in track(progress, recipe.locate, "locate")]
+            rungs = _ladder(session, found, started)
+            chosen = max(rungs, key=lambda rung: rung.merit)
+            verdict, evidence = _sealed(session, chosen, ahead)
+        finally:
+            if ahead is not None:
+                ahead.stop()
         _write_report(session, chosen, rungs, found, verdict, evidence, show_texts)
     return RunResult(verdict, Path(out), tuple(rungs))
+
+
+def _ladder(session: Session, found: list[Localization], started: float) -> list[Rung]:
+    """Climb rung by rung until one passes the gate or the minutes of the recipe are used up."""
+    limits, rungs = session.recipe.limits, list[Rung]()
+    for choice in session.recipe.ladder:
+        if rungs and time.monotonic() - started > 60 * limits.minutes:
+            session.echo(f"The {limits.minutes:g} minutes of the recipe are used up; '{choice.name}' and what follows "
+                         "it are not tried.")  # fmt: skip
+            break
+        rungs.append(_climb(session, choice, _where_for(found), looks=_gate_looks(rungs)))
+        if _passed_gate(rungs[-1]):
+            break
+    return rungs
 
 
 def _passed_gate(rung: Rung) -> bool:
@@ -106,7 +114,7 @@ def _locate(session: Session, choice: Choice) -> Localization:
     return where
 
 
-def _where_for(choice: Choice, found: list[Localization]) -> Localization | None:
+def _where_for(found: list[Localization]) -> Localization | None:
     """The localisation an editor acts on: the last of the recipe that beats its random band, else none."""
     return next((where for where in reversed(found) if where.band.beats_random), None)
 
@@ -137,55 +145,20 @@ def _edit(session: Session, choice: Choice, where: Localization | None) -> Path:
     return session.store.stage(f"edit-{choice.name}", key, build) / "edit"
 
 
-def _sealed(session: Session, rung: Rung) -> tuple[Verdict, tuple[Evidence, ...]]:
+def _sealed(session: Session, rung: Rung, ahead: Apart | None) -> tuple[Verdict, tuple[Evidence, ...]]:
     """Judge the saved artifact on the sealed split, measured by processes that know nothing but the files."""
     session.echo(f"sealed check of '{rung.choice.name}': reloading the saved edit in a fresh process")
-    twins = [f"twin-{k}" for k in range(len(session.twins))]
-    groups = [["original", *twins], ["edit", "placebo"]]
-    if not _side_by_side(session):
-        groups = [[arm for group in groups for arm in group]]
 
     def build(folder: Path) -> None:
-        _measure_apart(session, rung, groups, folder)
+        measure_sealed(session, rung.folder, ahead)
         evidence = session.measure(rung.folder, "sealed", session.recipe.verify)
         write_json(folder / "evidence.json", [e.to_json() for e in evidence])
         write_json(folder / "verdict.json", session.verdict(rung.folder, evidence, "sealed").to_json())
 
     wanted = session.recipe.canonical()["verify"]
-    key = session.key(edit=_edit_digest(rung.folder), verify=wanted, processes=len(groups))
-    stage = session.store.stage("sealed", key, build)
+    stage = session.store.stage("sealed", session.key(edit=_edit_digest(rung.folder), verify=wanted), build)
     evidence = tuple(Evidence.from_json(e) for e in read_json(stage / "evidence.json"))
     return Verdict.from_json(read_json(stage / "verdict.json")), evidence
-
-
-def _side_by_side(session: Session) -> bool:
-    """Two processes at once where each has a core of its own and both fit into memory."""
-    return session.model.device.type == "cpu" and (os.cpu_count() or 1) >= 2 and session.room_for(2)
-
-
-def _measure_apart(session: Session, rung: Rung, groups: list[list[str]], folder: Path) -> None:
-    threads = str(max(1, (os.cpu_count() or 1) // len(groups)))
-    running = []
-    for number, arms in enumerate(groups):
-        job = folder / f"job-{number}.json"
-        write_json(job, {"recipe": session.recipe.canonical(), "store": session.store.root.resolve().as_posix(),
-                         "edit": rung.folder.resolve().as_posix(), "arms": arms, "base": session.base})  # fmt: skip
-        # A session of its own: Ctrl-C reaches this process alone, which then ends the others.
-        running.append(subprocess.Popen([sys.executable, "-m", "repforget._sealed", str(job)], text=True,
-                                        stdout=subprocess.PIPE, start_new_session=True,
-                                        env={**os.environ, "OMP_NUM_THREADS": threads}))  # fmt: skip
-    try:
-        for process in track(session.progress, running, "sealed check", len(running)):
-            said = process.communicate()[0].strip()
-            if process.returncode != 0:
-                raise RepforgetError(f"The sealed check of '{rung.choice.name}' ended with exit code "
-                                     f"{process.returncode}{': ' + said if said else ''}; run the command again.")
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    for job in folder.glob("job-*.json"):
-        job.unlink()
 
 
 def _edit_digest(folder: Path) -> str:

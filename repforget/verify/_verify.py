@@ -25,8 +25,9 @@ class Result:
     evidence: tuple[Evidence, ...]
 
 
-def arms_of(edit: Edit, references: References, *, seed: int = 0) -> tuple[Arm, ...]:
-    """The arms of every verification, in order: original, edit, placebo, twin-0, twin-1, ...
+def arms_of(edit: Edit | None, references: References, *, seed: int = 0) -> tuple[Arm, ...]:
+    """The arms of every verification, in order: original, edit, placebo, twin-0, twin-1, ... (without an edit: all
+    that need none).
 
     Edited arms are independent copies, made when opened and dropped when closed, so that the original stays at hand.
     """
@@ -39,12 +40,12 @@ def arms_of(edit: Edit, references: References, *, seed: int = 0) -> tuple[Arm, 
 
         return open_copy
 
-    return (
-        Arm("original", lambda: _as_it_is(original)),
-        Arm("edit", edited(lambda: edit)),
-        Arm("placebo", edited(lambda: placebo_of(edit, original, seed))),
-        *(Arm(f"twin-{k}", lambda twin=twin: _as_it_is(twin)) for k, twin in enumerate(references.twins)),  # type: ignore[misc]
-    )
+    twins = (Arm(f"twin-{k}", lambda twin=twin: _as_it_is(twin)) for k, twin in enumerate(references.twins))  # type: ignore[misc]
+    untouched = Arm("original", lambda: _as_it_is(original))
+    if edit is None:
+        return (untouched, *twins)
+    real = Arm("edit", edited(lambda: edit))
+    return (untouched, real, Arm("placebo", edited(lambda: placebo_of(edit, original, seed))), *twins)
 
 
 @contextmanager
