@@ -20,7 +20,7 @@ Request = str | Sequence[str | Mapping[str, Any]]
 _MORE: dict[str, Settings] = {
     "behaviour": {"forms": 8, "samples": 8, "alternatives": 63, "max_items": 2000},
     "logit_lens": {"forms": 8, "alternatives": 63, "max_items": 2000},
-    "reprobe": {"max_support": 4000, "forms": 2},
+    "reprobe": {"max_support": 4000, "forms": 2, "hidden": 64, "steps": 240},
     "patch_depth": {"strangers": 4, "max_layers": 32, "max_items": 1000},
     "relearn": {"steps": 96, "checks": 6, "alternatives": 63, "max_items": 1000},
     "quantize": {"forms": 4, "alternatives": 63, "max_items": 2000},

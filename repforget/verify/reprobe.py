@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -61,7 +62,7 @@ class _Fitting:
 def reprobe(
     model: LoadedModel, view: View, *, references: References, seed: int = 0, progress: Progress | None = None,
     task: Task = "auto", forms: int = 1, tokens: int = 2, alternatives: int = 7, l2: float = 0.01, hidden: int = 32,
-    steps: int = 60, layers: list[int] | Literal["all"] = "all", max_support: int = 1000, max_items: int = 400,
+    steps: int = 40, layers: list[int] | Literal["all"] = "all", max_support: int = 600, max_items: int = 400,
 ) -> Measurement:  # fmt: skip
     """Train new probes on the arm's own activations and read the forget items' answers from every layer.
 
@@ -91,11 +92,23 @@ def reprobe(
     tables = {name: np.full((len(chosen), len(rows)), np.nan) for name in KINDS}
     before = np.full(len(rows), np.nan)
     fitting = _Fitting(l2, hidden, steps, seed)
-    for key in track(progress, sorted(members), "fitting new probes"):
-        mine = np.array(members[key])
-        for side in (0, 1):
-            _fit(x, rows, mine[half[mine] != side], mine[half[mine] == side], tables, before, fitting)
+    with _one_thread():
+        for key in track(progress, sorted(members), "fitting new probes"):
+            mine = np.array(members[key])
+            for side in (0, 1):
+                _fit(x, rows, mine[half[mine] != side], mine[half[mine] == side], tables, before, fitting)
     return _measured(tested, rows, tables, before, chosen)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Thousands of small products: a second thread gains little, and on a busy machine the two wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _rows(
