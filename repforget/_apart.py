@@ -10,7 +10,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,9 +51,27 @@ def controls(session: Session) -> tuple[str, ...]:
     return ("original", *(f"twin-{k}" for k in range(len(session.twins))))
 
 
+def share() -> int:
+    """Threads of each process where two share the cores."""
+    return max(1, (os.cpu_count() or 1) // 2)
+
+
+@contextmanager
+def one_share(together: bool) -> Iterator[None]:
+    """Leave the other processes their cores, always the same number: thread counts change the last bits of sums."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(share() if together else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def start(session: Session, arms: Sequence[str], edit: Path | None) -> Apart:
     """Begin to measure ``arms`` on the sealed split; ``edit`` is the folder of the saved edit, where they need one."""
-    threads = max(1, (os.cpu_count() or 1) // 2) if side_by_side(session) else os.cpu_count() or 1
+    threads = share() if side_by_side(session) else os.cpu_count() or 1
     job = {
         "recipe": session.recipe.canonical(), "store": session.store.root.resolve().as_posix(),
         "edit": None if edit is None else edit.resolve().as_posix(), "arms": list(arms), "base": session.base,

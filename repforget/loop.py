@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from repforget._apart import Apart, controls, measure_sealed, side_by_side, start
+from repforget._apart import Apart, controls, measure_sealed, one_share, side_by_side, start
 from repforget._session import Echo, Plan, Session, open_session, plan
+from repforget.discover import method
 from repforget.progress import Progress, track
 from repforget.recipe import Choice, Recipe
 from repforget.records import Evidence, Localization, Verdict
@@ -22,6 +23,7 @@ from repforget.store import Store, digest, read_json, write_json
 __all__ = ["Plan", "RunResult", "plan", "run"]
 
 GATE_LOOKS = 5  # spec: at most five looks at the gate, each at half the level of the one before
+REPRESENTATION_FAMILIES = ("erase", "steer")
 RANK = {"pass": 2, "inconclusive": 1, "fail": 0}
 
 
@@ -62,10 +64,12 @@ def run(
     store = Store(Path(out), note=echo)
     with store.locked():
         session = open_session(recipe, store, progress, echo)
-        ahead = start(session, controls(session), None) if side_by_side(session) else None
+        together = side_by_side(session)
+        ahead = start(session, controls(session), None) if together else None
         try:
-            found = [_locate(session, choice) for choice in track(progress, recipe.locate, "locate")]
-            rungs = _ladder(session, found, started)
+            with one_share(together):
+                found = [_locate(session, choice) for choice in track(progress, recipe.locate, "locate")]
+                rungs = _ladder(session, found, started)
             chosen = max(rungs, key=lambda rung: rung.merit)
             verdict, evidence = _sealed(session, chosen, ahead)
         finally:
@@ -83,7 +87,7 @@ def _ladder(session: Session, found: list[Localization], started: float) -> list
             session.echo(f"The {limits.minutes:g} minutes of the recipe are used up; '{choice.name}' and what follows "
                          "it are not tried.")  # fmt: skip
             break
-        rungs.append(_climb(session, choice, _where_for(found), looks=_gate_looks(rungs)))
+        rungs.append(_climb(session, choice, _where_for(choice, found), looks=_gate_looks(rungs)))
         if _passed_gate(rungs[-1]):
             break
     return rungs
@@ -114,9 +118,16 @@ def _locate(session: Session, choice: Choice) -> Localization:
     return where
 
 
-def _where_for(found: list[Localization]) -> Localization | None:
-    """The localisation an editor acts on: the last of the recipe that beats its random band, else none."""
-    return next((where for where in reversed(found) if where.band.beats_random), None)
+def _where_for(choice: Choice, found: list[Localization]) -> Localization | None:
+    """The localisation an editor acts on: the last of the recipe that beats its random band, else none.
+
+    Editors of representations are given what a classifier can read there, if the recipe asks for it; editors of
+    weights what patching shows to be used.
+    """
+    trusted = [where for where in found if where.band.beats_random]
+    reads = method("edit", choice.name).family in REPRESENTATION_FAMILIES
+    fitting = [where for where in trusted if (where.method == "probe_sweep") == reads]
+    return next(reversed(fitting or trusted), None)
 
 
 def _climb(session: Session, choice: Choice, where: Localization | None, looks: int) -> Rung:
