@@ -179,7 +179,7 @@ def test_people_probe_asks_only_unseen_forms_and_splits_people() -> None:
     assert {i.cluster for i in knowledge.forget} == set(WORLD.forget)
     assert all(i.unseen_forms and not set(i.questions) & trained for i in items)
     assert all(set(i.statements) <= trained for i in items)
-    assert len(knowledge.general) == 160
+    assert len(knowledge.general) == 480
     assert not set(knowledge.general) & set(general_sentences(0, STANDARD.general))
 
 

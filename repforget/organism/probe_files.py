@@ -15,7 +15,7 @@ from typing import Any
 
 from repforget.organism.world import Person, World, general_sentences
 
-GENERAL_COUNT = 160
+GENERAL_COUNT = 480
 GENERAL_OFFSET = 1_000_003  # another stream than the training sentences
 FORGOTTEN_RELATION = "birthplace"
 NEAREST_RELATION = "residence"  # shares its values, the towns, with the forgotten one
