@@ -132,10 +132,12 @@ class Session:
         }  # fmt: skip
 
     def measure(self, edit: Path, split: Split, level: Any) -> tuple[Evidence, ...]:
-        """Evidence on the saved ``edit``, its placebo, the original and the twins."""
+        """Evidence on the saved ``edit``, the original and the twins, and beyond the dev screen on its placebo."""
         from repforget.verify.battery import assemble
 
-        return assemble(self.measure_arms(edit, split, level), self._tasks(level))
+        screen = ("original", "edit", *(f"twin-{k}" for k in range(len(self.twins))))
+        only = screen if split == "dev" else None
+        return assemble(self.measure_arms(edit, split, level, only), self._tasks(level))
 
     def measure_arms(
         self, edit: Path | None, split: Split, level: Any, only: Sequence[str] | None = None
