@@ -1,7 +1,7 @@
 """Regenerate the blocks of the documentation that come from the code: ``python -m repforget.cli.docs [--check]``.
 
 A block lies between ``<!-- generated: NAME -->`` and ``<!-- end generated -->``; NAME is ``methods locate``,
-``methods edit``, ``methods verify`` or ``help``.
+``methods edit``, ``methods verify``, ``help`` or ``quickstart`` (from the committed verdict of that experiment).
 """
 
 from __future__ import annotations
@@ -33,11 +33,31 @@ def help_block() -> str:
     return "\n".join(lines) + "\n"
 
 
+def quickstart_block() -> str:
+    """The verdict of the committed quickstart run: the sentence, and one row per measure with a vote."""
+    from repforget.records import Verdict
+    from repforget.store import read_json
+
+    verdict = Verdict.from_json(read_json(Path(__file__).parents[2] / "experiments" / "quickstart" / "verdict.json"))
+    head = f"**{verdict.outcome.upper()}** ({verdict.split} split, artifact: {verdict.artifact})"
+    lines = [f"{head}. {verdict.sentence}", "",
+             "| measure | original | never knew | placebo | edit | share left (95 % limits) | status |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    for claim in verdict.claims:
+        if claim.status not in ("pass", "fail", "inconclusive"):
+            continue
+        levels = (f"{claim.levels[arm]:.3f}" for arm in ("original", "floor", "placebo", "edit"))
+        share = f"{claim.rho:.1%} ({claim.rho_low:.1%} to {claim.rho_high:.1%})"
+        kind = "" if claim.kind == "knowledge" else " lost"
+        lines.append(f"| {claim.name} | {' | '.join(levels)} | {share}{kind} | {claim.status} |")
+    return "\n".join(lines) + "\n"
+
+
 def makers() -> Mapping[str, Callable[[], str]]:
     from repforget.cli import _describe as d
 
     tables = {f"methods {room}": lambda room=room: d.markdown_table(room) for room in d.ROOMS}
-    return {**tables, "help": help_block}
+    return {**tables, "help": help_block, "quickstart": quickstart_block}
 
 
 def regenerated(text: str) -> str:
