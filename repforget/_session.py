@@ -174,17 +174,20 @@ class Session:
 
         return tasks(level if isinstance(level, str) else [{c.name: c.settings} for c in level])
 
-    def judge(self, edit: Path, split: Split, level: Any) -> Verdict:
-        """Measure and judge one saved edit on one split."""
-        return self.verdict(edit, self.measure(edit, split, level), split)
+    def judge(self, edit: Path, split: Split, level: Any, *, alpha: float = 0.05) -> Verdict:
+        """Measure and judge one saved edit on one split; ``alpha`` is the level of its one-sided limits."""
+        return self.verdict(edit, self.measure(edit, split, level), split, alpha=alpha)
 
-    def verdict(self, edit: Path, evidence: tuple[Evidence, ...], split: Split) -> Verdict:
+    def verdict(
+        self, edit: Path, evidence: tuple[Evidence, ...], split: Split, *, alpha: float = 0.05
+    ) -> Verdict:
         from repforget.artifact import load_edit
         from repforget.verify.verdict import judge
 
         manifest = load_edit(edit).manifest
         return judge(evidence, margin=self.recipe.margin, utility_margin=self.recipe.limits.utility_drop,
-                     seed=self.recipe.seed, split=split, artifact=manifest.artifact, sites=manifest.sites)  # fmt: skip
+                     seed=self.recipe.seed, alpha=alpha, split=split, artifact=manifest.artifact,
+                     sites=manifest.sites)  # fmt: skip
 
 
 def versions() -> dict[str, str]:

@@ -138,7 +138,7 @@ def _climb(session: Session, choice: Choice, where: Localization | None, looks: 
     session.echo(f"edit {choice.name}, screened on dev: {screen.outcome}. {screen.sentence}")
     if screen.outcome == "fail" or looks >= GATE_LOOKS:
         return Rung(choice, folder, (screen,))
-    gate = session.judge(folder, "gate", level)
+    gate = session.judge(folder, "gate", level, alpha=0.05 / 2 ** (looks + 1))
     session.echo(f"edit {choice.name}, at the gate: {gate.outcome}. {gate.sentence}")
     return Rung(choice, folder, (screen, gate))
 

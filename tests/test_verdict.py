@@ -268,3 +268,18 @@ def test_worst_and_outcome_of_nothing() -> None:
 def test_no_rho_is_nan_where_a_claim_votes() -> None:
     for claim in judge([knowledge(), collateral()]).claims:
         assert all(math.isfinite(x) for x in (claim.rho, claim.rho_low, claim.rho_high))
+
+
+def test_a_later_look_at_the_same_items_needs_more() -> None:
+    """Spending the level on repeated looks widens every interval, so that looking again cannot buy a pass."""
+    rng = np.random.default_rng(0)
+    ids, clusters = [f"i{k}" for k in range(120)], [f"c{k // 6}" for k in range(120)]
+
+    def arm(p: float) -> ItemScores:
+        return ItemScores.of(ids, clusters, (rng.random(120) < p).astype(float).tolist())
+
+    arms = {"original": arm(1.0), "edit": arm(0.1), "placebo": arm(1.0), "twin-0": arm(0.05)}
+    evidence = (Evidence("behaviour", "exact_match", "knowledge", "black-box", True, arms),)
+    first, fifth = (claims(evidence, Rule(alpha=0.05 / 2**look))[0] for look in (1, 5))
+    assert fifth.rho == first.rho
+    assert fifth.rho_low < first.rho_low < first.rho_high < fifth.rho_high

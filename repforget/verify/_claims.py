@@ -27,12 +27,16 @@ VOTING: tuple[ClaimStatus, ...] = ("pass", "fail", "inconclusive")
 
 @dataclass(frozen=True)
 class Rule:
-    """The limits a claim is held to: ``margin`` of knowledge left, ``utility_margin`` of quality lost."""
+    """The limits a claim is held to: ``margin`` of knowledge left, ``utility_margin`` of quality lost.
+
+    ``alpha`` is the one-sided level of the intervals; repeated looks at the same items spend it (spec rule V7).
+    """
 
     margin: float = 0.05
     utility_margin: float = 0.02
     seed: int = 0
     draws: int = st.DRAWS
+    alpha: float = st.ALPHA
 
 
 class _Aligned(NamedTuple):
@@ -116,10 +120,10 @@ def _no_power(data: _Aligned, evidence: Evidence, rule: Rule) -> str | None:
 def _knowledge(data: _Aligned, floor: Array, rule: Rule) -> tuple[st.Interval, float]:
     """The share of knowledge left with its limits, and the margin it is held to."""
     above, gap = data.target - floor, data.original - floor
-    share = st.ratio_interval(above, gap, data.clusters, draws=rule.draws, seed=rule.seed)
+    share = st.ratio_interval(above, gap, data.clusters, alpha=rule.alpha, draws=rule.draws, seed=rule.seed)
     if not data.target.any():
         # No success at all has no spread; the upper limit is then that of zero events, not zero.
-        limit = (st.zero_event_limit(len(data.target)) - float(floor.mean())) / float(gap.mean())
+        limit = (st.zero_event_limit(len(data.target), rule.alpha) - float(floor.mean())) / float(gap.mean())
         share = replace(share, high=max(share.high, limit))
     return share, max(rule.margin, data.noise / float(gap.mean()))
 
@@ -162,7 +166,8 @@ def _claim(evidence: Evidence, rule: Rule, target: str, twins: Sequence[str]) ->
         reason += f"; floor: {data.floor_name}"
     else:
         lost = data.original - data.target
-        share = st.ratio_interval(lost, data.original, data.clusters, draws=rule.draws, seed=rule.seed)
+        share = st.ratio_interval(lost, data.original, data.clusters, alpha=rule.alpha, draws=rule.draws,
+                                  seed=rule.seed)
         status, reason = _loss_status(share, margin)
     needed = st.items_needed(share, margin)
     if status == "inconclusive" and needed is not None and needed > share.n_items:

@@ -84,20 +84,21 @@ def _control_fault(name: str, got: Outcome, result: Sequence[Claim]) -> str:
 
 def judge(
     evidence: Sequence[Evidence], *, margin: float = 0.05, utility_margin: float = 0.02, seed: int = 0,
-    draws: int = st.DRAWS, split: str = "dev", artifact: str = "weights", sites: Sequence[str] = (),
+    draws: int = st.DRAWS, alpha: float = st.ALPHA, split: str = "dev", artifact: str = "weights",
+    sites: Sequence[str] = (),
 ) -> Verdict:  # fmt: skip
     """Turn evidence into a verdict: per claim and overall, with the worst attack named.
 
     ``margin`` is the share of the original's knowledge that may be left (never below the difference between twins),
-    ``utility_margin`` the share of quality that may be lost; limits are one-sided 95 % from resampled clusters.
-    ``sites`` names where an erasing edit acted, for the sentence.  Deterministic for a seed; no model is needed.
+    ``utility_margin`` the share of quality that may be lost; limits are one-sided ``1 - alpha`` from resampled
+    clusters. ``sites`` names where an erasing edit acted, for the sentence.  Deterministic for a seed; no model is needed.
     """
     if not evidence:
         raise ControlError("There is no evidence to judge: run at least one verifier.")
     if not 0.0 < margin < 1.0 or not 0.0 < utility_margin < 1.0:
         raise ControlError(f"Margins must lie between 0 and 1 and are {margin} and {utility_margin}: "
                            "give shares such as 0.05.")  # fmt: skip
-    rule = Rule(margin, utility_margin, seed, draws)
+    rule = Rule(margin, utility_margin, seed, draws, alpha)
     found = claims(evidence, rule)
     checked, trusted = controls(evidence, rule)
     worst = worst_claim(found)

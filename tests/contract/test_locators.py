@@ -1,0 +1,71 @@
+"""What every locator owes: sites that exist, a random band, the same ranking twice, an untouched model."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from functools import cache
+from typing import Any
+
+import pytest
+
+import repforget as rf
+from repforget import discover
+from repforget.knowledge import Item, Knowledge
+from repforget.models.load import LoadedModel, fingerprint, wrap
+from repforget.models.sites import site_map
+from repforget.records import Localization
+from tests import planted
+
+NAMES = discover.names("locate")
+
+
+def _items(people: list[str], kind: str) -> list[Item]:
+    return [
+        Item(id=f"{kind}-{name}-{relation}", cluster=name, subject=name, relation=relation, answer=value,
+             prompt=planted.TEMPLATES[0].format(subject=name, relation=relation),
+             statements=tuple(t.format(subject=name, relation=relation) for t in planted.TEMPLATES[1:]))
+        for name in people for relation, value in planted.facts()[name].items()
+    ]  # fmt: skip
+
+
+@cache
+def _models() -> tuple[LoadedModel, LoadedModel]:
+    return wrap(*planted.planted(1), "planted-1"), wrap(*planted.planted(None), "planted-base")
+
+
+def _located(name: str, **settings: Any) -> Localization:
+    people = planted.planted_people(), planted.background_people()[:24]
+    knowledge = Knowledge.build("planted", _items(people[0], "f"), _items(people[1], "r"))
+    model, twin = _models()
+    found: Localization = rf.locate(model, knowledge, name, twins=(twin,), **settings)
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_locator_ranks_existing_sites_beside_a_random_band_and_leaves_the_model_alone(name: str) -> None:
+    model, _ = _models()
+    before, state = fingerprint(model.module), len(list(model.module.modules()))
+    found = _located(name)
+    assert found.method == name and len(found.components) > 1
+    assert list(found.scores) == sorted(found.scores, reverse=True)
+    places = site_map(model.module)
+    for component in found.components:
+        places.locate(component.site)
+    assert found.band.draws >= 20 or found.band.k >= 1
+    assert found.band.low <= found.band.high and found.band.effect
+    assert all(value >= 0 for value in found.cost.values()) and found.cost.get("forwards", 0) > 0
+    assert fingerprint(model.module) == before and len(list(model.module.modules())) == state
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.module.modules())
+    assert Localization.from_json(json.loads(json.dumps(found.to_json()))).components == found.components
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_seed_gives_the_same_ranking(name: str) -> None:
+    assert _located(name, seed=3).to_json() == _located(name, seed=3).to_json()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_docstring_says_what_it_costs_and_what_it_does_not_show(name: str) -> None:
+    text = inspect.getdoc(discover.method("locate", name).function) or ""
+    assert "Cost" in text and "not show" in text
