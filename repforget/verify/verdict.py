@@ -91,7 +91,7 @@ def judge(
 
     ``margin`` is the share of the original's knowledge that may be left (never below the difference between twins),
     ``utility_margin`` the share of quality that may be lost; limits are one-sided ``1 - alpha`` from resampled
-    clusters. ``sites`` names where an erasing edit acted, for the sentence.  Deterministic for a seed; no model is needed.
+    clusters. ``sites`` names where an erasing edit acted, for the sentence.  Deterministic for a seed; needs no model.
     """
     if not evidence:
         raise ControlError("There is no evidence to judge: run at least one verifier.")
