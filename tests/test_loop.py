@@ -40,7 +40,9 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _start(recipe: Path, out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "repforget", "run", str(recipe), "--out", str(out)]
+    # A background shell ignores SIGINT and its children inherit that; a user's terminal does not.
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                             env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
 
 
