@@ -117,8 +117,9 @@ class Recipe(_Strict):
         cls, model: str = "organism:bios", knowledge: str = "bios-people",
         twins: Sequence[str] | None = None, **changes: Any,
     ) -> Recipe:  # fmt: skip
-        """The recipe of a run described by flags alone; the embedded organisms bring their twins."""
-        organism = model.startswith("organism:") and "/" not in model
+        """The recipe of a run described by flags alone; the embedded organism brings its twins, which never saw the
+        people of ``bios-people`` (and know everything else)."""
+        organism = model.startswith("organism:") and "/" not in model and Path(knowledge).name == "bios-people"
         own = tuple(f"{model}/twin-{k}" for k in range(2)) if organism else ()
         chosen = own if twins is None else tuple(twins)
         return build_recipe({"model": model, "knowledge": knowledge, "twins": chosen, **changes})
