@@ -89,7 +89,7 @@ def plan(recipe: Recipe) -> Plan:
     steps.append(Step("sealed", f"{level} verification of the saved edit in a fresh process", f"{arms} arms"))
     notes = list(knowledge.notes)
     if not recipe.twins:
-        notes.append("no twin is given: the floor is chance, and patch_depth cannot run")
+        notes.append("no twin is given: the floor is chance, and the unlearning depth score is left out")
     return Plan(recipe, own.parameters, peak, free, tuple(steps), tuple(notes))
 
 
