@@ -219,7 +219,10 @@ class Store:
             file.write(str(os.getpid()))
             file.flush()
             self._clear()
-            yield
+            try:
+                yield
+            finally:
+                self._clear()  # also what a process that worked for this one, and was stopped, left half-written
             file.truncate(0)
         finally:
             file.close()
