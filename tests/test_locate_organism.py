@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import repforget as rf
-from repforget.errors import RepforgetError
 from repforget.locate._exact import measure
 from repforget.locate._tasks import corrupted_tasks
 from repforget.locate._units import Node, expand_nodes
@@ -18,10 +17,7 @@ from repforget.records import Localization
 
 @pytest.fixture(scope="module")
 def organism() -> Any:
-    try:
-        return rf.load("organism:bios"), rf.knowledge("bios-people")
-    except RepforgetError as reason:
-        pytest.skip(f"the organism is not built: {reason}")
+    return rf.load("organism:bios"), rf.knowledge("bios-people")
 
 
 @pytest.mark.parametrize("nodes", [("attn_out", "mlp_out"), ("heads",)])

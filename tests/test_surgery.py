@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,8 +24,6 @@ from repforget.errors import KnowledgeError, NumericalError, SiteError, UsageErr
 from repforget.knowledge import EditData, Item, Knowledge
 from repforget.models.load import load, wrap
 from repforget.scoring import answer_logprobs
-
-WEIGHTS = Path(__file__).parent.parent / "repforget" / "organism" / "weights" / "bios"
 
 
 def test_strangers_are_recombined_and_nobody_that_is_known() -> None:
@@ -204,7 +201,6 @@ def test_planted_people_are_forgotten_and_the_others_kept() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not WEIGHTS.is_dir(), reason="the organism's weights are not part of this checkout")
 def test_the_organism_forgets_people_and_keeps_neighbours_it_was_not_shown() -> None:
     from repforget.knowledge_files import load_knowledge
 
