@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 ROOMS = {"locate": "repforget.locators", "edit": "repforget.editors", "verify": "repforget.verifiers"}
+LEVELS = ("quick", "standard", "thorough")  # names of the budgets a method may offer
 CONTEXT = frozenset({"seed", "where", "twins", "references", "progress"})  # given by the caller, never by a recipe
 PRIVATE_MODULES = frozenset({"verdict", "battery", "arms", "statistics"})  # parts of a room that are no method
 
@@ -51,10 +52,26 @@ class Method:
     def context(self) -> frozenset[str]:
         return CONTEXT & set(inspect.signature(self.function).parameters)
 
+    def constant(self, name: str, default: Any = None) -> Any:
+        """A constant of the method's file, such as MEASURES."""
+        return getattr(inspect.unwrap(self.function), "__globals__", {}).get(name, default)
+
+    @property
+    def budgets(self) -> Mapping[str, Mapping[str, Any]]:
+        """Named sets of settings: the constant BUDGETS of the method's file (empty where it has none)."""
+        return self.constant("BUDGETS", {})  # type: ignore[no-any-return]
+
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Validate ``given`` against the signature and return the full settings with defaults filled in."""
+        """Validate ``given`` against the signature and return the full settings with defaults filled in.
+
+        ``budget`` among them names one of the method's budgets, which the other settings then override.
+        """
         from pydantic import ValidationError
 
+        fault = self._budget_fault(given)
+        if fault is not None:
+            raise RecipeError(f"Method '{self.name}' has no budget {fault}.")
+        given = self._spelled_out(given)
         unknown = sorted(set(given) - set(self.hyperparameters))
         if unknown:
             hint = nearest(unknown[0], self.hyperparameters)
@@ -72,6 +89,10 @@ class Method:
         from pydantic import ValidationError
 
         known = self.hyperparameters
+        fault = self._budget_fault(given)
+        if fault is not None:
+            return (("budget", f"method '{self.name}' has no budget {fault}"),)
+        given = self._spelled_out(given)
         found = [(name, f"method '{self.name}' has no such setting; {nearest(name, known)}")
                  for name in given if name not in known]  # fmt: skip
         try:
@@ -79,6 +100,16 @@ class Method:
         except ValidationError as error:
             found += [(str(entry["loc"][0]), entry["msg"][:1].lower() + entry["msg"][1:]) for entry in error.errors()]
         return tuple(found)
+
+    def _budget_fault(self, given: Mapping[str, Any]) -> str | None:
+        wanted = given.get("budget")
+        if wanted is None or wanted in self.budgets:
+            return None
+        return f"'{wanted}'; {nearest(str(wanted), self.budgets) if self.budgets else 'it offers none'}".rstrip(".")
+
+    def _spelled_out(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        preset = self.budgets.get(given.get("budget", ""), {})
+        return {**preset, **{name: value for name, value in given.items() if name != "budget"}}
 
     def _settings_model(self) -> type[BaseModel]:
         from pydantic import ConfigDict, create_model
@@ -102,7 +133,7 @@ def _files(room: str) -> dict[str, str]:
     for root in map(Path, (spec and spec.submodule_search_locations) or ()):
         for path in sorted(root.rglob("*.py")):
             parts = path.relative_to(root).with_suffix("").parts
-            if any(part.startswith("_") for part in parts) or parts[-1] in PRIVATE_MODULES:
+            if any(part.startswith("_") or part in PRIVATE_MODULES for part in parts):
                 continue
             found[parts[-1]] = ".".join(("repforget", room, *parts))
     return found

@@ -27,7 +27,7 @@ class _Strict(BaseModel):
 
 
 class Choice(_Strict):
-    """One method and the settings given to it; written ``leace`` or ``{leace: {rank: 2}}``."""
+    """One method and the settings given to it; written ``leace``, ``{leace: {rank: 2}}`` or ``{relearn: quick}``."""
 
     name: Name
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -44,6 +44,8 @@ def _choice(value: Any) -> Any:
         ((name, settings),) = value.items()
         if settings is None or isinstance(settings, Mapping):
             return {"name": name, "settings": dict(settings or {})}
+        if isinstance(settings, str) and settings in LEVELS:
+            return {"name": name, "settings": {"budget": settings}}
         raise ValueError(f"the settings of '{name}' must be 'key: value' pairs, found {settings!r}")
     raise ValueError("write a method as 'name' or as 'name: {setting: value}'")
 
@@ -61,7 +63,7 @@ _CHOICE_SCHEMA = {
     "anyOf": [
         {"type": "string"},
         {"type": "object", "minProperties": 1, "maxProperties": 1,
-         "additionalProperties": {"anyOf": [{"type": "object"}, {"type": "null"}]}},
+         "additionalProperties": {"anyOf": [{"type": "object"}, {"type": "null"}, {"enum": list(LEVELS)}]}},
     ]
 }  # fmt: skip
 MethodChoice = Annotated[Choice, BeforeValidator(_choice), WithJsonSchema(_CHOICE_SCHEMA)]

@@ -20,8 +20,8 @@ from repforget.records import Measurement
 from repforget.verify._asking import limited
 from repforget.verify.arms import References
 from repforget.verify.battery import measure, tasks
-from repforget.verify.patch_depth import MATTERS, _weights
-from repforget.verify.quantize import NF4, projections, round_trip, round_weights
+from repforget.verify.inside.patch_depth import MATTERS, _weights
+from repforget.verify.weights.quantize import NF4, projections, round_trip, round_weights
 
 LAYER = 1
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from repforget.models.load import LoadedModel
 
 T = TypeVar("T")
+Budgets = Mapping[str, Mapping[str, Any]]  # BUDGETS of a verifier: quick, standard and thorough settings
 
 
 @dataclass(frozen=True)

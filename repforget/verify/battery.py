@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
-from repforget.discover import Method, method
+from repforget.discover import LEVELS, Method, method, methods
 from repforget.errors import RecipeError, RepforgetError, UsageError, nearest
 from repforget.knowledge import View
 from repforget.models.load import LoadedModel
@@ -17,21 +17,7 @@ from repforget.verify.arms import Arm, MeasureInfo, References
 
 Settings = Mapping[str, Any]
 Request = str | Sequence[str | Mapping[str, Any]]
-_MORE: dict[str, Settings] = {
-    "behaviour": {"forms": 8, "samples": 8, "alternatives": 63, "max_items": 2000},
-    "logit_lens": {"forms": 8, "alternatives": 63, "max_items": 2000},
-    "reprobe": {"max_support": 4000, "forms": 2, "hidden": 64, "steps": 240},
-    "patch_depth": {"strangers": 4, "max_layers": 32, "max_items": 1000},
-    "relearn": {"steps": 96, "checks": 6, "alternatives": 63, "max_items": 1000},
-    "quantize": {"forms": 4, "alternatives": 63, "max_items": 2000},
-    "collateral": {"forms": 4, "alternatives": 63, "max_items": 2000, "max_texts": 1000},
-}
-# Cheapest first; the names a recipe may write instead of a list.
-LEVELS: Mapping[str, Mapping[str, Settings]] = {
-    "quick": {"behaviour": {"forms": 1}, "logit_lens": {"forms": 1}, "collateral": {}},
-    "standard": {name: {} for name in _MORE},
-    "thorough": _MORE,
-}
+FAMILIES = ("text", "privacy", "inside", "weights")  # cheapest first; what belongs to none of them comes last
 
 
 @dataclass(frozen=True)
@@ -45,22 +31,39 @@ class Task:
     @property
     def measures(self) -> Mapping[str, MeasureInfo]:
         """What the verifier says about its measures: the constant MEASURES of its file."""
-        found = getattr(sys.modules[self.method.function.__module__], "MEASURES", None)
+        found = self.method.constant("MEASURES")
         if not found:
             raise RepforgetError(f"Verifier '{self.name}' does not describe its measures: give its file a constant "
                                  "MEASURES = {name: MeasureInfo(...)}.")  # fmt: skip
         return found  # type: ignore[no-any-return]
 
 
+def _joins(found: Method) -> str | None:
+    """The cheapest level that includes a verifier: the constant JOINS of its file."""
+    joined: str | None = found.constant("JOINS")
+    return joined
+
+
+@cache
+def level(name: str) -> Mapping[str, Settings]:
+    """Verifiers (cheapest family first) and their budgets at "quick", "standard" or "thorough"."""
+    if name not in LEVELS:
+        raise UsageError(f"There is no verification level '{name}': {nearest(name, LEVELS)}")
+    wanted = LEVELS[: LEVELS.index(name) + 1]
+    chosen = [found for found in methods("verify") if _joins(found) in wanted]
+    order = {family: place for place, family in enumerate(FAMILIES)}
+    chosen.sort(key=lambda found: (order.get(found.family, len(order)), found.name))
+    return {found.name: found.budgets.get(name, {}) for found in chosen}
+
+
 def tasks(request: Request) -> tuple[Task, ...]:
     """Turn ``"quick"``, ``"standard"``, ``"thorough"`` or a list of names and ``{name: settings}`` into tasks.
 
-    Settings are validated against each verifier's signature; a name asked for twice is an error.
+    The settings may be the name of one of the verifier's budgets (``{relearn: thorough}``).  They are validated
+    against each verifier's signature; a name asked for twice is an error.
     """
     if isinstance(request, str):
-        if request not in LEVELS:
-            raise UsageError(f"There is no verification level '{request}': {nearest(request, LEVELS)}")
-        wanted = list(LEVELS[request].items())
+        wanted = list(level(request).items())
     else:
         wanted = [pair for entry in request for pair in _pairs(entry)]
     if not wanted:
@@ -84,7 +87,9 @@ def ready(verifiers: Request | Sequence[Task]) -> tuple[Task, ...]:
 
 
 def _pairs(entry: str | Mapping[str, Any]) -> list[tuple[str, Settings]]:
-    return [(entry, {})] if isinstance(entry, str) else [(name, value or {}) for name, value in entry.items()]
+    if isinstance(entry, str):
+        return [(entry, {})]
+    return [(name, {"budget": value} if isinstance(value, str) else value or {}) for name, value in entry.items()]
 
 
 def measure(

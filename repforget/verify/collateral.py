@@ -17,7 +17,7 @@ from repforget.scoring.encode import context_limit, pad_id
 from repforget.scoring.forward import forward
 from repforget.verify import _asking as ask
 from repforget.verify import _constrained as path
-from repforget.verify.arms import MeasureInfo, References
+from repforget.verify.arms import Budgets, MeasureInfo, References
 
 MEASURES = {
     "retain": MeasureInfo("collateral", "logits"),
@@ -26,6 +26,12 @@ MEASURES = {
     "neighbours_exact": MeasureInfo("collateral", "black-box"),
     "general": MeasureInfo("collateral", "logits"),
     "agreement": MeasureInfo("collateral", "logits", votes=False),
+}
+JOINS = "quick"
+BUDGETS: Budgets = {
+    "quick": {},
+    "standard": {},
+    "thorough": {"forms": 4, "alternatives": 63, "max_items": 2000, "max_texts": 1000},
 }
 Array = NDArray[np.float64]
 

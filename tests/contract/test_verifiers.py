@@ -15,7 +15,7 @@ from repforget.knowledge import Item, Knowledge
 from repforget.models.load import LoadedModel, fingerprint, wrap
 from repforget.records import Measurement
 from repforget.verify.arms import MeasureInfo, References
-from repforget.verify.battery import LEVELS, measure, tasks
+from repforget.verify.battery import level, measure, tasks
 
 NAMES = discover.names("verify")
 PEOPLE = ("Ada", "Tom", "Eva", "Max", "Lea", "Ben", "Mia", "Jon")
@@ -59,9 +59,14 @@ def _hooks(module: torch.nn.Module) -> int:
 
 def test_verifiers_are_found_and_standard_holds_them() -> None:
     assert {"behaviour", "reprobe", "logit_lens", "patch_depth", "relearn", "quantize", "collateral"} <= set(NAMES)
-    assert set(LEVELS["standard"]) == set(LEVELS["thorough"]) <= set(NAMES)
-    assert all(discover.method("verify", name).settings(settings) for level in LEVELS.values()
-               for name, settings in level.items())  # fmt: skip
+    assert set(level("quick")) < set(level("standard")) <= set(level("thorough")) <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_verifier_offers_every_budget(name: str) -> None:
+    method = discover.method("verify", name)
+    assert set(method.budgets) == set(discover.LEVELS)
+    assert all(method.settings({"budget": budget}) for budget in discover.LEVELS)
 
 
 @pytest.mark.parametrize("name", NAMES)

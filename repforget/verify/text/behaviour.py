@@ -13,7 +13,7 @@ from repforget.progress import Progress, track
 from repforget.records import Measurement
 from repforget.scoring import answer_logprobs
 from repforget.verify import _asking as ask
-from repforget.verify.arms import MeasureInfo, References
+from repforget.verify.arms import Budgets, MeasureInfo, References
 
 MEASURES = {
     "contrastive": MeasureInfo("knowledge", "logits"),
@@ -22,6 +22,12 @@ MEASURES = {
     "rank": MeasureInfo("knowledge", "logits", votes=False),
     "truth_ratio": MeasureInfo("knowledge", "logits", votes=False),
     "log_probability": MeasureInfo("knowledge", "logits", votes=False),
+}
+JOINS = "quick"
+BUDGETS: Budgets = {
+    "quick": {"forms": 1},
+    "standard": {},
+    "thorough": {"forms": 8, "samples": 8, "alternatives": 63, "max_items": 2000},
 }
 RATIO_ALTERNATIVES = 5
 

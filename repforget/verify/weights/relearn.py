@@ -20,11 +20,17 @@ from repforget.scoring.encode import context_limit
 from repforget.training import Example, Step, collate, finetune, label_loss
 from repforget.verify import _asking as ask
 from repforget.verify import _constrained as path
-from repforget.verify.arms import MeasureInfo, References
+from repforget.verify.arms import Budgets, MeasureInfo, References
 
 _CURVE = ("relearning", "training steps", "probability of the truth on the half not taught")
 MEASURES = {
     "best_step": MeasureInfo("knowledge", "weights", teaches="the other half of the forget clusters", curve=_CURVE),
+}
+JOINS = "standard"
+BUDGETS: Budgets = {
+    "quick": {},
+    "standard": {},
+    "thorough": {"steps": 96, "checks": 6, "alternatives": 63, "max_items": 1000},
 }
 RATE_TIMES_WIDTH = 0.04  # 3e-4 at width 128, 1e-5 at width 4096: AdamW's usual rate falls about as 1/width
 Array = NDArray[np.float64]

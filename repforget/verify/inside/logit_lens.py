@@ -17,12 +17,18 @@ from repforget.progress import Progress, track
 from repforget.records import Measurement, Site
 from repforget.verify import _asking as ask
 from repforget.verify import _constrained as path
-from repforget.verify.arms import MeasureInfo, References
+from repforget.verify.arms import Budgets, MeasureInfo, References
 
 _Y = "probability of the truth among alternatives"
 MEASURES = {
     "best_layer": MeasureInfo("knowledge", "white-box", curve=("logit lens", "layer", _Y)),
     "own_decoder": MeasureInfo("knowledge", "white-box", votes=False, curve=("logit lens, own decoder", "layer", _Y)),
+}
+JOINS = "quick"
+BUDGETS: Budgets = {
+    "quick": {"forms": 1},
+    "standard": {},
+    "thorough": {"forms": 8, "alternatives": 63, "max_items": 2000},
 }
 
 

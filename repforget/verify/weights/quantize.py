@@ -15,10 +15,16 @@ from repforget.progress import Progress, track
 from repforget.records import ItemScores, Measurement
 from repforget.verify import _asking as ask
 from repforget.verify import _constrained as path
-from repforget.verify.arms import MeasureInfo, References
+from repforget.verify.arms import Budgets, MeasureInfo, References
 
 Form = Literal["int8", "nf4"]
 MEASURES = {"int8": MeasureInfo("knowledge", "weights"), "nf4": MeasureInfo("knowledge", "weights")}
+JOINS = "standard"
+BUDGETS: Budgets = {
+    "quick": {},
+    "standard": {},
+    "thorough": {"forms": 4, "alternatives": 63, "max_items": 2000},
+}
 BLOCK = 64
 # Dettmers et al. 2023, arXiv 2305.14314: quantiles of a normal scaled to [-1, 1], with an exact zero.
 NF4 = (

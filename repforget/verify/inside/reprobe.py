@@ -21,12 +21,18 @@ from repforget.records import Measurement, Site
 from repforget.scoring import Encoded, encode_many, token_batches
 from repforget.scoring.encode import context_limit, pad_id
 from repforget.verify import _asking as ask
-from repforget.verify.arms import MeasureInfo, References
+from repforget.verify.arms import Budgets, MeasureInfo, References
 
 _Y = "probability of the true answer by a new classifier"
 MEASURES = {
     "linear": MeasureInfo("knowledge", "white-box", curve=("fresh probes, linear", "layer", _Y)),
     "mlp": MeasureInfo("knowledge", "white-box", curve=("fresh probes, two layers", "layer", _Y)),
+}
+JOINS = "standard"
+BUDGETS: Budgets = {
+    "quick": {},
+    "standard": {},
+    "thorough": {"max_support": 4000, "forms": 2, "hidden": 64, "steps": 240},
 }
 KINDS: dict[str, Literal["logistic", "mlp"]] = {"linear": "logistic", "mlp": "mlp"}
 SHARED = 2  # something is a class of a probe when at least two training rows have it

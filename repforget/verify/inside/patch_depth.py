@@ -18,13 +18,19 @@ from repforget.scoring import encode_many
 from repforget.scoring.encode import context_limit
 from repforget.verify import _asking as ask
 from repforget.verify import _constrained as path
-from repforget.verify.arms import MeasureInfo, References
+from repforget.verify.arms import Budgets, MeasureInfo, References
 
 _CURVE = ("patching depth", "layer", "probability of the truth with the arm's state in the original")
 MEASURES = {
     "carried": MeasureInfo("knowledge", "white-box", curve=_CURVE),
     "uds": MeasureInfo("knowledge", "white-box", votes=False),
     "uds_unclipped": MeasureInfo("knowledge", "white-box", votes=False),
+}
+JOINS = "standard"
+BUDGETS: Budgets = {
+    "quick": {"strangers": 1},
+    "standard": {},
+    "thorough": {"strangers": 4, "max_layers": 32, "max_items": 1000},
 }
 MATTERS = 0.5  # a layer counts where a stranger's state costs at least half of what it costs at the worst layer
 NOTHING = 0.05  # a cost below this is no effect: published for nats, used for probabilities too

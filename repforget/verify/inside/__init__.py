@@ -1,0 +1,1 @@
+"""Attacks from the inside: what activations, gradients and read-outs still tell."""

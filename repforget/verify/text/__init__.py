@@ -1,0 +1,1 @@
+"""Attacks that ask: other words, other forms, other contexts; black-box or logits."""

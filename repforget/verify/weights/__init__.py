@@ -1,0 +1,1 @@
+"""Attacks on the weights: relearning, rounding, pruning, merging, noise."""
