@@ -90,9 +90,9 @@ def start(session: Session, arms: Sequence[str], edit: Path | None) -> Apart:
 
 def measure_sealed(session: Session, edit: Path, ahead: Apart | None) -> None:
     """Measure every arm on the sealed split; afterwards all measurements lie in the run folder."""
-    groups: tuple[tuple[str, ...], ...] = (("edit",), ("placebo",))
+    groups: tuple[tuple[str, ...], ...] = (("edit",), ("placebo", "shuffled"))
     if ahead is None:
-        groups = ((*controls(session), "edit", "placebo"),)
+        groups = ((*controls(session), "edit", "placebo", "shuffled"),)
     running = [start(session, group, edit) for group in groups]
     try:
         everyone = ([ahead] if ahead is not None else []) + running

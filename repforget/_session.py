@@ -137,7 +137,7 @@ class Session:
 
         screen = ("original", "edit", *(f"twin-{k}" for k in range(len(self.twins))))
         only = screen if split == "dev" else None
-        return assemble(self.measure_arms(edit, split, level, only), self._tasks(level))
+        return assemble(self.measure_arms(edit, split, level, only), self._tasks(level, split))
 
     def measure_arms(
         self, edit: Path | None, split: Split, level: Any, only: Sequence[str] | None = None
@@ -146,15 +146,16 @@ class Session:
         from repforget.artifact import load_edit
         from repforget.verify._verify import arms_of
         from repforget.verify.arms import References
-        from repforget.verify.battery import measure_arm
+        from repforget.verify.battery import asks_shuffled, measure_arm
 
         loaded = None if edit is None else load_edit(edit)
         if loaded is not None:
             loaded.check_base(self.model)
         references = References(self.model, self.twins)
-        view, chosen = self.knowledge.view(split), self._tasks(level)
+        view, chosen = self.knowledge.view(split), self._tasks(level, split)
         verifiers = {task.name: task.settings for task in chosen}
-        arms = [arm for arm in arms_of(loaded, references, seed=self.recipe.seed) if only is None or arm.name in only]
+        everyone = arms_of(loaded, references, seed=self.recipe.seed, shuffled=asks_shuffled(level, chosen))
+        arms = [arm for arm in everyone if only is None or arm.name in only]
         measured: dict[str, Mapping[str, Measurement]] = {}
         for arm in track(self.progress, arms, f"verify on {split}", len(arms)):
 
@@ -162,17 +163,19 @@ class Session:
                 found = measure_arm(arm, view, chosen, references, seed=self.recipe.seed, progress=self.progress)
                 write_json(folder / "measurements.json", {name: m.to_json() for name, m in found.items()})
 
-            identity = loaded.digest if loaded is not None and arm.name in ("edit", "placebo") else None
+            identity = loaded.digest if loaded is not None and arm.name in ("edit", "placebo", "shuffled") else None
             key = self.key(arm=arm.name, edit=identity, split=split, verifiers=verifiers)
             data = read_json(self.store.stage(f"measure-{split}-{arm.name}", key, build) / "measurements.json")
             measured[arm.name] = {name: Measurement.from_json(m) for name, m in data.items()}
         return measured
 
-    @staticmethod
-    def _tasks(level: Any) -> Any:
-        from repforget.verify.battery import tasks
+    def _tasks(self, level: Any, split: Split) -> Any:
+        from repforget.verify.battery import ready
 
-        return tasks(level if isinstance(level, str) else [{c.name: c.settings} for c in level])
+        def listed(choices: Any) -> Any:
+            return choices if choices is None or isinstance(choices, str) else [{c.name: c.settings} for c in choices]
+
+        return ready(listed(level), split, listed(self.recipe.held_out))
 
     def judge(self, edit: Path, split: Split, level: Any, *, alpha: float = 0.05) -> Verdict:
         """Measure and judge one saved edit on one split; ``alpha`` is the level of its one-sided limits."""

@@ -12,7 +12,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -111,6 +111,35 @@ class View:
         first = set(clusters[: len(clusters) // 2])
         return (tuple(i for i in self.forget if i.cluster in first),
                 tuple(i for i in self.forget if i.cluster not in first))  # fmt: skip
+
+    def shuffled(self, seed: int) -> View:
+        """The same view with the forget answers exchanged between clusters, each within its relation.
+
+        Nobody was ever taught these answers: an attack that elicits them elicits anything.  An item for whose relation
+        no other answer is known stays as it is.
+        """
+        groups: dict[str, list[Item]] = {}
+        for item in self.forget:
+            groups.setdefault(item.relation, []).append(item)
+        wrong: dict[str, str] = {}
+        for relation, items in sorted(groups.items()):
+            order = list(items)
+            random.Random(f"exchange-{seed}-{relation}").shuffle(order)
+            for place, item in enumerate(order):
+                following = (*order[place + 1 :], *order[:place])
+                others = (o.answer for o in following if o.answer not in (item.answer, *item.aliases))
+                found = next(others, next(iter(self.knowledge.alternatives(item, 1)), None))
+                wrong[item.id] = item.answer if found is None else found
+        exchanged = tuple(replace(i, answer=wrong[i.id], aliases=(), wrong_answers=_without(i, wrong[i.id]))
+                          for i in self.forget)  # fmt: skip
+        return replace(self, forget=exchanged)
+
+
+def _without(item: Item, answer: str) -> tuple[str, ...]:
+    """The item's own wrong answers after ``answer`` took the place of the true one, which joins them."""
+    if not item.wrong_answers:
+        return ()
+    return (item.answer, *(a for a in item.wrong_answers if a != answer))
 
 
 def _shuffled(names: Iterable[str], salt: str) -> list[str]:

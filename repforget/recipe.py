@@ -19,7 +19,8 @@ LEVELS: tuple[str, ...] = get_args(Level)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Name = Annotated[str, StringConstraints(min_length=1)]
 Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
-ROOM_OF = {"locate": "locate", "ladder": "edit", "verify": "verify"}  # recipe key -> room of its methods
+# recipe key -> room of its methods
+ROOM_OF = {"locate": "locate", "ladder": "edit", "verify": "verify", "held_out": "verify"}
 
 
 class _Strict(BaseModel):
@@ -108,6 +109,7 @@ class Recipe(_Strict):
         Choice(name="null_space_surgery", settings={"layers": "auto"}),
     )
     verify: Verify = "standard"
+    held_out: Choices | None = None  # asked on the sealed split alone; None: those of the level
     limits: Limits = Limits()
     margin: float = Field(default=0.05, gt=0, lt=1)
     seed: int = Field(default=0, ge=0)

@@ -76,3 +76,19 @@ def test_every_fault_is_reported_at_once() -> None:
     blank = Item("f-0-0", "f-0", " ", "x")
     with pytest.raises(KnowledgeError, match="(?s)the retain set is empty.*1 ids.*empty prompt or answer.*1 clusters"):
         Knowledge.build("k", [blank, blank], [])
+
+
+@given(clusters=st.integers(8, 20), seed=st.integers(0, 5), own=st.booleans())
+def test_exchanged_answers_are_wrong_and_everything_else_stays(clusters: int, seed: int, own: bool) -> None:
+    wrong = {"wrong_answers": ("Nowhere", "Elsewhere")} if own else {}
+    knowledge = Knowledge.build("k", items("f", clusters, **wrong), items("r", 16), seed=seed)
+    view = knowledge.view("sealed")
+    other = view.shuffled(seed)
+    assert view.shuffled(seed) == other
+    assert [(i.id, i.cluster, i.prompt, i.relation) for i in other.forget] == [
+        (i.id, i.cluster, i.prompt, i.relation) for i in view.forget
+    ]
+    for before, after in zip(view.forget, other.forget, strict=True):
+        assert after.answer != before.answer
+        assert after.answer not in after.wrong_answers
+        assert before.answer in knowledge.alternatives(after, 1000)

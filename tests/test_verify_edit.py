@@ -16,7 +16,7 @@ from repforget.models.load import LoadedModel, copy_of, fingerprint
 from repforget.records import Site
 from repforget.verify._verify import Result, arms_of, verify
 from repforget.verify.arms import References
-from repforget.verify.battery import assemble, measure_arm, ready, tasks
+from repforget.verify.battery import asks_shuffled, assemble, level, measure_arm, ready, tasks
 
 LAYER = 1
 LIST = ["behaviour", "logit_lens", {"patch_depth": {"strangers": 1}}, "collateral"]
@@ -135,3 +135,31 @@ def test_levels_and_lists_are_checked() -> None:
         tasks([{"relearn": {"steps": "many"}}])
     with pytest.raises(UsageError, match="empty"):
         tasks([])
+
+
+def test_a_budget_can_be_named_and_overridden() -> None:
+    named = tasks([{"relearn": "thorough"}])[0].settings
+    assert named["steps"] == 96
+    assert tasks([{"relearn": {"budget": "thorough", "steps": 5}}])[0].settings == {**named, "steps": 5}
+    with pytest.raises(RecipeError, match="no budget 'thorow'; did you mean 'thorough'"):
+        tasks([{"relearn": "thorow"}])
+
+
+def test_held_out_attacks_are_asked_on_the_sealed_split_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [t.name for t in ready(["behaviour"], "sealed", ["quantize", "behaviour"])] == ["behaviour", "quantize"]
+    assert [t.name for t in ready(["behaviour"], "gate", ["quantize"])] == ["behaviour"]
+    kept = set(level("thorough", held_out=True))
+    shown = set(level("thorough"))
+    assert not kept & shown
+    assert {t.name for t in ready("thorough", "sealed")} == kept | shown
+    assert {t.name for t in ready("thorough", "gate")} == shown
+
+
+def test_an_attack_that_teaches_is_run_on_exchanged_answers_too() -> None:
+    budget = [{"relearn": {"steps": 2, "checks": 1}}, "behaviour"]
+    found = {e.name: e for e in verify(model(), exact_edit(), fixture.knowledge(), verifiers=budget).evidence}
+    taught = found["relearn.best_step"]
+    assert taught.arms["shuffled"].ids == taught.arms["edit"].ids
+    assert taught.arms["shuffled"].mean != taught.arms["edit"].mean
+    assert "shuffled" not in found["behaviour.contrastive"].arms
+    assert not asks_shuffled("standard", tasks("standard"))

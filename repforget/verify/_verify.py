@@ -13,7 +13,7 @@ from repforget.models.load import LoadedModel, fingerprint, load
 from repforget.progress import Progress
 from repforget.records import Evidence, Verdict
 from repforget.verify.arms import Arm, References
-from repforget.verify.battery import Request, Task, ready, run_battery
+from repforget.verify.battery import Request, Task, asks_shuffled, ready, run_battery
 from repforget.verify.verdict import judge
 
 
@@ -25,9 +25,11 @@ class Result:
     evidence: tuple[Evidence, ...]
 
 
-def arms_of(edit: Edit | None, references: References, *, seed: int = 0) -> tuple[Arm, ...]:
+def arms_of(
+    edit: Edit | None, references: References, *, seed: int = 0, shuffled: bool = False
+) -> tuple[Arm, ...]:
     """The arms of every verification, in order: original, edit, placebo, twin-0, twin-1, ... (without an edit: all
-    that need none).
+    that need none); ``shuffled`` adds the edit asked for exchanged answers.
 
     Edited arms are independent copies, made when opened and dropped when closed, so that the original stays at hand.
     """
@@ -45,7 +47,8 @@ def arms_of(edit: Edit | None, references: References, *, seed: int = 0) -> tupl
     if edit is None:
         return (untouched, *twins)
     real = Arm("edit", edited(lambda: edit))
-    return (untouched, real, Arm("placebo", edited(lambda: placebo_of(edit, original, seed))), *twins)
+    exchanged = (Arm("shuffled", real.open, shuffled=True),) if shuffled else ()
+    return (untouched, real, Arm("placebo", edited(lambda: placebo_of(edit, original, seed))), *exchanged, *twins)
 
 
 @contextmanager
@@ -77,14 +80,15 @@ def verify(
 
     A pass shows what was tried, at the budget stated in the evidence; it does not show that nothing else would work.
     """
-    requested = ready(verifiers)
+    requested = ready(verifiers, split)
     view = knowledge.view(split)
     if not view.forget:
         raise UsageError(f"Split '{split}' of probe '{knowledge.name}' has no forget items: choose another split.")
     loaded = tuple(load(twin) if isinstance(twin, str) else twin for twin in twins)
     with _untouched(model) as original:
         references = References(original, loaded)
-        evidence = run_battery(arms_of(edit, references, seed=seed), view, requested, references, seed=seed,
+        arms = arms_of(edit, references, seed=seed, shuffled=asks_shuffled(verifiers, requested))
+        evidence = run_battery(arms, view, requested, references, seed=seed,
                                progress=progress)  # fmt: skip
     verdict = judge(evidence, margin=margin, utility_margin=utility_margin, seed=seed, split=split,
                     artifact=edit.artifact, sites=edit.manifest.sites)  # fmt: skip

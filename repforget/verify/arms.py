@@ -40,10 +40,13 @@ class Arm:
     """A model to be measured: ``original``, ``edit``, ``placebo`` or ``twin-N``, opened only while it is needed.
 
     ``open`` gives a context with the model; an edited arm must be another object than ``References.original``.
+    A ``shuffled`` arm is asked for exchanged answers, by the attacks that teach something: what they elicit there is
+    their own doing.
     """
 
     name: str
     open: Callable[[], AbstractContextManager[LoadedModel]]
+    shuffled: bool = False
 
 
 @dataclass(frozen=True)

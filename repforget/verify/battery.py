@@ -9,7 +9,7 @@ from typing import Any
 
 from repforget.discover import LEVELS, Method, method, methods
 from repforget.errors import RecipeError, RepforgetError, UsageError, nearest
-from repforget.knowledge import View
+from repforget.knowledge import Split, View
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress
 from repforget.records import Curve, Evidence, ItemScores, Measurement
@@ -37,6 +37,11 @@ class Task:
                                  "MEASURES = {name: MeasureInfo(...)}.")  # fmt: skip
         return found  # type: ignore[no-any-return]
 
+    @property
+    def teaches(self) -> bool:
+        """Whether the attack itself could put an answer there."""
+        return any(info.teaches != "nothing" for info in self.measures.values())
+
 
 def _joins(found: Method) -> str | None:
     """The cheapest level that includes a verifier: the constant JOINS of its file."""
@@ -45,12 +50,17 @@ def _joins(found: Method) -> str | None:
 
 
 @cache
-def level(name: str) -> Mapping[str, Settings]:
-    """Verifiers (cheapest family first) and their budgets at "quick", "standard" or "thorough"."""
+def level(name: str, *, held_out: bool = False) -> Mapping[str, Settings]:
+    """Verifiers (cheapest family first) and their budgets at "quick", "standard" or "thorough".
+
+    ``held_out``: those that are kept for the sealed split instead (HELD_OUT in their file), so that no editor, ladder
+    or person who tunes on dev and gate has ever seen them.
+    """
     if name not in LEVELS:
         raise UsageError(f"There is no verification level '{name}': {nearest(name, LEVELS)}")
     wanted = LEVELS[: LEVELS.index(name) + 1]
-    chosen = [found for found in methods("verify") if _joins(found) in wanted]
+    chosen = [found for found in methods("verify")
+              if _joins(found) in wanted and bool(found.constant("HELD_OUT")) == held_out]  # fmt: skip
     order = {family: place for place, family in enumerate(FAMILIES)}
     chosen.sort(key=lambda found: (order.get(found.family, len(order)), found.name))
     return {found.name: found.budgets.get(name, {}) for found in chosen}
@@ -79,11 +89,28 @@ def tasks(request: Request) -> tuple[Task, ...]:
     return tuple(made)
 
 
-def ready(verifiers: Request | Sequence[Task]) -> tuple[Task, ...]:
-    """Tasks as they are, or a level or list turned into tasks."""
+def ready(
+    verifiers: Request | Sequence[Task], split: Split = "dev", held_out: Request | None = None
+) -> tuple[Task, ...]:
+    """Tasks as they are, or a level or list turned into tasks; on the sealed split with the held-out ones.
+
+    ``held_out`` None means those of the level, and none beside a list.
+    """
     if not isinstance(verifiers, str) and verifiers and all(isinstance(v, Task) for v in verifiers):
         return tuple(v for v in verifiers if isinstance(v, Task))
-    return tasks(verifiers)  # type: ignore[arg-type]
+    shown = tasks(verifiers)  # type: ignore[arg-type]
+    if split != "sealed":
+        return shown
+    if held_out is None:
+        held_out = [dict(level(verifiers, held_out=True))] if isinstance(verifiers, str) else []
+    seen = {task.name for task in shown}
+    kept = tasks(held_out) if held_out and any(held_out) else ()
+    return (*shown, *(task for task in kept if task.name not in seen))
+
+
+def asks_shuffled(verifiers: Any, requested: Sequence[Task]) -> bool:
+    """Whether exchanged answers are asked too: in a thorough check, or one that was listed, of attacks that teach."""
+    return verifiers not in ("quick", "standard") and any(task.teaches for task in requested)
 
 
 def _pairs(entry: str | Mapping[str, Any]) -> list[tuple[str, Settings]]:
@@ -116,6 +143,9 @@ def measure_arm(
     progress: Progress | None = None,
 ) -> dict[str, Measurement]:  # fmt: skip
     """Run every verifier on one arm: verifier name -> measurement. The arm is open for the time of this call."""
+    if arm.shuffled:
+        view, requested = view.shuffled(seed), [task for task in requested if task.teaches]
+        references = References(references.original, references.twins)  # its memory is of the true answers
     with arm.open() as model:
         return {task.name: measure(task, model, view, references, seed=seed, progress=progress) for task in requested}
 
@@ -126,7 +156,7 @@ def assemble(measured: Mapping[str, Mapping[str, Measurement]], requested: Seque
         raise UsageError("Evidence needs the arm 'original': measure the untouched model with the same verifiers.")
     out = []
     for task in requested:
-        per_arm = {arm: found[task.name] for arm, found in measured.items()}
+        per_arm = {arm: found[task.name] for arm, found in measured.items() if task.name in found or arm != "shuffled"}
         for name, info in task.measures.items():
             if name in per_arm["original"].scores:
                 out.append(_evidence(task, name, info, per_arm))
