@@ -28,7 +28,7 @@ _LAZY = {
     "Item": "repforget.knowledge:Item",
     "RepforgetError": "repforget.errors:RepforgetError",
 }
-_ROOMS = ("knowledge", "locate", "edit", "verify", "organism", "stats", "scoring", "probing", "report")
+_ROOMS = ("knowledge", "locate", "edit", "verify", "organism", "stats", "scoring", "probing", "bench", "report")
 
 __all__ = ["__version__", *_LAZY, "knowledge", "locate", "edit", "verify"]
 

@@ -24,9 +24,11 @@ from repforget.errors import RecipeError, RepforgetError, UnknownNameError, near
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-ROOMS = {"locate": "repforget.locators", "edit": "repforget.editors", "verify": "repforget.verifiers"}
+ROOMS = {"locate": "repforget.locators", "edit": "repforget.editors", "verify": "repforget.verifiers",
+         "bench": "repforget.benchmarks"}  # fmt: skip
 LEVELS = ("quick", "standard", "thorough")  # names of the budgets a method may offer
 CONTEXT = frozenset({"seed", "where", "twins", "references", "progress"})  # given by the caller, never by a recipe
+BENCH_CONTEXT = CONTEXT | {"data", "reference", "part"}
 PRIVATE_MODULES = frozenset({"verdict", "battery", "arms", "statistics"})  # parts of a room that are no method
 
 
@@ -46,7 +48,8 @@ class Method:
     @property
     def hyperparameters(self) -> Mapping[str, inspect.Parameter]:
         parameters = inspect.signature(self.function).parameters
-        return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and name not in CONTEXT}
+        given = BENCH_CONTEXT if self.room == "bench" else CONTEXT
+        return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and name not in given}
 
     @property
     def context(self) -> frozenset[str]:
