@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from scipy import stats as scipy_stats
 
-from repforget.verify import _statistics as st
+from repforget.verify import statistics as st
 
 CLUSTERS, PER_CLUSTER, ICC = 20, 8, 0.15
 NAMES = tuple(f"c{k:02d}" for k in range(CLUSTERS) for _ in range(PER_CLUSTER))

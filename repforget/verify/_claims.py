@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from repforget.errors import ControlError
 from repforget.records import Claim, ClaimStatus, Evidence, ItemScores
-from repforget.verify import _statistics as st
+from repforget.verify import statistics as st
 
 Array = NDArray[np.float64]
 AUC_NEEDED = 0.8

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from repforget.errors import ControlError
 from repforget.records import Claim, Evidence, Outcome, Verdict
-from repforget.verify import _statistics as st
+from repforget.verify import statistics as st
 from repforget.verify._claims import VOTING, Rule, claims, twin_names
 
 AS_EXPECTED = "as expected"
