@@ -1,7 +1,8 @@
 """One measure on every arm -> one claim: how much of the original's knowledge (or quality) is left, and how surely.
 
 rho = (target - floor) / (original - floor), over the items that every arm could be scored on, where the floor is a
-model that never knew (the mean of the twins, per item) or the prior over alternatives, whichever is higher on average.
+model that never knew (the mean of the twins, per item), the prior over alternatives, or what the same attack gets out
+of the edited model when its answers are exchanged between clusters: whichever is highest on average.
 For collateral measures rho = (original - target) / original, the share of quality lost.
 """
 
@@ -10,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +23,8 @@ from repforget.verify import statistics as st
 Array = NDArray[np.float64]
 AUC_NEEDED = 0.8
 VOTING: tuple[ClaimStatus, ...] = ("pass", "fail", "inconclusive")
+SHUFFLED = "shuffled"  # arm: the edited model asked for answers exchanged between clusters, which it never learnt
+FLOORS = {SHUFFLED: "shuffled answers"}  # how a floor is called in a reason, where not by its own name
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,14 @@ class Rule:
 class _Aligned(NamedTuple):
     """Values of every arm on the items that the arms of this claim share."""
 
+    ids: tuple[str, ...]
     original: Array
     target: Array
     floor: Array | None
     floor_name: str
     clusters: tuple[str, ...]
     levels: dict[str, float]
-    noise: float  # largest difference between two twins' means
+    noise: float  # how far two twins lie apart
 
 
 def twin_names(evidence: Evidence) -> tuple[str, ...]:
@@ -68,7 +71,8 @@ def _same_items(evidence: Evidence) -> None:
 
 
 def _align(evidence: Evidence, target: str, twins: Sequence[str]) -> _Aligned:
-    needed = ("original", target, *twins)
+    exchanged = (SHUFFLED,) if evidence.kind == "knowledge" and SHUFFLED in evidence.arms else ()
+    needed = ("original", target, *twins, *exchanged)
     missing = sorted(set(needed) - set(evidence.arms))
     if missing:
         raise ControlError(f"Measure '{evidence.name}' has no arm '{missing[0]}': measure it before judging.")
@@ -87,13 +91,14 @@ def _align(evidence: Evidence, target: str, twins: Sequence[str]) -> _Aligned:
     if prior is not None:
         floors["prior"] = prior.values[keep]
         levels["prior"] = _mean(prior, keep)
+    floors |= {name: values[name] for name in exchanged}
     name = max(floors, key=lambda key: float(floors[key].mean()) if keep.any() else 0.0, default="")
     floor = floors.get(name)
     if floor is not None and keep.any():
         levels["floor"] = float(floor.mean())
-    means = [float(values[t].mean()) for t in twins] if keep.any() else []
-    noise = max((abs(a - b) for a, b in combinations(means, 2)), default=0.0)
-    return _Aligned(values["original"], values[target], floor, name, clusters, levels, noise)
+    noise = st.noise_floor([float(values[t].mean()) for t in twins]) if keep.any() else 0.0
+    ids = tuple(np.asarray(arms["original"].ids, dtype=object)[keep])
+    return _Aligned(ids, values["original"], values[target], floor, FLOORS.get(name, name), clusters, levels, noise)
 
 
 def _mean(scores: ItemScores, keep: NDArray[np.bool_]) -> float:
@@ -125,18 +130,22 @@ def _knowledge(data: _Aligned, floor: Array, rule: Rule) -> tuple[st.Interval, f
         # No success at all has no spread; the upper limit is then that of zero events, not zero.
         limit = (st.zero_event_limit(len(data.target), rule.alpha) - float(floor.mean())) / float(gap.mean())
         share = replace(share, high=max(share.high, limit))
-    return share, max(rule.margin, data.noise / float(gap.mean()))
+    return share, st.margin_above_noise(rule.margin, data.noise, float(gap.mean()))
 
 
 def _status(share: st.Interval, margin: float, forced: bool) -> tuple[ClaimStatus, str]:
     """``forced``: the measure makes the model choose, so that lying below the floor means avoiding the truth."""
-    if share.low > margin:
+    side = st.equivalence(share, margin).side
+    if side == "above":
         return "fail", f"at least {share.low:.1%} is left, the margin is {margin:.1%}"
-    if share.high < -margin and forced:
+    if side == "below" and forced:
         return "inconclusive", (f"over-unlearned: {-share.point:.1%} below the floor, so that the answer is avoided, "
                                 "which itself tells something")  # fmt: skip
     if share.high < margin:
-        return "pass", f"at most {share.high:.1%} is left, the margin is {margin:.1%}"
+        below = {"within": f"equivalent to the floor, from {share.low:+.1%} to {share.high:+.1%} of it",
+                 "below": f"over-unlearned by at least {-share.high:.1%}, since it declines to answer",
+                 "not told": f"it may lie up to {-share.low:.1%} below the floor"}[side]  # fmt: skip
+        return "pass", f"at most {share.high:.1%} is left, the margin is {margin:.1%}; {below}"
     return "inconclusive", f"between {share.low:.1%} and {share.high:.1%} is left, the margin is {margin:.1%}"
 
 
@@ -198,3 +207,35 @@ def claims(
             claim = replace(claim, status="inconclusive", reason=note)
         result.append(claim)
     return tuple(result)
+
+
+class WorstItem(NamedTuple):
+    """An item on which an attack found most: ``left`` is its own (target - floor) / (mean original - mean floor)."""
+
+    id: str
+    cluster: str
+    left: float
+    attack: str
+
+
+def worst_items(
+    evidence: Sequence[Evidence], n: int | None = None, *, target: str = "edit", rule: Rule | None = None
+) -> tuple[WorstItem, ...]:  # fmt: skip
+    """The ``n`` items (None: 5 %) that stand out most above the floor, each with the attack that got most out of it.
+
+    Only measures that vote and have power take part.  A mean hides such items; one of them is still no proof, since the
+    largest of many differences is large by chance too.
+    """
+    found: dict[str, WorstItem] = {}
+    for entry in evidence:
+        if entry.kind != "knowledge" or not entry.votes:
+            continue
+        data = _align(entry, target, [t for t in twin_names(entry) if t != target])
+        if data.floor is None or _no_power(data, entry, rule or Rule()) is not None:
+            continue
+        left = (data.target - data.floor) / float((data.original - data.floor).mean())
+        for item in map(WorstItem, data.ids, data.clusters, left.tolist(), [entry.name] * len(left)):
+            if item.id not in found or item.left > found[item.id].left:
+                found[item.id] = item
+    ranked = sorted(found.values(), key=lambda item: (-item.left, item.id))
+    return tuple(ranked[: math.ceil(0.05 * len(ranked)) if n is None else n])

@@ -36,7 +36,7 @@ def leak_share(leaks: ArrayLike, n: int, k: int) -> Array:
     if np.any((count < 0) | (count > n)):
         raise UsageError(f"Leaks are counted among {n} samples, not {int(count.max())}: give counts up to it.")
     missed = np.where(n - count >= k, _log_choose(np.maximum(n - count, k), k) - _log_choose(n, k), -np.inf)
-    return np.asarray(-np.expm1(missed), np.float64)
+    return np.asarray(0.0 - np.expm1(missed), np.float64)
 
 
 def tail_bound(samples: ArrayLike, above: float, *, alpha: float = ALPHA) -> float:

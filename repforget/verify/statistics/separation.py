@@ -156,8 +156,7 @@ def _interval(point: float, evaluate: Evaluate, sides: _Sides, alpha: float, dra
             weights[:, group] = generator.multinomial(len(group), np.full(len(group), 1 / len(group)), size=draws)
         level = expanded_level(alpha, effective)
         found = from_draws(point, evaluate(weights), (level, 1 - level), n, total)
-    if found.se == 0.0 and point in (0.0, 1.0):
-        # Perfect separation has no spread; the limit is then that of zero events among the fewer clusters.
-        room = zero_event_limit(min(map(len, groups)), alpha)
-        return Interval(point, max(point - room, 0.0), min(point + room, 1.0), 0.0, n, total)
-    return Interval(point, max(found.low, 0.0), min(found.high, 1.0), found.se, n, total)
+    # At the edge hardly a draw moves; the limit is then at least that of zero events among the fewer clusters.
+    room = zero_event_limit(min(map(len, groups)), alpha) if point in (0.0, 1.0) else 0.0
+    low, high = min(found.low, point - room), max(found.high, point + room)
+    return Interval(point, max(low, 0.0), min(high, 1.0), found.se, n, total)
