@@ -22,6 +22,7 @@ from repforget.records import Site
 
 SiteFunction = Callable[[Tensor], Tensor | None]
 _PASSES = "_repforget_passes"
+_ROWS = "repforget_rows"  # attribute of a cache: what hooks know of its rows; whoever selects rows selects there too
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -70,6 +71,15 @@ def _note(state: Pass, module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     if state.start == 0:
         state.prompt = min(width, state.given) if state.given is not None else width
         state.opened.clear()
+    else:
+        state.opened.update(getattr(cache, _ROWS, {}).get(state, {}))
+
+
+def _keep(state: Pass, output: Any) -> None:
+    """Leave the gates with the cache, so that they stay with its rows when some are chosen or repeated."""
+    cache = getattr(output, "past_key_values", None)
+    if cache is not None and state.opened:
+        vars(cache).setdefault(_ROWS, {})[state] = dict(state.opened)
 
 
 def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -99,14 +109,18 @@ def follow(module: nn.Module, state: Pass, *, prompts: bool) -> Callable[[], Non
     def before(which: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _note(state, which, args, kwargs)
 
-    handle = base.register_forward_pre_hook(before, with_kwargs=True)
+    def after(which: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        _keep(state, output)
+
+    handles = base.register_forward_pre_hook(before, with_kwargs=True), base.register_forward_hook(after)
     own = module.__dict__
     if prompts and hasattr(type(module), "generate"):
         own.setdefault(_PASSES, []).append(state)
         own.setdefault("generate", types.MethodType(_generate, module))
 
     def stop() -> None:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         if state in own.get(_PASSES, ()):
             own[_PASSES].remove(state)
             if not own[_PASSES]:

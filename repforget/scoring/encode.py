@@ -183,16 +183,17 @@ def token_batches(
     pad_id: int,
     side: Literal["left", "right"] = "right",
     equal_length: bool = False,
+    extra: int = 0,
 ) -> Iterator[tuple[list[int], Batch]]:
     """Yield (row indices, batch) of at most ``token_budget`` padded tokens, longest first, every row once.
 
     A sequence longer than the budget travels alone. ``equal_length`` forms batches without any padding, for
-    architectures that cannot be told about it.
+    architectures that cannot be told about it. ``extra`` tokens per row are counted besides: what will be added.
     """
     order = sorted(range(len(sequences)), key=lambda row: (-len(sequences[row]), row))
     groups = [list(g) for _, g in groupby(order, key=lambda row: len(sequences[row]))] if equal_length else [order]
     for group in groups:
         while group:
-            size = max(1, token_budget // max(1, len(sequences[group[0]])))
+            size = max(1, token_budget // max(1, len(sequences[group[0]]) + extra))
             rows, group = group[:size], group[size:]
             yield rows, pad([sequences[row] for row in rows], pad_id, side)

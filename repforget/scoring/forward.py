@@ -7,7 +7,9 @@ import inspect
 from functools import cache as memoise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from repforget.errors import NumericalError
@@ -16,7 +18,9 @@ from repforget.models._names import core
 if TYPE_CHECKING:
     from repforget.models.load import LoadedModel
 
-LOGIT_ELEMENTS = 2**27  # fp32 logits held at once: 512 MiB
+LOGIT_ELEMENTS = 2**27  # logits of one batch: 512 MiB in fp32
+CACHED_PER_TOKEN = 2  # a token that is only read from the cache costs less than one that is computed
+READ_ELEMENTS = 2**22  # logits read at a time: small enough for the processor's cache
 
 
 @memoise
@@ -59,24 +63,38 @@ def forward(
     return logits, getattr(output, "past_key_values", None)
 
 
-def target_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target [t] under logits [t, V] (at least fp32), and whether it is the arg max.
+def read_logits(
+    logits: Tensor, rows: Tensor, columns: Tensor, tokens: Tensor, *, moments: bool = False
+) -> NDArray[np.float64]:
+    """Log-probability of each wanted token [t] under ``logits[rows, columns]``, and whether it is the arg max.
 
-    Rows are independent and taken in slices, so that fp32 copies of large vocabularies stay small.
+    Returns [2, t]: log p in nats, 1 where arg max; with ``moments`` [4, t]: also mean and variance of log p
+    under p. The full vocabulary exists in fp32 for :data:`READ_ELEMENTS` logits at a time only.
     """
-    targets = targets.to(logits.device)
-    step = max(1, LOGIT_ELEMENTS // max(1, logits.shape[-1]))
-    values, greedy = [], []
-    for rows, wanted in zip(torch.split(logits, step), torch.split(targets, step), strict=True):
-        exact = rows if rows.dtype == torch.float64 else rows.float()
-        chosen = exact.gather(-1, wanted[:, None])[:, 0]
-        values.append((chosen - exact.logsumexp(-1)).cpu().double())
-        greedy.append(exact.argmax(-1) == wanted)
-    result = torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)
+    rows, columns, tokens = (x.to(logits.device) for x in (rows, columns, tokens))
+    step = max(1, READ_ELEMENTS // logits.shape[-1])
+    parts = []
+    for at in range(0, len(tokens), step):
+        part = slice(at, at + step)
+        raw, wanted = logits[rows[part], columns[part]], tokens[part]
+        exact = raw if raw.dtype == torch.float64 else raw.float()
+        logprob = exact.gather(-1, wanted[:, None])[:, 0] - exact.logsumexp(-1)
+        found = [logprob, (exact.argmax(-1) == wanted).to(exact.dtype)]
+        parts.append(torch.stack(found + (_moments(exact) if moments else [])).cpu().double())
+    result = torch.cat(parts, 1) if parts else torch.zeros(4 if moments else 2, 0, dtype=torch.float64)
     if bool(torch.isnan(result).any()):
         raise NumericalError("The model returned NaN logits where it was scored: check the edit's strength, "
                              "or load the model in float32.")  # fmt: skip
-    return result, (torch.cat(greedy) if greedy else torch.zeros(0, dtype=torch.bool)).cpu()
+    return result.numpy()
+
+
+def _moments(logits: Tensor) -> list[Tensor]:
+    """Mean and variance of log p under p = softmax(logits); tokens of probability 0 count nothing."""
+    logp = logits.log_softmax(-1)
+    p = logp.exp()
+    logp = logp.masked_fill(p == 0, 0)  # 0 * -inf would be NaN
+    mu = (p * logp).sum(-1)
+    return [mu, (p * (logp - mu[..., None]).square()).sum(-1)]
 
 
 def shareable(past: Any) -> bool:
@@ -96,4 +114,8 @@ def select_rows(past: Any, rows: Tensor) -> Any:
             index = rows.to(layer.keys.device)
             layer.keys = layer.keys.index_select(0, index)
             layer.values = layer.values.index_select(0, index)
+    # What gated edits noted about the rows (repforget.artifact.runtime) goes with them.
+    noted = getattr(past, "repforget_rows", {})
+    chosen.repforget_rows = {state: {n: t.index_select(0, rows.to(t.device)) for n, t in by_gate.items()}
+                             for state, by_gate in noted.items()}  # fmt: skip
     return chosen

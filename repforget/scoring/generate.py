@@ -6,7 +6,8 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from repforget.errors import KnowledgeError, NumericalError, UsageError
 from repforget.scoring.encode import context_limit, encode_prompts, pad_id, token_batches
-from repforget.scoring.forward import forward, places_tokens, select_rows, shareable
+from repforget.scoring.forward import CACHED_PER_TOKEN, forward, places_tokens, select_rows, shareable
 
 if TYPE_CHECKING:
     from repforget.knowledge import Item
@@ -33,15 +34,18 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    stop: Sequence[str] = (),
+    whole: bool = False,
     token_budget: int = 8192,
 ) -> list[list[str]]:
     """Continue each prompt ``samples`` times; ``temperature=0`` is greedy decoding.
 
-    A text ends at the end-of-sequence token, at the first line break after visible text, or after
-    ``max_new_tokens``. Sampling draws from softmax(logits / temperature) within the smallest set of tokens
-    that holds ``top_p`` of the mass, by inverse transform in fp64; the random numbers belong to (seed,
-    prompt, its occurrence, sample), so that they do not depend on batch or order. Cost: one pass over the
-    prompts and up to ``max_new_tokens`` single-token passes per batch. Raises :class:`KnowledgeError` for a
+    A text ends at the end-of-sequence token, before the first of the ``stop`` strings, at the first line break
+    after visible text (not with ``whole``), or after ``max_new_tokens``; space around it is dropped. Sampling
+    draws from softmax(logits / temperature) within the smallest set of tokens that holds ``top_p`` of the mass,
+    by inverse transform in fp64; the random numbers belong to (seed, prompt, its occurrence, sample), so that
+    they do not depend on batch or order. Cost: one pass over the prompts and single-token passes until the
+    longest text of a batch is complete; complete texts leave the batch. Raises :class:`KnowledgeError` for a
     prompt that leaves no room in the context.
 
     Greedy silence does not show absence of knowledge; sample and score as well.
@@ -49,6 +53,8 @@ def generate(
     if samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise UsageError("generate needs samples, max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1, "
                          f"got {samples}, {max_new_tokens}, {temperature} and {top_p}.")  # fmt: skip
+    if isinstance(stop, str) or not all(stop):
+        raise UsageError(f"generate got stop={stop!r}: give a list of strings that are not empty.")
     if samples > 1 and temperature == 0:
         raise UsageError(f"generate was asked for {samples} greedy samples, which are all equal: set a temperature.")
     sequences = encode_prompts(model.tokenizer, prompts)
@@ -61,11 +67,12 @@ def generate(
     texts: list[list[str]] = [[] for _ in prompts]
     batches = token_batches(
         sequences, token_budget=max(1, token_budget // samples), pad_id=pad_id(model.tokenizer), side="left",
-        equal_length=not places_tokens(model),
+        equal_length=not places_tokens(model), extra=max_new_tokens // CACHED_PER_TOKEN,
     )  # fmt: skip
     for rows, batch in batches:
         uniforms = None if draws is None else draws[rows].reshape(len(rows) * samples, max_new_tokens)
-        said = _continue(model, batch, samples, max_new_tokens, temperature, top_p, uniforms)
+        pick = partial(_choose, temperature=temperature, top_p=top_p)
+        said = _continue(model, batch, samples, max_new_tokens, pick, uniforms, _Ends(model, stop, whole))
         for k, row in enumerate(rows):
             texts[row] = said[k * samples : (k + 1) * samples]
     return texts
@@ -86,8 +93,8 @@ def _draws(prompts: Sequence[str], samples: int, steps: int, seed: int) -> NDArr
 
 
 def _continue(
-    model: LoadedModel, batch: Batch, samples: int, steps: int, temperature: float, top_p: float,
-    uniforms: NDArray[np.float64] | None,
+    model: LoadedModel, batch: Batch, samples: int, steps: int, pick: Callable[..., Tensor],
+    uniforms: NDArray[np.float64] | None, ends: _Ends,
 ) -> list[str]:  # fmt: skip
     """Decode one batch; with a shareable cache each step reads one token, otherwise the whole sequence."""
     rows = torch.arange(batch.ids.shape[0]).repeat_interleave(samples)
@@ -97,48 +104,65 @@ def _continue(
     logits = logits[rows.to(logits.device), -1]
     ids, mask, positions = batch.ids[rows], batch.mask[rows], batch.position_ids[rows]
     said: list[list[int]] = [[] for _ in rows]
-    ends = _Ends(model)
-    open_rows = set(range(len(rows)))
+    who = list(range(len(rows)))  # the text that each row of the batch continues
+    done: set[int] = set()
     for step in range(steps):
-        token = _choose(logits, temperature, top_p, None if uniforms is None else uniforms[:, step])
-        for row in sorted(open_rows):
-            if ends.after(said[row], int(token[row])):
-                open_rows.discard(row)
-        if not open_rows or step == steps - 1:
+        token = pick(logits, uniforms=None if uniforms is None else uniforms[who, step])
+        done |= {k for row, k in enumerate(who) if k not in done and ends.after(said[k], int(token[row]))}
+        if len(done) == len(said) or step == steps - 1:
             break
         new = token[:, None]
         ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
         positions = torch.cat([positions, positions[:, -1:] + 1], 1)
-        fed = (ids, positions) if past is None else (new, positions[:, -1:])
+        left = torch.tensor([row for row, k in enumerate(who) if k not in done])
+        if 2 * len(left) <= len(who):
+            ids, mask, positions, who = ids[left], mask[left], positions[left], [who[row] for row in left]
+            past = None if past is None else select_rows(past, left)
+        fed = (ids, positions) if past is None else (ids[:, -1:], positions[:, -1:])
         logits, after = forward(model, fed[0], mask, fed[1], 1, past=past, use_cache=past is not None)
         past, logits = (after if past is not None else None), logits[:, -1]
-    return [_first_line(model.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in said]
+    return [ends.text(tokens) for tokens in said]
 
 
 class _Ends:
-    """Decides when a text is complete; decodes each distinct token once."""
+    """Decides when a text is complete and what it says; decodes each distinct token once."""
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, stop: Sequence[str], whole: bool) -> None:
         self.tokenizer: Any = model.tokenizer
         settings = getattr(model.module, "generation_config", None)  # chat models end turns with further tokens
         extra = getattr(settings, "eos_token_id", None)
         self.eos = {self.tokenizer.eos_token_id, *(extra if isinstance(extra, list) else [extra])}
-        self.pieces: dict[int, str] = {}
+        self.stop, self.whole = tuple(stop), whole
+        # A text may be complete only where a token brings one of these: a stop string's last character (or
+        # part of it), or a space, which some tokenizers drop from tokens decoded alone.
+        last = {s[-1] for s in stop}
+        self.watched = last | ({"\ufffd"} if stop else set()) | (set() if whole else {"\n"})
+        self.always = any(c.isspace() and c != "\n" for c in last)
+        self.watching: dict[int, bool] = {}
 
     def after(self, said: list[int], token: int) -> bool:
         """Append ``token`` to ``said`` and return True where the text ends with it."""
         if token in self.eos:
             return True
         said.append(token)
-        piece = self.pieces.setdefault(token, self.tokenizer.decode([token]))
-        return "\n" in piece and "\n" in self.tokenizer.decode(said, skip_special_tokens=True).lstrip()
+        if token not in self.watching:
+            piece = self.tokenizer.decode([token])
+            self.watching[token] = self.always or any(c in piece for c in self.watched)
+        if not self.watching[token]:
+            return False
+        text = self._decode(said)
+        return any(s in text for s in self.stop) or (not self.whole and "\n" in text.lstrip())
+
+    def text(self, said: list[int]) -> str:
+        text = self._decode(said)
+        text = text[: min((at for s in self.stop if (at := text.find(s)) >= 0), default=None)].strip()
+        return text if self.whole else text.split("\n", 1)[0].strip()
+
+    def _decode(self, said: list[int]) -> str:
+        return str(self.tokenizer.decode(said, skip_special_tokens=True))
 
 
-def _first_line(text: str) -> str:
-    return text.lstrip().split("\n", 1)[0].strip()
-
-
-def _choose(logits: Tensor, temperature: float, top_p: float, uniforms: NDArray[np.float64] | None) -> Tensor:
+def _choose(logits: Tensor, *, temperature: float, top_p: float, uniforms: NDArray[np.float64] | None) -> Tensor:
     """Next token [b] on the CPU, greedy or by inverse transform of the (nucleus) distribution."""
     if bool(torch.isnan(logits).any()):
         raise NumericalError("The model returned NaN logits while generating: check the edit's strength, or "

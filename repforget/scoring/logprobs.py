@@ -1,17 +1,18 @@
-"""Log-probability of answers after their prompts."""
+"""Log-probability of answers, and of many candidate answers, after their prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from repforget.scoring.encode import Encoded, context_limit, encode_many, pad_id, token_batches
-from repforget.scoring.forward import LOGIT_ELEMENTS, forward, target_logprobs
+from repforget.errors import UsageError
+from repforget.scoring.encode import context_limit, encode_many
+from repforget.scoring.tokens import score_encoded, token_scores
 
 if TYPE_CHECKING:
     from repforget.models.load import LoadedModel
@@ -51,32 +52,29 @@ def answer_logprobs(
     lacks the knowledge.
     """
     encoded = encode_many(model.tokenizer, pairs, eos=eos, limit=context_limit(model))
-    values: list[NDArray[np.float64]] = [np.zeros(0)] * len(encoded)
-    greedy = np.zeros(len(encoded), dtype=np.bool_)
-    valid = np.array([e.valid for e in encoded], dtype=np.bool_)
-    scored = np.flatnonzero(valid)
-    chosen = [encoded[k] for k in scored]
-    budget = min(token_budget, _logit_budget(model, chosen))
-    batches = token_batches([e.ids[:-1] for e in chosen], token_budget=budget, pad_id=pad_id(model.tokenizer))
-    for rows, batch in batches:
-        # The last token is only predicted, never read, so it is not part of the batch.
-        group = [chosen[row] for row in rows]
-        row_of = np.repeat(np.arange(len(group)), [len(e.answer) for e in group])
-        position = np.concatenate([np.arange(e.start - 1, len(e.ids) - 1) for e in group])
-        kept, slot = np.unique(position, return_inverse=True)
-        logits, _ = forward(model, batch.ids, batch.mask, batch.position_ids, torch.from_numpy(kept))
-        picked = logits[torch.from_numpy(row_of).to(logits.device), torch.from_numpy(slot).to(logits.device)]
-        found, top = target_logprobs(picked, torch.tensor([t for e in group for t in e.answer]))
-        for k, row in enumerate(rows):
-            mine = row_of == k
-            values[scored[row]] = found.numpy()[mine]
-            greedy[scored[row]] = bool(top.numpy()[mine].all())
-    sums = np.array([v.sum() if ok else np.nan for v, ok in zip(values, valid, strict=True)], dtype=np.float64)
-    return AnswerScores(sums, np.array([len(v) for v in values], dtype=np.int64), greedy, tuple(values), valid)
+    s = score_encoded(model, encoded, share=False, moments=False, eos=eos, token_budget=token_budget)
+    greedy = s.valid & np.array([hits.all() for hits in s.hits], dtype=np.bool_)
+    return AnswerScores(s.sum_logprob, s.n_tokens, greedy, s.logprobs, s.valid)
 
 
-def _logit_budget(model: LoadedModel, encoded: Sequence[Encoded]) -> int:
-    """Token budget that keeps the projected logits within the element limit."""
-    answers = sum(len(e.answer) for e in encoded)
-    tokens = sum(len(e.ids) for e in encoded)
-    return int(LOGIT_ELEMENTS / model.vocab_size * tokens / answers) if answers else 1
+def candidate_logprobs(
+    model: LoadedModel,
+    prompts: Sequence[str],
+    candidates: Sequence[Sequence[str]],
+    *,
+    token_budget: int = 8192,
+) -> list[NDArray[np.float64]]:
+    """Return for each prompt the summed log-probability (nats) of each candidate continuation.
+
+    Equal to :func:`answer_logprobs` on every pair, but the prompt is computed once, through its key/value
+    cache, and a candidate that begins another is read from the other's row. Candidates that do not fit the
+    context are NaN. Models whose state cannot be shared (recurrent layers, no position ids) are scored pair
+    by pair.
+    """
+    if len(prompts) != len(candidates):
+        raise UsageError(f"candidate_logprobs got {len(prompts)} prompts and {len(candidates)} candidate "
+                         "lists: give one list of candidates per prompt.")  # fmt: skip
+    pairs = [(p, c) for p, options in zip(prompts, candidates, strict=True) for c in options]
+    scores = token_scores(model, pairs, token_budget=token_budget).sum_logprob
+    ends = np.cumsum([0, *map(len, candidates)])
+    return [scores[at:end] for at, end in pairwise(ends)]

@@ -1,0 +1,211 @@
+"""Everything teacher forcing tells about continuations, from one forward pass per sequence."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from repforget.scoring.encode import Encoded, context_limit, encode_many, pad, pad_id, token_batches
+from repforget.scoring.forward import (
+    CACHED_PER_TOKEN,
+    LOGIT_ELEMENTS,
+    forward,
+    places_tokens,
+    read_logits,
+    select_rows,
+    shareable,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from repforget.models.capture import Batch
+    from repforget.models.load import LoadedModel
+
+Tail = tuple[int, ...]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Scores of n continuations token by token; one that exceeds the context is not ``valid``: empty, NaN sum.
+
+    ``mu`` and ``sigma2`` are the mean and variance of log p under the model at each position (for min-k++).
+    """
+
+    logprobs: tuple[Floats, ...]  # n arrays [T_i], nats
+    hits: tuple[NDArray[np.bool_], ...]  # n arrays [T_i], the token is the arg max
+    mu: tuple[Floats, ...] | None
+    sigma2: tuple[Floats, ...] | None
+    valid: NDArray[np.bool_]  # [n]
+    eos: bool  # the last token of each continuation is the end-of-sequence token
+
+    @property
+    def n_tokens(self) -> NDArray[np.int64]:
+        """Scored tokens [n], 0 where invalid."""
+        return np.array([len(x) for x in self.logprobs], dtype=np.int64)
+
+    @property
+    def sum_logprob(self) -> Floats:
+        """Log-probability of each continuation [n], NaN where invalid."""
+        sums = np.array([x.sum() for x in self.logprobs], dtype=np.float64)
+        return np.where(self.valid, sums, np.nan)
+
+    @property
+    def mean_logprob(self) -> Floats:
+        """Mean log-probability per token [n], NaN where invalid."""
+        return self.sum_logprob / np.maximum(self.n_tokens, 1)
+
+    @property
+    def n_invalid(self) -> int:
+        return int((~self.valid).sum())
+
+
+def token_scores(
+    model: LoadedModel,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    eos: bool = False,
+    moments: bool = False,
+    token_budget: int = 8192,
+) -> TokenScores:
+    """Score every token of each continuation after its prompt by teacher forcing: one pass, all metrics.
+
+    ``eos`` appends the end-of-sequence token to each continuation. Continuations of the same prompt share its
+    key/value cache, and equal pairs are computed once, so pass everything that is asked about an item
+    together. Values do not depend on batch, order, padding or sharing beyond rounding. Cost: the distinct
+    prompts once and each distinct continuation once; models whose state cannot be shared (recurrent layers,
+    no position ids) compute each sequence whole. Raises :class:`KnowledgeError` for a continuation without
+    tokens and :class:`NumericalError` for NaN logits.
+
+    Low values show that this wording is improbable here, not that the model lacks the knowledge.
+    """
+    encoded = encode_many(model.tokenizer, pairs, eos=eos, limit=context_limit(model))
+    return score_encoded(model, encoded, share=True, moments=moments, eos=eos, token_budget=token_budget)
+
+
+def score_encoded(
+    model: LoadedModel, encoded: Sequence[Encoded], *, share: bool, moments: bool, eos: bool, token_budget: int
+) -> TokenScores:
+    """:func:`token_scores` of encoded pairs; ``share=False`` runs every sequence whole."""
+    distinct = list(dict.fromkeys(e for e in encoded if e.valid))
+    table = _Table(distinct, moments)
+    groups: dict[Tail, list[int]] = {}  # what precedes the continuation -> who; joint tokenisation may differ
+    for who, e in enumerate(distinct):
+        groups.setdefault(e.ids[: e.start], []).append(who)
+    several = {ids: who for ids, who in groups.items() if len(who) > 1} if share and places_tokens(model) else {}
+    if several and not _score_shared(model, table, several, token_budget):
+        several = {}
+    _score_whole(model, table, [w for ids, who in groups.items() if ids not in several for w in who], token_budget)
+    index = {e: who for who, e in enumerate(distinct)}
+    rows = [table.of(index.get(e)) for e in encoded]
+    mu, sigma2 = (tuple(r[2] for r in rows), tuple(r[3] for r in rows)) if moments else (None, None)
+    valid = np.array([e.valid for e in encoded], dtype=np.bool_)
+    return TokenScores(tuple(r[0] for r in rows), tuple(r[1] > 0 for r in rows), mu, sigma2, valid, eos)
+
+
+class _Table:
+    """What is read for every continuation token: columns [2 or 4, all tokens], one after the other."""
+
+    def __init__(self, encoded: Sequence[Encoded], moments: bool) -> None:
+        self.encoded = encoded
+        self.moments = moments
+        self.starts = np.concatenate([[0], np.cumsum([len(e.answer) for e in encoded])]).astype(np.int64)
+        self.values = np.full((4 if moments else 2, self.starts[-1]), np.nan)
+
+    def of(self, who: int | None) -> Floats:
+        return self.values[:, :0] if who is None else self.values[:, self.starts[who] : self.starts[who + 1]]
+
+    def read(self, logits: Tensor, wanted: Sequence[tuple[int, int, int, int, int]]) -> None:
+        """Read from ``logits`` [b, k, V]: (row, first column, continuation, its first token, how many)."""
+        if not wanted:
+            return
+        row, column, who, first, count = np.array(wanted).T
+        step = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
+        place = np.repeat(self.starts[who] + first, count) + step
+        tokens = [t for _, _, w, f, n in wanted for t in self.encoded[w].answer[f : f + n]]
+        at = torch.from_numpy(np.repeat(row, count)), torch.from_numpy(np.repeat(column, count) + step)
+        self.values[:, place] = read_logits(logits, *at, torch.tensor(tokens), moments=self.moments)
+
+
+def _score_whole(model: LoadedModel, table: _Table, chosen: Sequence[int], token_budget: int) -> None:
+    """Every sequence in one piece; only positions that predict a continuation are projected to the vocabulary."""
+    encoded = [table.encoded[who] for who in chosen]
+    answers = sum(len(e.answer) for e in encoded)
+    if not answers:
+        return
+    # The projected logits stay within the element limit.
+    projected = int(LOGIT_ELEMENTS / model.vocab_size * sum(len(e.ids) for e in encoded) / answers)
+    batches = token_batches([e.ids[:-1] for e in encoded], token_budget=min(token_budget, projected),
+                            pad_id=pad_id(model.tokenizer))  # fmt: skip
+    for rows, batch in batches:
+        # The last token is only predicted, never read, so it is not part of the batch.
+        kept = np.unique(np.concatenate([np.arange(encoded[r].start - 1, len(encoded[r].ids) - 1) for r in rows]))
+        logits, _ = forward(model, batch.ids, batch.mask, batch.position_ids, torch.from_numpy(kept))
+        table.read(logits, [(k, int(np.searchsorted(kept, encoded[r].start - 1)), chosen[r], 0, len(encoded[r].answer))
+                            for k, r in enumerate(rows)])  # fmt: skip
+
+
+@dataclass
+class _Row:
+    """A sequence to run after a cached prompt, and the continuations read from it."""
+
+    prompt: int
+    stem: Tail
+    read: list[int] = field(default_factory=list)
+
+
+def _score_shared(model: LoadedModel, table: _Table, groups: dict[Tail, list[int]], token_budget: int) -> bool:
+    """Each prompt once, its continuations after its cache; False where this model's cache cannot be shared."""
+    prompts = list(groups)
+    for rows, batch in token_batches(prompts, token_budget=token_budget, pad_id=pad_id(model.tokenizer), side="left"):
+        logits, past = forward(model, batch.ids, batch.mask, batch.position_ids, 1, use_cache=True)
+        if not shareable(past):
+            return False
+        group = [groups[prompts[row]] for row in rows]
+        table.read(logits[:, -1:], [(k, 0, who, 0, 1) for k, members in enumerate(group) for who in members])
+        _score_tails(model, table, group, batch, past, token_budget)
+    return True
+
+
+def _score_tails(
+    model: LoadedModel, table: _Table, group: Sequence[Sequence[int]], batch: Batch, past: Any, budget: int
+) -> None:
+    """The tokens after the first of every continuation, with the prompts read from the cache."""
+    lengths = batch.mask.sum(1)
+    rows = [row for k, members in enumerate(group) for row in _rows_of(table, k, members)]
+    for chunk in _chunks(model, rows, batch.ids.shape[1], budget):
+        source = torch.tensor([row.prompt for row in chunk])
+        tails = pad([row.stem for row in chunk], pad_id(model.tokenizer))
+        mask = torch.cat([batch.mask[source], tails.mask], 1)
+        width = tails.ids.shape[1]
+        positions = lengths[source][:, None] + torch.arange(width)
+        logits, _ = forward(model, tails.ids, mask, positions, width, past=select_rows(past, source), use_cache=True)
+        table.read(logits, [(r, 0, who, 1, len(table.encoded[who].answer) - 1)
+                            for r, row in enumerate(chunk) for who in row.read])  # fmt: skip
+
+
+def _rows_of(table: _Table, prompt: int, members: Sequence[int]) -> list[_Row]:
+    """The continuations without their last token; one that begins another is read from the other's row."""
+    stems = {who: table.encoded[who].answer[:-1] for who in members if len(table.encoded[who].answer) > 1}
+    ordered = sorted(set(stems.values()))
+    following = [*ordered[1:], ()]
+    rows = [_Row(prompt, s) for s, after in zip(ordered, following, strict=True) if after[: len(s)] != s]
+    for who, stem in stems.items():
+        rows[bisect_left(rows, stem, key=lambda row: row.stem)].read.append(who)
+    return rows
+
+
+def _chunks(model: LoadedModel, rows: Sequence[_Row], width: int, budget: int) -> Iterator[list[_Row]]:
+    """Rows of similar length, longest first, within the budget of tokens and of logits."""
+    left = sorted(rows, key=lambda row: -len(row.stem))
+    while left:
+        length = len(left[0].stem)
+        size = min(CACHED_PER_TOKEN * budget // (width + length), LOGIT_ELEMENTS // (model.vocab_size * length))
+        chunk, left = left[: max(1, size)], left[max(1, size) :]
+        yield chunk
