@@ -19,6 +19,8 @@ from torch.nn import functional
 from repforget.errors import NumericalError, UsageError
 
 Schedule = Literal["cosine", "linear", "constant"]
+Optimizer = Literal["adamw", "adam", "sgd", "nesterov", "adagrad", "adadelta"]
+MOMENTUM = 0.9  # of the two forms of stochastic gradient descent
 NO_LABEL = -100
 
 
@@ -136,13 +138,23 @@ def _masters(chosen: Sequence[nn.Parameter]) -> list[Tensor]:
     return [p if p.dtype.itemsize >= 4 else p.detach().float().requires_grad_() for p in chosen]
 
 
-def _optimizer(masters: Sequence[Tensor], lr: float, decay: float, beta2: float) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only (vectors are norms and biases)."""
-    groups = [
-        {"params": [p for p in masters if p.ndim >= 2], "weight_decay": decay},
-        {"params": [p for p in masters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, beta2))
+def _optimizer(
+    masters: Sequence[Tensor], lr: float, decay: float, beta2: float, kind: Optimizer
+) -> torch.optim.Optimizer:
+    """The optimiser with weight decay on matrices only (vectors are norms and biases)."""
+    parts = [([p for p in masters if p.ndim >= 2], decay), ([p for p in masters if p.ndim < 2], 0.0)]
+    groups: list[dict[str, Any]] = [{"params": own, "weight_decay": rate} for own, rate in parts if own]
+    match kind:
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2))
+        case "adam":
+            return torch.optim.Adam(groups, lr=lr, betas=(0.9, beta2))
+        case "sgd" | "nesterov":
+            return torch.optim.SGD(groups, lr=lr, momentum=MOMENTUM, nesterov=kind == "nesterov")
+        case "adagrad":
+            return torch.optim.Adagrad(groups, lr=lr)
+        case "adadelta":
+            return torch.optim.Adadelta(groups, lr=lr)
 
 
 def _update(
@@ -178,14 +190,16 @@ def finetune(
     extra_loss: Callable[[nn.Module], Tensor] | None = None,
     on_step: Callable[[Step], None] | None = None,
     autocast: bool = False,
+    optimizer: Optimizer = "adamw",
 ) -> list[float]:
-    """Train ``module`` in place for ``steps`` AdamW steps and return each step's mean loss (nats per token).
+    """Train ``module`` in place for ``steps`` optimiser steps and return each step's mean loss (nats per token).
 
     ``examples`` is a sequence (shuffled and batched here, by ``seed``) or an iterable of ready batches.
     ``trainable`` picks parameters by name (all others keep their bits and their ``requires_grad``);
     ``extra_loss`` adds a term, for example a penalty; ``on_step`` sees every step and may raise to stop.
-    ``autocast`` multiplies in bfloat16 while weights stay as they are.  The module keeps its mode: one in
-    evaluation mode trains without dropout.  Raises NumericalError when the loss is not finite.
+    ``autocast`` multiplies in bfloat16 while weights stay as they are; ``beta2`` is that of AdamW and Adam.  The
+    module keeps its mode: one in evaluation mode trains without dropout.  Raises NumericalError when the loss is not
+    finite.
 
     Costs one forward and one backward pass per step, and two float32 copies of the trained parameters (three
     where they are half precision).  A low loss does not show that facts generalise beyond the texts given.
@@ -196,26 +210,73 @@ def finetune(
     device = chosen[0].device
     masters = _masters(chosen)
     accelerator = Accelerator(device_placement=False)
-    optimizer = accelerator.prepare_optimizer(_optimizer(masters, lr, weight_decay, beta2))
+    stepper = accelerator.prepare_optimizer(_optimizer(masters, lr, weight_decay, beta2, optimizer))
     stream = iter(batches(examples, batch_size, seed) if isinstance(examples, Sequence) else examples)
     losses: list[float] = []
     with _only(module, chosen):
         for index, rows in zip(range(steps), stream, strict=False):
             batch = collate(rows, device)
             rate = learning_rate(index, steps, lr, warmup, schedule)
-            for group in optimizer.param_groups:
+            for group in stepper.param_groups:
                 group["lr"] = rate
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
                 loss = label_loss(module, batch)
                 total = loss if extra_loss is None else loss + extra_loss(module)
             losses.append(_finite(loss, index))
             accelerator.backward(total)
-            _update(accelerator, optimizer, chosen, masters, clip)
+            _update(accelerator, stepper, chosen, masters, clip)
             if on_step is not None:
                 on_step(Step(index + 1, steps, losses[-1], rate, int(batch["attention_mask"].sum())))
     if len(losses) < steps:
         raise UsageError(f"The batches ended after {len(losses)} of {steps} steps: give more, or fewer steps.")
     return losses
+
+
+class _LowRank(nn.Module):
+    """``W -> W + scale * left @ right`` on a parameter; zero at first, for the side of the outputs is."""
+
+    def __init__(self, weight: Tensor, rank: int, alpha: float, generator: torch.Generator, transposed: bool) -> None:
+        super().__init__()
+        rows, columns = weight.shape[-2:]
+        lead, size = weight.shape[:-2], min(rank, rows, columns)
+        inputs = rows if transposed else columns
+        draw = (torch.rand(*lead, inputs, size, generator=generator) * 2 - 1) / math.sqrt(inputs)
+        zero = torch.zeros(*lead, size, columns if transposed else rows)
+        left, right = (draw, zero) if transposed else (zero.mT, draw.mT)
+        self.left = nn.Parameter(left.to(weight.device, torch.float32).contiguous())
+        self.right = nn.Parameter(right.to(weight.device, torch.float32).contiguous())
+        self.scale = alpha / rank
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.scale * (self.left @ self.right)).to(weight.dtype)
+
+
+ADAPTER = ".parametrizations."  # in the name of every trainable parameter that an adapter adds
+
+
+@contextmanager
+def low_rank_adapters(module: nn.Module, names: Sequence[str], *, rank: int, alpha: float, seed: int) -> Iterator[None]:
+    """Give the named matrices [.., m, n] trainable low-rank additions; on leaving they are merged into the weights.
+
+    Train them with ``trainable=lambda name: ADAPTER in name and not name.endswith("original")``.  They live on the
+    parameters, so that hooks, transposed and stacked weights behave as ever.  Source: Hu et al. 2021, arXiv 2106.09685,
+    without dropout.  Memory: one more copy of the matrices per forward pass.
+    """
+    from torch.nn.utils import parametrize
+    from transformers.pytorch_utils import Conv1D
+
+    generator = torch.Generator().manual_seed(seed)
+    places = [(module.get_submodule(path), attribute) for path, _, attribute in (n.rpartition(".") for n in names)]
+    try:
+        for owner, attribute in places:
+            weight = getattr(owner, attribute)
+            part = _LowRank(weight, rank, alpha, generator, isinstance(owner, Conv1D))
+            parametrize.register_parametrization(owner, attribute, part)
+        yield
+    finally:
+        for owner, attribute in places:
+            if parametrize.is_parametrized(owner, attribute):
+                parametrize.remove_parametrizations(owner, attribute, leave_parametrized=True)
 
 
 def _finite(loss: Tensor, index: int) -> float:

@@ -20,7 +20,7 @@ from repforget.verify.battery import level, measure, tasks
 NAMES = discover.names("verify")
 PEOPLE = ("Ada", "Tom", "Eva", "Max", "Lea", "Ben", "Mia", "Jon")
 CITIES, JOBS = ("Berlin", "Paris", "Rome", "Oslo"), ("baker", "pilot", "doctor")
-# Budgets small enough for a random model of two layers; a new verifier runs with its own defaults.
+# Smaller than "quick", at which every other verifier runs on a random model of two layers.
 SMALL: dict[str, dict[str, Any]] = {
     "relearn": {"steps": 2, "checks": 1}, "patch_depth": {"strangers": 1}, "behaviour": {"samples": 2, "forms": 1},
 }  # fmt: skip
@@ -49,7 +49,7 @@ def model(request: pytest.FixtureRequest, tokenizer: Any) -> LoadedModel:
 
 def _run(name: str, model: LoadedModel) -> Measurement:
     twin = LoadedModel("twin", tiny_models.build(model.name, seed=1), model.tokenizer, "x")
-    return measure(tasks([{name: SMALL.get(name, {})}])[0], model, _knowledge().view("sealed"),
+    return measure(tasks([{name: SMALL.get(name, {"budget": "quick"})}])[0], model, _knowledge().view("sealed"),
                    References(model, (twin,)))  # fmt: skip
 
 

@@ -16,16 +16,18 @@ from repforget.records import ItemScores, Measurement
 from repforget.verify import _asking as ask
 from repforget.verify import _constrained as path
 from repforget.verify.arms import Budgets, MeasureInfo, References
+from repforget.verify.weights._altered import projections
 
-Form = Literal["int8", "nf4"]
-MEASURES = {"int8": MeasureInfo("knowledge", "weights"), "nf4": MeasureInfo("knowledge", "weights")}
+Form = Literal["int8", "nf4", "int4", "int3"]
+MEASURES = {kind: MeasureInfo("knowledge", "weights") for kind in ("int8", "nf4", "int4", "int3")}
 JOINS = "standard"
 BUDGETS: Budgets = {
     "quick": {},
     "standard": {},
-    "thorough": {"forms": 4, "alternatives": 63, "max_items": 2000},
+    "thorough": {"kinds": ["int8", "nf4", "int4", "int3"], "forms": 4, "alternatives": 63, "max_items": 2000},
 }
 BLOCK = 64
+GRIDS: dict[str, tuple[int, int | None]] = {"int8": (8, None), "int4": (4, 128), "int3": (3, 128)}  # bits, group
 # Dettmers et al. 2023, arXiv 2305.14314: quantiles of a normal scaled to [-1, 1], with an exact zero.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -38,8 +40,9 @@ def quantize(
     model: LoadedModel, view: View, *, references: References, seed: int = 0, progress: Progress | None = None,
     forms: int = 1, alternatives: int = 31, kinds: Sequence[Form] = ("int8", "nf4"), max_items: int = 400,
 ) -> Measurement:  # fmt: skip
-    """Round every projection to int8 (absmax per output channel) or NF4 (blocks of 64) and back, then ask again.
+    """Round every projection to int8, int4, int3 or NF4 and back, then ask again.
 
+    Round to nearest, scaled by the largest weight of an output channel (int8), of 128 (int4, int3) or 64 (NF4) inputs.
     The measure is the probability of the truth when the rounded copy's decoding is confined to the candidates;
     embeddings and unembedding keep their precision, as common loaders do.  Facts: the share of codes that differ from
     those of the rounded original; near zero, rounding undoes the edit.  Source: Zhang et al. 2024, arXiv 2410.16454;
@@ -48,7 +51,7 @@ def quantize(
     Simulated rounding runs no integer kernel; it shows what the weights hold, not what a given runtime computes.
     """
     if not kinds:
-        raise UsageError("Verifier 'quantize' was given no kinds: choose 'int8', 'nf4' or both.")
+        raise UsageError("Verifier 'quantize' was given no kinds: choose among " + ", ".join(MEASURES) + ".")
     items = ask.limited(view.forget, max_items, seed)
     before = ask.scores(items, ask.prior(items, view.knowledge, alternatives))
     asked = path.kept_paths(references, model, items, view.knowledge, forms=forms, limit=alternatives)
@@ -79,39 +82,32 @@ def round_weights(module: nn.Module, kind: Form, original: nn.Module | None = No
     return changed / total if total else None
 
 
-def projections(module: nn.Module) -> dict[str, Tensor]:
-    """Parameter name -> matrix [.., out, in] (a view) of every projection except embedding and unembedding.
-
-    Counts linear layers, transposed Conv1D and stacked expert weights; not convolutions, norms or tables.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    head = module.get_output_embeddings()  # type: ignore[operator]
-    found: dict[str, Tensor] = {}
-    for place, part in module.named_modules():
-        if part is head or isinstance(part, nn.Embedding | nn.Conv1d | nn.Conv2d):
-            continue
-        for name, parameter in part.named_parameters(recurse=False):
-            if parameter.ndim in (2, 3) and parameter.is_floating_point():
-                found[f"{place}.{name}"] = parameter.data.mT if isinstance(part, Conv1D) else parameter.data
-    if not found:
-        raise UsageError("Verifier 'quantize' found no projection to round in this model: leave it out of the list.")
-    return found
-
-
 def round_trip(weight: Tensor, kind: Form) -> tuple[Tensor, Tensor]:
-    """Codes (int8) and rounded values, both in the shape of ``weight`` [.., out, in]."""
+    """Codes (as int8) and rounded values, both in the shape of ``weight`` [.., out, in]."""
     wide = weight.detach().float()
-    if kind == "int8":
-        step = wide.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127.0
-        codes = (wide / step).round().clamp(-127, 127)
-        return codes.to(torch.int8), (codes * step).to(weight.dtype)
+    if kind != "nf4":
+        codes, values = to_nearest(wide, *GRIDS[kind])
+        return codes.to(torch.int8), values.to(weight.dtype)
     width = wide.shape[-1]
-    padded = nn.functional.pad(wide, (0, -width % BLOCK))
-    padded = padded.reshape(*padded.shape[:-1], -1, BLOCK)
-    scale = padded.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    padded, scale = _grouped(wide, BLOCK)
     book = torch.tensor(NF4, device=wide.device)
     middle = (book[1:] + book[:-1]) / 2
     codes = torch.bucketize((padded / scale).contiguous(), middle)
     values = (book[codes] * scale).flatten(-2)[..., :width]
     return codes.flatten(-2)[..., :width].to(torch.int8), values.to(weight.dtype)
+
+
+def to_nearest(weight: Tensor, bits: int, group: int | None = None) -> tuple[Tensor, Tensor]:
+    """Integer codes and rounded values of [.., out, in], scaled per output and ``group`` (None: all) inputs."""
+    width, highest = weight.shape[-1], 2 ** (bits - 1) - 1
+    padded, scale = _grouped(weight, group or width)
+    step = scale / highest
+    codes = (padded / step).round().clamp(-highest, highest)
+    return codes.flatten(-2)[..., :width], (codes * step).flatten(-2)[..., :width]
+
+
+def _grouped(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """The last axis in zero-padded groups [.., groups, group], and the largest size in each [.., groups, 1]."""
+    padded = nn.functional.pad(weight, (0, -weight.shape[-1] % group))
+    padded = padded.reshape(*padded.shape[:-1], -1, group)
+    return padded, padded.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from repforget.errors import UsageError
-from repforget.knowledge import Item, View
-from repforget.models.load import LoadedModel, copy_of
+from repforget.knowledge import View
+from repforget.models.load import LoadedModel
 from repforget.progress import Progress, track
 from repforget.records import Measurement
-from repforget.scoring import encode_many
-from repforget.scoring.encode import context_limit
-from repforget.training import Example, Step, collate, finetune, label_loss
 from repforget.verify import _asking as ask
 from repforget.verify import _constrained as path
 from repforget.verify.arms import Budgets, MeasureInfo, References
+from repforget.verify.weights._taught import curve, halfway, teaching
 
 _CURVE = ("relearning", "training steps", "probability of the truth on the half not taught")
 MEASURES = {
@@ -32,8 +28,6 @@ BUDGETS: Budgets = {
     "standard": {},
     "thorough": {"steps": 96, "checks": 6, "alternatives": 63, "max_items": 1000},
 }
-RATE_TIMES_WIDTH = 0.04  # 3e-4 at width 128, 1e-5 at width 4096: AdamW's usual rate falls about as 1/width
-Array = NDArray[np.float64]
 
 
 def relearn(
@@ -68,15 +62,15 @@ def relearn(
         asked = ask.limited(asked, max_items // 2, seed)
         chosen = path.kept_paths(references, model, asked, view.knowledge, forms=forms, limit=alternatives)
         examine = partial(path.probability, count=len(asked), chosen=chosen)
-        parts.append((asked, _curve(model, taught, examine, marks, lr, batch_size, train_forms, parameters, seed)))
+        table, _ = curve(model, teaching(model, taught, train_forms), examine, marks, lr=lr, batch_size=batch_size,
+                         seed=seed, trainable=_chosen(parameters))  # fmt: skip
+        parts.append((asked, table))
     items = [item for asked, _ in parts for item in asked]
     table = np.concatenate([rows for _, rows in parts], axis=1)
     means = np.nanmean(table, axis=1)
     best = int(means.argmax())
     before = ask.prior(items, view.knowledge, alternatives)
-    ceiling = references.once(("relearn", "untaught", tuple(i.id for i in items), alternatives, forms),
-                              lambda: _untaught(references, items, view, alternatives, forms))  # fmt: skip
-    half = (float(np.nanmean(ceiling)) + float(before.mean())) / 2
+    half = halfway(references, items, view, before, alternatives=alternatives, forms=forms)
     reached = [mark for mark, mean in zip(marks, means, strict=True) if mean >= half]
     facts = {"best step": float(marks[best])}
     if reached:
@@ -86,46 +80,6 @@ def relearn(
     return Measurement(scores, series, facts)
 
 
-def _untaught(references: References, items: Sequence[Item], view: View, alternatives: int, forms: int) -> Array:
-    model = references.original
-    chosen = path.kept_paths(references, model, items, view.knowledge, forms=forms, limit=alternatives)
-    return path.probability(model, len(items), chosen)
-
-
-def _curve(
-    model: LoadedModel, taught: Sequence[Item], examine: Callable[[LoadedModel], Array], marks: Sequence[int],
-    lr: float | None, batch_size: int, forms: int, parameters: str, seed: int,
-) -> Array:  # fmt: skip
-    """What ``examine`` finds [marks, items] before and while a copy is taught."""
-    student = copy_of(model)
-    # Low learning rates vanish in the rounding of half precision, which would look like robustness.
-    student.module.float()
-    examples = teaching(student, taught, forms)
-    rows = [examine(student)]
-
-    def on_step(step: Step) -> None:
-        if step.index in marks:
-            rows.append(examine(student))
-
-    with torch.enable_grad():
-        learns = label_loss(student.module, collate(examples[:1], student.device)).requires_grad
-    if not learns:  # the edit lets no gradient through: nothing can be taught this way, and the curve is flat
-        return np.stack(rows * len(marks))
-    finetune(
-        student.module, examples, steps=marks[-1], lr=RATE_TIMES_WIDTH / student.width if lr is None else lr,
-        seed=seed, batch_size=batch_size, schedule="constant", trainable=_chosen(parameters), on_step=on_step,
-    )  # fmt: skip
-    return np.stack(rows)
-
-
 def _chosen(parameters: str) -> Callable[[str], bool] | None:
     pattern = re.compile(parameters)
     return (lambda name: pattern.search(name) is not None) if parameters else None
-
-
-def teaching(model: LoadedModel, items: Sequence[Item], forms: int) -> list[Example]:
-    """Each item's first ``forms`` statements and questions with the answer, loss on the answer alone."""
-    texts = dict.fromkeys((q, item.continuation()) for item in items
-                          for q in (*item.editor_prompts[:forms], *item.questions[:forms]))  # fmt: skip
-    encoded = encode_many(model.tokenizer, list(texts), limit=context_limit(model))
-    return [Example(e.ids, tuple(k >= e.start for k in range(len(e.ids)))) for e in encoded if e.valid]
