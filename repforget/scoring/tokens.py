@@ -194,8 +194,8 @@ def _rows_of(table: _Table, prompt: int, members: Sequence[int]) -> list[_Row]:
     """The continuations without their last token; one that begins another is read from the other's row."""
     stems = {who: table.encoded[who].answer[:-1] for who in members if len(table.encoded[who].answer) > 1}
     ordered = sorted(set(stems.values()))
-    following = [*ordered[1:], ()]
-    rows = [_Row(prompt, s) for s, after in zip(ordered, following, strict=True) if after[: len(s)] != s]
+    following = [*ordered[1:], ()]  # one too many where no continuation has a second token
+    rows = [_Row(prompt, s) for s, after in zip(ordered, following, strict=False) if after[: len(s)] != s]
     for who, stem in stems.items():
         rows[bisect_left(rows, stem, key=lambda row: row.stem)].read.append(who)
     return rows
