@@ -1,0 +1,56 @@
+"""Letting a model speak within its context, and keeping the texts of hazardous sets out of every message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repforget.errors import RepforgetError
+from repforget.scoring import encode_prompts, generate
+from repforget.scoring.encode import context_limit
+
+if TYPE_CHECKING:
+    from repforget.models.load import LoadedModel
+
+T = TypeVar("T")
+
+
+def say(
+    model: LoadedModel, prompts: Sequence[str], *, new_tokens: int, stop: Sequence[str] = (), whole: bool = False
+) -> list[str | None]:
+    """Greedy continuation of each prompt; None where prompt and continuation exceed the context."""
+    lengths = [len(ids) for ids in encode_prompts(model.tokenizer, prompts)]
+    room = context_limit(model) - new_tokens
+    fit = [k for k, length in enumerate(lengths) if length <= room]
+    said = generate(model, [prompts[k] for k in fit], max_new_tokens=new_tokens, stop=stop, whole=whole) if fit else []
+    out: list[str | None] = [None] * len(prompts)
+    for k, texts in zip(fit, said, strict=True):
+        out[k] = texts[0]
+    return out
+
+
+def untold(hazardous: bool, what: str, build: Callable[[], T]) -> T:
+    """``build()``; where ``hazardous``, an error is replaced by one that quotes nothing: it may repeat a question."""
+    if not hazardous:
+        return build()
+    try:
+        return build()
+    except Exception as error:
+        kind = type(error) if isinstance(error, RepforgetError) else RepforgetError
+        name = type(error).__name__
+    # Raised outside the handler, so that the original is not even attached as context.
+    raise kind(f"{what} failed with {name}; its message is withheld, since it may quote a question of a hazardous set: "
+               "try the same settings on a benign set.")  # fmt: skip
+
+
+def plain(values: Sequence[float] | NDArray[np.float64]) -> list[float | None]:
+    """Numbers as JSON can hold them: None for NaN."""
+    return [None if np.isnan(value) else float(value) for value in values]
+
+
+def numbers(values: Sequence[float | None]) -> NDArray[np.float64]:
+    """The inverse of :func:`plain`."""
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
