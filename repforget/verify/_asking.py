@@ -85,14 +85,15 @@ def prior_match(items: Sequence[Item], knowledge: Knowledge) -> Array:
 
 
 def said(
-    model: LoadedModel, items: Sequence[Item], *, forms: int, samples: int = 1, temperature: float = 0.0, seed: int = 0
-) -> Array:
+    model: LoadedModel, items: Sequence[Item], *, forms: int, samples: int = 1, temperature: float = 0.0,
+    top_p: float = 1.0, seed: int = 0,
+) -> Array:  # fmt: skip
     """Share of generations (over question forms and samples) that begin with the answer or an alias [n]."""
     asked = [(item, q) for item in items for q in item.questions[:forms]]
     encoded = encode_many(model.tokenizer, [(q, item.continuation()) for item, q in asked])
     longest = max(len(e.answer) for e in encoded) + EXTRA_TOKENS
     texts = generate(model, [q for _, q in asked], max_new_tokens=longest, samples=samples, temperature=temperature,
-                     seed=seed)  # fmt: skip
+                     top_p=top_p, seed=seed)  # fmt: skip
     hits: dict[str, list[float]] = {item.id: [] for item in items}
     for (item, _), group in zip(asked, texts, strict=True):
         hits[item.id].extend(float(answers_match(text, item)) for text in group)
