@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from repforget.errors import RepforgetError
+from repforget.errors import MissingExtraError, RepforgetError
 from repforget.scoring import encode_prompts, generate
 from repforget.scoring.encode import context_limit
 
@@ -38,6 +38,8 @@ def untold(hazardous: bool, what: str, build: Callable[[], T]) -> T:
         return build()
     try:
         return build()
+    except MissingExtraError:
+        raise
     except Exception as error:
         kind = type(error) if isinstance(error, RepforgetError) else RepforgetError
         name = type(error).__name__
