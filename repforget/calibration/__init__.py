@@ -1,0 +1,1 @@
+"""The judge is measured too: every metric and attack on organisms whose truth is known."""

@@ -1,0 +1,119 @@
+"""``repforget calibrate``: every verifier on every organism, each pair a stage that a killed run keeps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from repforget._session import code_digest, versions
+from repforget.calibration.pool import Organism, asked, organisms
+from repforget.calibration.table import Row, table
+from repforget.discover import methods
+from repforget.knowledge_files import load_knowledge
+from repforget.progress import Progress, track
+from repforget.store import Store, read_json, write_json
+
+KNOWLEDGE = "bios-people"
+RESULT = "calibration.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a calibration does: which verifiers, with which budget, on how many forget items."""
+
+    verifiers: tuple[str, ...]
+    budget: str = "quick"
+    items: int = 96
+    jobs: int = 1
+    out: str = "runs/calibration"
+
+
+def chosen(names: Sequence[str] | None) -> tuple[str, ...]:
+    """The verifiers named, or all that measure knowledge."""
+    known = [m.name for m in methods("verify") if any(i.kind == "knowledge" for i in m.constant("MEASURES").values())]
+    return tuple(known if names is None else names)
+
+
+def calibrate(plan: Plan, progress: Progress | None = None) -> list[Row]:
+    """Measure and write ``calibration.json`` into the plan's folder; the same call resumes.
+
+    Costs each verifier at the plan's budget on 23 models of the organism; nothing is read but the package itself.
+    """
+    store = Store(Path(plan.out))
+    with store.locked():
+        todo = list(organisms())
+        if plan.jobs == 1:
+            for organism in track(progress, todo, "organisms", len(todo)):
+                measure(plan, organism)
+        else:
+            _side_by_side(plan, todo, progress)
+        found = {organism: collected(plan, organism) for organism in todo}
+        rows = table(found)
+        write_json(store.root / RESULT, document(plan, todo, rows))
+    return rows
+
+
+def _side_by_side(plan: Plan, todo: Sequence[Organism], progress: Progress | None) -> None:
+    with ProcessPoolExecutor(plan.jobs, mp_context=get_context("spawn")) as workers:
+        running: list[Future[None]] = [workers.submit(measure, plan, organism) for organism in todo]
+        try:
+            for done in track(progress, as_completed(running), "organisms", len(running)):
+                done.result()
+        except BaseException:
+            workers.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _key(plan: Plan, organism: Organism, verifier: str) -> dict[str, Any]:
+    return {"organism": vars(organism), "verifier": verifier, "budget": plan.budget, "items": plan.items,
+            "versions": versions(), "code": code_digest()}  # fmt: skip
+
+
+def measure(plan: Plan, organism: Organism) -> None:
+    """All verifiers on one organism, one stage each; the model is made only if a stage is missing."""
+    store = Store(Path(plan.out))
+    missing = [name for name in plan.verifiers if not store.done("measure", _key(plan, organism, name))]
+    if not missing:
+        return
+    import torch
+
+    from repforget.models.load import load
+    from repforget.verify.arms import References
+    from repforget.verify.battery import measure as run
+    from repforget.verify.battery import tasks
+
+    torch.set_num_threads(1)
+    knowledge = load_knowledge(KNOWLEDGE)
+    view = asked(knowledge, plan.items)
+    original, *twins = (load(f"organism:bios{suffix}") for suffix in ("", "/twin-0", "/twin-1"))
+    references = References(original, tuple(twins))
+    with organism.open(knowledge) as model:
+        for task in tasks([{name: plan.budget} for name in missing]):
+
+            def build(folder: Path, task: Any = task) -> None:
+                started = time.process_time()
+                found = run(task, model, view, references)
+                write_json(folder / "measurement.json", found.to_json() | {"seconds": time.process_time() - started})
+
+            store.stage("measure", _key(plan, organism, task.name), build)
+
+
+def collected(plan: Plan, organism: Organism) -> Mapping[str, Mapping[str, Any]]:
+    """Verifier -> measurement (plain data) of one organism."""
+    store = Store(Path(plan.out))
+    return {name: read_json(store.place("measure", _key(plan, organism, name)) / "measurement.json")
+            for name in plan.verifiers}  # fmt: skip
+
+
+def document(plan: Plan, pool: Sequence[Organism], rows: Sequence[Row]) -> dict[str, Any]:
+    """What ``calibration.json`` holds: how it was made, the organisms, one entry per measure."""
+    return {
+        "budget": plan.budget, "items": plan.items, "knowledge": KNOWLEDGE, "versions": versions(),
+        "organisms": [{"name": o.name, "truth": o.truth, "role": o.role} for o in pool],
+        "measures": {row.name: row.to_json() for row in rows},
+    }  # fmt: skip
