@@ -11,14 +11,14 @@ from repforget.cli._output import print_json, print_table
 
 
 def command(
-    stage: Annotated[str | None, typer.Argument(help="locate, edit or verify; or a method.")] = None,
+    stage: Annotated[str | None, typer.Argument(help="locate, edit, verify or bench; or a method.")] = None,
     name: Annotated[str | None, typer.Argument(help="One method, explained in full.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
     as_json: o.AsJson = False,
 ) -> None:
     """List the methods of each stage, or explain one of them.
 
-    STAGE is locate, edit or verify; NAME is one of its methods, and may be given alone.
+    STAGE is locate, edit, verify or bench; NAME is one of its methods, and may be given alone.
     """
     from repforget.cli import _describe as d
 

@@ -41,3 +41,21 @@ def build(
         return
     for folder in made:
         typer.echo(str(folder))
+
+
+@app.command()
+def tofu(
+    folder: Annotated[Path, typer.Argument(help="Folder to write the files to.")],
+    seed: o.Seed = 0,
+    as_json: o.AsJson = False,
+) -> None:
+    """Write the organism's world in the schema of TOFU, for 'repforget bench tofu --data FOLDER'."""
+    from repforget.organism.tofu_files import write_tofu
+    from repforget.organism.world import make_world
+
+    made = write_tofu(make_world(seed), folder)
+    if as_json:
+        print_json({"files": [str(path) for path in made]})
+        return
+    for path in made:
+        typer.echo(str(path))
