@@ -24,7 +24,8 @@ PAIRS = [
     ("a b a b a", "b a b a b a"), ("New\n\nYork", "york NEW york"), ("dying lying skies news", "die lie sky new"),
     ("東京 Tokyo", "Tokyo 東京"), ("x " * 70 + "y", "y " + "x " * 90),
 ]  # fmt: skip
-texts = st.lists(st.sampled_from(["the", "authors", "wrote", "writing", "Ada's", "novel", "1956", "é", "\n"]), max_size=12)
+VOCABULARY = ["the", "authors", "wrote", "writing", "Ada's", "novel", "1956", "é", "\n"]
+texts = st.lists(st.sampled_from(VOCABULARY), max_size=12)
 
 
 def library(reference: str, prediction: str, stem: bool) -> dict[str, tuple[float, float, float]]:

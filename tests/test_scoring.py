@@ -10,11 +10,9 @@ from hypothesis import strategies as st
 from scoring_models import ARCHITECTURES, WORDS, byte_tokenizer, tiny, word_tokenizer
 
 from repforget.errors import KnowledgeError, NumericalError, UsageError
-from repforget.knowledge import Item
 from repforget.models.load import LoadedModel
 from repforget.scoring import (
     answer_logprobs,
-    answers_match,
     candidate_logprobs,
     encode,
     generate,
@@ -260,109 +258,6 @@ class TestCandidates:
     def test_one_list_per_prompt(self, model: LoadedModel) -> None:
         with pytest.raises(UsageError, match="one list of candidates per prompt"):
             candidate_logprobs(model, ["a", "the"], [[" Oslo"]])
-
-
-class TestGenerate:
-    PROMPTS = ("Ada Berg was born in", "the", "Q : is the city of Rome red ? A :", "Cora Dahl")
-
-    @pytest.mark.parametrize("kind", ARCHITECTURES)
-    def test_greedy_equals_repeated_full_passes(self, kind: str) -> None:
-        model = tiny(kind)
-        said = generate(model, self.PROMPTS, max_new_tokens=6)
-        for prompt, (text,) in zip(self.PROMPTS, said, strict=True):
-            ids = model.tokenizer(prompt)["input_ids"]
-            new: list[int] = []
-            while len(new) < 6:
-                with torch.no_grad():
-                    token = int(model.module(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax())
-                if token == 2:
-                    break
-                new.append(token)
-            assert (
-                text == model.tokenizer.decode(new, skip_special_tokens=True).lstrip().split("\n")[0].strip()
-            )
-
-    @given(st.permutations(range(4)), st.integers(1, 64))
-    @settings(max_examples=10, deadline=None)
-    def test_samples_do_not_depend_on_order_or_batch(self, order: list[int], budget: int) -> None:
-        options = {"samples": 3, "temperature": 1.0, "max_new_tokens": 5, "seed": 3}
-        whole = generate(_LLAMA, self.PROMPTS, **options)
-        parts = generate(_LLAMA, [self.PROMPTS[k] for k in order], token_budget=budget, **options)
-        assert parts == [whole[k] for k in order]
-
-    def test_seeds_and_occurrences_differ(self, model: LoadedModel) -> None:
-        options = {"samples": 4, "temperature": 1.5, "max_new_tokens": 6}
-        first = generate(model, ["Ada", "Ada"], seed=0, **options)
-        assert first == generate(model, ["Ada", "Ada"], seed=0, **options)
-        assert first[0] != first[1] and first != generate(model, ["Ada", "Ada"], seed=1, **options)
-        assert generate(model, ["Ada"], seed=0, **{**options, "samples": 2})[0] == first[0][:2]
-
-    def test_sampling_frequencies_follow_the_model(self, model: LoadedModel) -> None:
-        said = generate(
-            model, ["the city of"], samples=2000, temperature=1.0, max_new_tokens=1, token_budget=10**6
-        )[0]
-        top = max(set(said) - {""}, key=said.count)
-        expected = float(np.exp(answer_logprobs(model, [("the city of", " " + top)]).sum_logprob[0]))
-        assert said.count(top) / 2000 == pytest.approx(
-            expected, abs=4 * (expected * (1 - expected) / 2000) ** 0.5
-        )
-
-    def test_tiny_nucleus_is_greedy(self, model: LoadedModel) -> None:
-        sampled = generate(model, self.PROMPTS, temperature=1.0, top_p=1e-6, max_new_tokens=5)
-        assert sampled == generate(model, self.PROMPTS, max_new_tokens=5)
-
-    def test_stops_at_line_break_and_eos(self) -> None:
-        model = tiny("llama")
-        newline = model.tokenizer.get_vocab()["\n"]
-
-        def say(token: int) -> list[str]:
-            handle = model.module.lm_head.register_forward_hook(
-                lambda _m, _i, out: (
-                    torch.nn.functional.one_hot(torch.full(out.shape[:-1], token), out.shape[-1]) * 9.0
-                )
-            )
-            try:
-                return generate(model, ["Ada"], max_new_tokens=4)[0]
-            finally:
-                handle.remove()
-
-        assert say(2) == [""] and say(newline) == [""]
-        assert say(model.tokenizer.get_vocab()["Oslo"]) == ["Oslo Oslo Oslo Oslo"]
-
-    def test_empty_prompt_starts_from_bos(self, model: LoadedModel) -> None:
-        with torch.no_grad():
-            first = int(model.module(input_ids=torch.tensor([[1]])).logits[0, -1].argmax())
-        expected = model.tokenizer.decode([first], skip_special_tokens=True)
-        assert generate(model, [""], max_new_tokens=1) == [[expected]]
-
-    def test_refusals(self, model: LoadedModel) -> None:
-        with pytest.raises(UsageError, match="greedy"):
-            generate(model, ["Ada"], samples=2)
-        with pytest.raises(UsageError, match="top_p"):
-            generate(model, ["Ada"], top_p=0.0)
-        with pytest.raises(KnowledgeError, match="room"):
-            generate(model, ["the " * 60], max_new_tokens=16)
-
-
-class TestMatch:
-    ITEM = Item("1", "c", "Where ?", "New York", aliases=("NYC", "ニューヨーク"))
-
-    @pytest.mark.parametrize("text", ["New York", " new  york.", "\n'New-York', yes", "nyc!", "NEW YORK",
-                                      "ニューヨークです"])  # fmt: skip
-    def test_says_it(self, text: str) -> None:
-        assert answers_match(text, self.ITEM)
-
-    @pytest.mark.parametrize("text", ["", "New Yorker", "In New York", "New", "NYCs", "York New"])
-    def test_does_not(self, text: str) -> None:
-        assert not answers_match(text, self.ITEM)
-
-    def test_numbers_keep_their_points(self) -> None:
-        three = Item("1", "c", "How many ?", "3")
-        assert (
-            answers_match("3.", three)
-            and answers_match("3, or so", three)
-            and not answers_match("3.5", three)
-        )
 
 
 def test_remembered_encodings_follow_a_changed_tokenizer() -> None:

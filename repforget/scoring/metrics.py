@@ -86,7 +86,7 @@ def truth_ratio_cell(
         return np.maximum(0, 1 - r)
     if kind != "forget":
         raise UsageError(f"truth_ratio_cell knows the kinds 'forget' and 'utility', not {kind!r}.")
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
         return np.minimum(r, 1 / (r + epsilon))
 
 
