@@ -13,7 +13,7 @@ from hypothesis import strategies as some
 
 from repforget.errors import ControlError
 from repforget.records import Access, Evidence, ItemScores, Verdict
-from repforget.verify._claims import Rule, claims
+from repforget.verify._claims import Rule, claims, worst_items
 from repforget.verify.verdict import judge, outcome, worst_claim
 
 CLUSTERS, PER = 24, 8
@@ -226,6 +226,69 @@ def test_holm_takes_back_a_lone_lucky_failure() -> None:
     crowd = claims([*lone, *(knowledge(f"b{k}.x", noise=0.02) for k in range(19))], p_rule)
     assert crowd[0].status == "inconclusive"
     assert "Holm" in crowd[0].reason
+
+
+def shuffled(entry: Evidence, level: float) -> Evidence:
+    return dataclasses.replace(entry, arms={**entry.arms, "shuffled": column(level, 30)})
+
+
+def test_what_an_attack_elicits_of_exchanged_answers_is_the_floor() -> None:
+    entry = knowledge("soft_prompt.best", edit=0.3)
+    assert claims([entry], Rule())[0].status == "fail"
+    found = claims([shuffled(entry, 0.3)], Rule())[0]
+    assert found.status == "pass"
+    assert found.reason.endswith("floor: shuffled answers")
+    assert found.levels["floor"] == pytest.approx(0.3, abs=0.01)
+    assert claims([shuffled(entry, 0.01)], Rule())[0].reason.endswith("floor: twin")
+
+
+def test_an_attack_that_elicits_anything_has_no_power() -> None:
+    found = claims([shuffled(knowledge("soft_prompt.best", edit=0.9), 0.95)], Rule())[0]
+    assert found.status == "no power"
+
+
+def test_exchanged_answers_are_no_control_and_no_floor_of_quality() -> None:
+    verdict = judge([shuffled(knowledge(), 0.04), shuffled(collateral(), 0.3)])
+    assert verdict.outcome == "pass"
+    assert set(verdict.controls) == {"original", "placebo", "twin-1"}
+    assert "floor" not in verdict.claims[1].levels
+
+
+def test_a_pass_says_whether_it_is_equivalent_to_the_floor() -> None:
+    near = claims([knowledge(edit=0.06)], Rule())[0]
+    assert near.status == "pass"
+    assert "equivalent to the floor" in near.reason
+    silent = [knowledge("behaviour.exact_match", edit=edit, twins=0, prior=0.2, noise=0.1) for edit in (0.0, 0.16)]
+    below, unsure = claims(silent, Rule())
+    assert "over-unlearned by at least" in below.reason
+    assert "below the floor" in unsure.reason
+    assert unsure.rho_low < -0.05 < unsure.rho_high
+
+
+def test_the_margin_follows_the_noise_of_all_twins() -> None:
+    entry = knowledge()
+    third = dataclasses.replace(entry, arms={**entry.arms, "twin-2": column(0.15, 12)})
+    assert claims([third], Rule())[0].margin > claims([entry], Rule())[0].margin
+    levels = [third.arms[f"twin-{k}"].mean for k in range(3)]
+    gap = third.arms["original"].mean - np.mean(levels)
+    assert claims([third], Rule())[0].margin == pytest.approx((max(levels) - min(levels)) / gap, rel=1e-6)
+
+
+def test_the_worst_items_are_named_with_the_attack_that_found_them() -> None:
+    quiet, loud = knowledge(), knowledge("relearn.best_step")
+    values = loud.arms["edit"].values.copy()
+    values[[3, 77]] = 1.0, 0.8
+    told = ItemScores(IDS, NAMES, values, loud.arms["edit"].valid)
+    loud = dataclasses.replace(loud, arms={**loud.arms, "edit": told})
+    unheard = knowledge("relearn.nats", edit=0.9, votes=False)
+    blind = knowledge("relearn.blind", original=0.05, edit=0.9)
+    found = worst_items([quiet, loud, unheard, blind, collateral()])
+    assert len(found) == math.ceil(0.05 * len(IDS))
+    assert [item.id for item in found[:2]] == ["i003", "i077"]
+    assert {item.attack for item in found[:2]} == {"relearn.best_step"}
+    assert found[0].left == pytest.approx(0.95 / 0.9, abs=0.05)
+    assert found[0].cluster == "c00"
+    assert {item.attack for item in worst_items([quiet, loud], 500)} == {quiet.name, loud.name}
 
 
 @settings(max_examples=30)

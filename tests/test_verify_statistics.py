@@ -129,12 +129,6 @@ def test_a_vanishing_denominator_widens_and_never_narrows() -> None:
     assert found.low == -math.inf
 
 
-@pytest.mark.parametrize(("n", "upper"), [(20, 0.139), (40, 0.072), (100, 0.0295), (300, 0.0099), (1024, 0.0029)])
-def test_zero_events_upper_limits(n: int, upper: float) -> None:
-    assert st.zero_event_limit(n) == pytest.approx(upper, abs=6e-4)
-    assert st.zero_event_limit(0) == 1.0
-
-
 def test_holm_rejects_in_steps() -> None:
     assert st.holm([0.01, 0.04, 0.03]) == (True, False, False)
     assert st.holm([0.01, 0.02, 0.03]) == (True, True, True)
@@ -145,5 +139,7 @@ def test_p_value_agrees_with_the_limit() -> None:
     values = clustered(np.random.default_rng(8), 1)[0]
     found = st.mean_interval(values, NAMES)
     assert found.p_above(found.low) == pytest.approx(0.05, abs=0.02)
+    assert found.p_below(found.high) == pytest.approx(0.05, abs=0.02)
+    assert found.p_above(0.1) + found.p_below(0.1) == pytest.approx(1.0)
     assert st.mean_interval(np.ones(160), NAMES).p_above(0.5) == 0.0
     assert st.mean_interval(np.ones(160), NAMES).p_above(1.0) == 1.0

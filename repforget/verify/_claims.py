@@ -142,7 +142,7 @@ def _status(share: st.Interval, margin: float, forced: bool) -> tuple[ClaimStatu
         return "inconclusive", (f"over-unlearned: {-share.point:.1%} below the floor, so that the answer is avoided, "
                                 "which itself tells something")  # fmt: skip
     if share.high < margin:
-        below = {"within": f"equivalent to the floor, from {share.low:+.1%} to {share.high:+.1%} of it",
+        below = {"within": f"equivalent to the floor ({share.low:+.1%} to {share.high:+.1%})",
                  "below": f"over-unlearned by at least {-share.high:.1%}, since it declines to answer",
                  "not told": f"it may lie up to {-share.low:.1%} below the floor"}[side]  # fmt: skip
         return "pass", f"at most {share.high:.1%} is left, the margin is {margin:.1%}; {below}"

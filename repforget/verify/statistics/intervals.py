@@ -152,7 +152,7 @@ def bootstrap(
     effective = count - len(sizes) + 1
     shifts, variance = _leave_one_out(statistic, columns, groups)
     if effective < FEW_CLUSTERS:
-        return student(point, math.sqrt(variance), len(columns), effective, alpha)
+        return _student(point, math.sqrt(variance), len(columns), effective, alpha)
     generator = np.random.default_rng([seed, count, draws])
     values = np.empty(draws)
     for draw in range(draws):
@@ -160,10 +160,10 @@ def bootstrap(
         values[draw] = statistic(columns[np.concatenate(rows)])
     level = expanded_level(alpha, effective)
     low, high = (level, 1.0 - level) if method == "percentile" else _bca_levels(level, point, values, shifts)
-    return from_draws(point, values, (low, high), len(columns), count)
+    return _from_draws(point, values, (low, high), len(columns), count)
 
 
-def from_draws(point: float, values: Array, levels: tuple[float, float], n: int, count: int) -> Interval:
+def _from_draws(point: float, values: Array, levels: tuple[float, float], n: int, count: int) -> Interval:
     """Limits at two quantiles of resampled ``values``; an undefined draw counts against both limits."""
     lost = ~np.isfinite(values)
     low = float(np.quantile(np.where(lost, -np.inf, values), levels[0], method="lower"))
@@ -172,7 +172,7 @@ def from_draws(point: float, values: Array, levels: tuple[float, float], n: int,
     return Interval(point, min(low, point), max(high, point), se, n, count)
 
 
-def student(point: float, se: float, n: int, count: int, alpha: float) -> Interval:
+def _student(point: float, se: float, n: int, count: int, alpha: float) -> Interval:
     """Student's t limits with ``count`` - 1 degrees of freedom around a point."""
     if not math.isfinite(se):
         return Interval(point, -math.inf, math.inf, math.inf, n, count)

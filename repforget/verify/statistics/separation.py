@@ -8,18 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 
-from repforget.verify.statistics.intervals import (
-    ALPHA,
-    DRAWS,
-    FEW_CLUSTERS,
-    Array,
-    Interval,
-    expanded_level,
-    from_draws,
-    student,
-)
+from repforget.verify.statistics.intervals import ALPHA, DRAWS, Array, Interval
 from repforget.verify.statistics.proportions import zero_event_limit
 
 _BLOCK = 2_000_000  # entries of the matrix of item weights held at once
@@ -135,28 +126,24 @@ def _sides(clusters_high: Sequence[str], clusters_low: Sequence[str]) -> _Sides:
 
 
 def _interval(point: float, evaluate: Evaluate, sides: _Sides, alpha: float, draws: int, seed: int) -> Interval:
-    """Limits of a statistic of cluster weights: a bootstrap, or Student's t where there are few clusters."""
+    """Student's t limits on the logit scale, where such a share has little skew; its error from resampled clusters."""
     n, total = len(sides.high) + len(sides.low), sides.total
     groups = [np.arange(total)] if sides.shared else [np.unique(sides.high), np.unique(sides.low)]
-    effective = total - len(groups) + 1
-    if min(map(len, groups)) < 2:
+    fewest = min(map(len, groups))
+    if fewest < 2:
         return Interval(point, 0.0, 1.0, math.inf, n, total)
-    if effective < FEW_CLUSTERS:
-        variance = 0.0
-        for group in groups:
-            without = np.ones((len(group), total))
-            without[np.arange(len(group)), group] = 0.0
-            values = evaluate(without)
-            variance += (len(group) - 1) / len(group) * float(((values - values.mean()) ** 2).sum())
-        found = student(point, math.sqrt(variance), n, effective, alpha)
-    else:
-        generator = np.random.default_rng([seed, total, draws])
-        weights = np.zeros((draws, total))
-        for group in groups:
-            weights[:, group] = generator.multinomial(len(group), np.full(len(group), 1 / len(group)), size=draws)
-        level = expanded_level(alpha, effective)
-        found = from_draws(point, evaluate(weights), (level, 1 - level), n, total)
-    # At the edge hardly a draw moves; the limit is then at least that of zero events among the fewer clusters.
-    room = zero_event_limit(min(map(len, groups)), alpha) if point in (0.0, 1.0) else 0.0
-    low, high = min(found.low, point - room), max(found.high, point + room)
-    return Interval(point, max(low, 0.0), min(high, 1.0), found.se, n, total)
+    if point in (0.0, 1.0):
+        # At the edge hardly a draw moves: the limit is that of zero events among the fewer clusters.
+        room = zero_event_limit(fewest, alpha)
+        return Interval(point, max(point - room, 0.0), min(point + room, 1.0), 0.0, n, total)
+    generator, weights = np.random.default_rng([seed, total, draws]), np.zeros((draws, total))
+    for group in groups:
+        weights[:, group] = generator.multinomial(len(group), np.full(len(group), 1 / len(group)), size=draws)
+    values = evaluate(weights)
+    lost = np.isnan(values)
+    if lost.mean() > alpha:
+        return Interval(point, 0.0, 1.0, math.inf, n, total)
+    se = float(values[~lost].std(ddof=1)) * math.sqrt(fewest / (fewest - 1))
+    reach = float(stats.t.isf(alpha, total - len(groups))) * se / (point * (1.0 - point))
+    low, high = special.expit(special.logit(point) + np.array([-reach, reach]))
+    return Interval(point, float(low), float(high), se, n, total)
