@@ -67,7 +67,7 @@ def cells(name: str, scored: Scored, *, mean: Mean = "geometric", compat: Compat
     return {cell: scored.items(found) for cell, found in values.items()}
 
 
-def model_utility(sets: Mapping[str, Mapping[str, ItemScores]], *, seed: int = 0) -> Metric:
+def model_utility(sets: Mapping[str, Mapping[str, ItemScores]], *, seed: int = 0, draws: int = 2000) -> Metric:
     """Harmonic mean of the nine cells with limits from resampled clusters, each set's within the set.
 
     Dominated by its smallest cell and 0 where one is 0; on TOFU's own sets the limits are about 0.03 wide each way,
@@ -85,7 +85,7 @@ def model_utility(sets: Mapping[str, Mapping[str, ItemScores]], *, seed: int = 0
         known = ~np.isnan(rows)
         return float(metrics.harmonic_mean(np.nansum(rows, axis=0) / np.maximum(known.sum(0), 1)))
 
-    found = bootstrap(utility, columns, clusters, strata=strata, alpha=LEVEL, seed=seed)
+    found = bootstrap(utility, columns, clusters, strata=strata, alpha=LEVEL, draws=draws, seed=seed)
     zero = [f"{name}.{cell}" for name, cell, scores in parts if scores.mean == 0.0]
     return Metric("model_utility", found.point, found.low, found.high, found.n_items, found.n_clusters,
                   note=f"0 because {' and '.join(zero)} is 0" if zero else "", token_based=True)  # fmt: skip
@@ -132,12 +132,14 @@ def forget_quality(mine: ItemScores, theirs: ItemScores, *, unpaired: bool = Fal
     quality = Metric(QUALITY[0], test.p, n_items=len(ids), n_clusters=count, note=said)
     if not paired:
         return [quality, *(not_computed(name, "the reference answered other questions") for name in QUALITY[1:])]
+    least = 2.0 ** (1 - count)  # swapping every cluster gives the same statistic as swapping none
+    weak = f"; with so few clusters it cannot reach below {least:.2g}" if least > 0.01 else ""
     swap = swap_permutation(left, right, ids_x=ids, ids_y=ids_right, clusters=clusters, seed=seed)
     found = mean_interval(left - right, clusters, alpha=LEVEL, seed=seed)
     return [
         quality,
         Metric(QUALITY[1], swap.p, n_items=len(ids), n_clusters=count,
-               note=f"{swap.permutations} label swaps within {count} clusters"),
+               note=f"{swap.permutations} label swaps of {count} clusters{weak}"),
         Metric(QUALITY[2], found.point, found.low, found.high, len(ids), count, "reference",
                ItemScores.of(ids, clusters, (left - right).tolist()), "ln R minus the reference's; 0 = like it"),
     ]  # fmt: skip
