@@ -166,3 +166,5 @@ def test_a_sample_size_before_and_after_measuring_agree() -> None:
     needed = st.items_needed(st.mean_interval(values, names), 0.05)
     assert needed == pytest.approx(planned, rel=0.02)
     assert st.items_needed(st.mean_interval(values, names), 0.0) is None
+    assert st.sample_size(1.0, 0.1) == math.ceil((1.6449 + 0.8416) ** 2 * 100)
+    assert st.sample_size(1.0, 0.1, alpha=0.025) > st.sample_size(1.0, 0.1)

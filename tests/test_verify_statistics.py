@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -143,3 +145,8 @@ def test_p_value_agrees_with_the_limit() -> None:
     assert found.p_above(0.1) + found.p_below(0.1) == pytest.approx(1.0)
     assert st.mean_interval(np.ones(160), NAMES).p_above(0.5) == 0.0
     assert st.mean_interval(np.ones(160), NAMES).p_above(1.0) == 1.0
+
+
+def test_nothing_here_knows_a_model() -> None:
+    code = "import sys, repforget.verify.statistics; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

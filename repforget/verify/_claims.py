@@ -178,7 +178,7 @@ def _claim(evidence: Evidence, rule: Rule, target: str, twins: Sequence[str]) ->
         share = st.ratio_interval(lost, data.original, data.clusters, alpha=rule.alpha, draws=rule.draws,
                                   seed=rule.seed)
         status, reason = _loss_status(share, margin)
-    needed = st.items_needed(share, margin)
+    needed = st.items_needed(share, margin, alpha=rule.alpha)
     if status == "inconclusive" and needed is not None and needed > share.n_items:
         reason += f"; about {needed} items would be needed to show it"
     claim = replace(base, status=status if evidence.votes else "descriptive", reason=reason, margin=margin,

@@ -6,28 +6,37 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
 
-from repforget.verify.statistics.intervals import Array, Interval
+from repforget.verify.statistics.intervals import ALPHA, Array, Interval
 
-POWER_Z = 1.645 + 0.84  # one-sided 5 % test with 80 % power
-POWER_Z_BOTH = 1.645 + 1.282  # the same power for both one-sided tests of an equivalence, 10 % lost on each side
+POWER = 0.8
 
 
-def items_needed(interval: Interval, margin: float, *, both_sides: bool = False) -> int | None:
-    """Items of the same kind for 80 % power to show a true value of zero to lie below ``margin``.
+def items_needed(
+    interval: Interval, margin: float, *, alpha: float = ALPHA, both_sides: bool = False
+) -> int | None:  # fmt: skip
+    """Items of the same kind for 80 % power to show a true value of zero to lie below ``margin`` at level ``alpha``.
 
-    n = (1.645 + 0.84)^2 * variance * design effect / margin^2; the squared standard error times n already holds both.
-    ``both_sides``: to show it to lie within (-margin, margin).
+    n = (z_alpha + z_power)^2 * variance * design effect / margin^2, at 5 % (1.645 + 0.84)^2; the squared standard
+    error times n already holds both.  ``both_sides``: to show it to lie within (-margin, margin), where half of what
+    may be missed is missed on each side.  None where there is no spread or no margin.
     """
     if not math.isfinite(interval.se) or interval.se == 0.0 or margin <= 0.0:
         return None
-    z = POWER_Z_BOTH if both_sides else POWER_Z
-    return math.ceil((z * interval.se / margin) ** 2 * interval.n_items)
+    return math.ceil((_reach(alpha, both_sides) * interval.se / margin) ** 2 * interval.n_items)
 
 
-def sample_size(sd: float, margin: float, effect: float = 1.0) -> int:
+def sample_size(
+    sd: float, margin: float, effect: float = 1.0, *, alpha: float = ALPHA, both_sides: bool = False
+) -> int:  # fmt: skip
     """The same number from a standard deviation of items and a design ``effect``, before anything is measured."""
-    return math.ceil((POWER_Z * sd / margin) ** 2 * effect)
+    return math.ceil((_reach(alpha, both_sides) * sd / margin) ** 2 * effect)
+
+
+def _reach(alpha: float, both_sides: bool) -> float:
+    missed = (1.0 - POWER) / (2.0 if both_sides else 1.0)
+    return float(stats.norm.isf(alpha) + stats.norm.isf(missed))
 
 
 def icc(values: Array, clusters: Sequence[str]) -> float:

@@ -41,22 +41,24 @@ def auc_interval(
 ) -> Interval:  # fmt: skip
     """:func:`auc` with one-sided limits from resampled clusters.
 
-    Clusters named on both sides are drawn together (the same items on two models), else each side by itself.
+    Clusters named on both sides are drawn together (the same items on two models), else each side by itself.  Costs
+    one (draws x clusters) x (clusters x clusters) product.
     """
     if len(high) == 0 or len(low) == 0:
         return Interval(math.nan, 0.0, 1.0, math.inf, len(high) + len(low), 0)
     sides = _sides(clusters_high, clusters_low)
-    wins = np.zeros((sides.total, sides.total))
-    for cluster in np.unique(sides.low):
+    rows, row, upper = np.unique(sides.high, return_inverse=True, return_counts=True)
+    columns, lower = np.unique(sides.low, return_counts=True)
+    wins = np.empty((len(rows), len(columns)))
+    for place, cluster in enumerate(columns):
         others = np.sort(low[sides.low == cluster])
         won = np.searchsorted(others, high, "left") + np.searchsorted(others, high, "right")
-        wins[:, cluster] = np.bincount(sides.high, won / 2, minlength=sides.total)
-    upper, lower = (np.bincount(i, minlength=sides.total).astype(np.float64) for i in (sides.high, sides.low))
+        wins[:, place] = np.bincount(row, won / 2)
 
     def evaluate(weights: Array) -> Array:
-        pairs = (weights @ upper) * (weights @ lower)
+        above, below = weights[:, rows], weights[:, columns]
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.asarray(((weights @ wins) * weights).sum(axis=1) / pairs)
+            return np.asarray(((above @ wins) * below).sum(axis=1) / ((above @ upper) * (below @ lower)))
 
     return _interval(auc(high, low), evaluate, sides, alpha, draws, seed)
 
