@@ -1,13 +1,15 @@
 """Matched non-members: texts of the same form that were never trained on, and where a forget item stands among them.
 
-Sign convention of the whole family: a higher score means "more likely a member".
+Sign convention of the whole family: a higher score means "more likely a member".  No value of the family votes: where
+nothing is known a standing is uniform in [0, 1], a spread of 0.29 in a range of 0.5, so that the usual margin of 0.05
+would take some 1600 items; probabilities among alternatives measure the same with far fewer.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from repforget.errors import KnowledgeError
 from repforget.knowledge import Item, Knowledge
 from repforget.models.load import LoadedModel
+from repforget.scoring import token_scores
 from repforget.verify import statistics as st
 from repforget.verify.arms import References
 
@@ -157,11 +160,14 @@ def outsiders(model: LoadedModel, references: References) -> tuple[LoadedModel, 
     return others or references.twins
 
 
-def kept(
-    references: References, what: str, twin: LoadedModel, found: Texts, score: Callable[[LoadedModel], Array]
-) -> Array:
-    """``score(twin)``, computed once for all arms that ask the same texts."""
-    return references.once((what, twin.fingerprint, id(twin), found.pairs), lambda: score(twin))
+def confidence(model: LoadedModel, pairs: Sequence[Pair]) -> Array:
+    """Mean log-probability per answer token [m], prompts of several answers computed once."""
+    return token_scores(model, pairs).mean_logprob
+
+
+def kept_confidence(references: References, twin: LoadedModel, found: Texts) -> Array:
+    """:func:`confidence` of a twin, computed once for all arms and attacks that ask the same texts."""
+    return references.once(("confidence", id(twin), found.pairs), lambda: confidence(twin, found.pairs))
 
 
 def log_loss(mean_logprob: Array) -> Array:

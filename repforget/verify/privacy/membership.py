@@ -12,7 +12,6 @@ from repforget.knowledge import Item, View
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress, track
 from repforget.records import Measurement
-from repforget.scoring import answer_logprobs
 from repforget.scoring.metrics import min_k, min_k_plus_plus, zlib_score
 from repforget.scoring.tokens import token_scores
 from repforget.verify import _asking as ask
@@ -52,8 +51,8 @@ def membership(
     ``min_k_plus_plus`` the same on standardised ones (Zhang et al. 2024, arXiv 2404.02936); ``recall``
     l(after ``shots`` false facts) / l (Xie et al. 2024, arXiv 2406.15968); ``reference`` l(twins) - l, only where
     there are twins (a twin is compared with the other twins; a single one with itself, which is chance).  Facts: true
-    positives at 1 % and 0.1 % false positives.  Cost: three passes over items x forms x (1 + ``alternatives``) short
-    texts, and one per twin once for all arms.
+    positives at 1 % and 0.1 % false positives.  Cost: three passes over items x ``forms`` prompts with a short row per
+    alternative, and one such pass per twin once for all arms.
 
     Chance does not show that nothing is left: an average hides the worst items, and a value far below chance gives a
     forgotten item away as surely as one above it.
@@ -66,11 +65,11 @@ def membership(
     next(steps)
     loss = matched.log_loss(raw["loss"])
     lowered = [(p.lower(), c.lower()) for p, c in found.pairs]
-    raw["lowercase"] = matched.log_loss(answer_logprobs(model, lowered).mean_logprob) - loss
+    raw["lowercase"] = matched.log_loss(matched.confidence(model, lowered)) - loss
     next(steps)
     fronts = false_facts(view, shots, seed)
     after = [(fronts[kind] + p, c) for (p, c), kind in zip(found.pairs, found.kinds, strict=True)]
-    raw["recall"] = matched.log_loss(answer_logprobs(model, after).mean_logprob) - loss
+    raw["recall"] = matched.log_loss(matched.confidence(model, after)) - loss
     if references.twins:
         raw["reference"] = raw["loss"] - _untrained(model, references, found)
     list(steps)
@@ -95,9 +94,7 @@ def _shared(model: LoadedModel, found: matched.Texts, k: float) -> dict[str, Arr
 
 def _untrained(model: LoadedModel, references: References, found: matched.Texts) -> Array:
     """Mean log-probability per answer token of the twins [rows], mean over twins."""
-    rows = [matched.kept(references, "membership", twin, found,
-                         lambda t: answer_logprobs(t, found.pairs).mean_logprob)
-            for twin in matched.outsiders(model, references)]  # fmt: skip
+    rows = [matched.kept_confidence(references, twin, found) for twin in matched.outsiders(model, references)]
     return np.mean(rows, axis=0)  # type: ignore[no-any-return]
 
 

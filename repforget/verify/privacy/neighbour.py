@@ -26,6 +26,7 @@ BUDGETS: Budgets = {
     "thorough": {"neighbours": 25, "alternatives": 63, "max_items": 400},
 }
 PART = 16  # items asked at once
+WORD_MARKS = "Ġ▁ #"  # how tokenizers mark that a piece begins (or, #, does not begin) a word
 Array = NDArray[np.float64]
 
 
@@ -37,7 +38,7 @@ def neighbour(
     """Compare an answer's loss with its mean loss after ``neighbours`` prompts that differ in a few tokens.
 
     A neighbour has a share ``swapped`` of its tokens exchanged for one of the ``nearest`` by cosine of the original's
-    input embeddings (of the same shape: word start and letters); all arms are asked the same texts.  The score, in
+    input embeddings (which begin a word, and end in a letter, alike); all arms are asked the same texts.  The score, in
     nats per answer token, is the mean loss after neighbours minus the loss itself, higher = member; the value is the
     share of the relation's ``alternatives`` other answers that score lower, ties half.  What an answer is worth without
     the question cancels, so the prior is 0.5.  Source: Mattern et al. 2023, arXiv 2305.18462, whose neighbours come
@@ -110,7 +111,7 @@ def _closest(model: LoadedModel, tokens: Sequence[int], nearest: int) -> dict[in
     weight = model.module.get_input_embeddings().weight.detach()
     pieces = model.tokenizer.convert_ids_to_tokens(list(range(min(len(weight), len(model.tokenizer)))))
     special = set(model.tokenizer.all_special_ids)
-    shapes = [None if k in special or piece is None else (piece[:1].isalnum(), piece[-1:].isalpha())
+    shapes = [None if k in special or not piece else (piece[0] in WORD_MARKS, piece[-1].isalpha())
               for k, piece in enumerate(pieces)]  # fmt: skip
     size = weight.float().norm(dim=1).clamp_min(1e-12)
     out = {}

@@ -9,7 +9,6 @@ from repforget.knowledge import View
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress, track
 from repforget.records import Measurement
-from repforget.scoring import answer_logprobs
 from repforget.verify import _asking as ask
 from repforget.verify.arms import Budgets, MeasureInfo, References
 from repforget.verify.privacy import _matched as matched
@@ -36,7 +35,7 @@ def rmia(
     the mean over twins; the population z is every item's matched non-members (``alternatives`` other answers each, or
     ``holdout``), pooled.  Ties count half, 0.5 is chance, mean over ``forms``.  A twin is weighed against the other
     twins; a single one against itself.  Source: Zarifzadeh et al. 2023, arXiv 2312.03262.  Cost: one pass over items x
-    ``forms`` x (1 + ``alternatives``) texts, and one per twin once for all arms.
+    ``forms`` prompts with a short row per alternative, and one such pass per twin once for all arms.
 
     With one or two twins the ratio is coarse; chance does not show that no other reference would tell.
     """
@@ -47,9 +46,9 @@ def rmia(
         raise UsageError(f"Verifier 'rmia' needs 0 <= a <= 1, got {a}.")
     items = ask.limited(view.forget, max_items, seed)
     found = matched.texts(items, view.knowledge, forms=forms, limit=alternatives, asked=asked, holdout=holdout)
-    outside = [matched.kept(references, "rmia", twin, found, lambda t: answer_logprobs(t, found.pairs).mean_logprob)
-               for twin in track(progress, matched.outsiders(model, references), "asking the twins")]  # fmt: skip
-    own = answer_logprobs(model, found.pairs).mean_logprob
+    twins = track(progress, matched.outsiders(model, references), "asking the twins")
+    outside = [matched.kept_confidence(references, twin, found) for twin in twins]
+    own = matched.confidence(model, found.pairs)
     ratio = rmia_ratio(own, np.stack(outside), a)
     share = dominated(ratio[found.members], ratio[found.strangers])
     values = [_mean([s for s, t in zip(share, found.trials, strict=True) if t.item == k]) for k in range(len(items))]
