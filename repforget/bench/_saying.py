@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,3 +56,15 @@ def plain(values: Sequence[float] | NDArray[np.float64]) -> list[float | None]:
 def numbers(values: Sequence[float | None]) -> NDArray[np.float64]:
     """The inverse of :func:`plain`."""
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def whole_text(tokenizer: Any, text: str) -> tuple[str, str]:
+    """The text as (prompt, continuation) such that every token with one before it is scored.
+
+    A tokenizer that puts a token in front predicts the text from its first token on, any other from its second.
+    """
+    coded = tokenizer(text, return_offsets_mapping=bool(tokenizer.is_fast), return_special_tokens_mask=True)
+    if coded["special_tokens_mask"][:1] == [1]:
+        return "", text
+    first = coded["offset_mapping"][0][1] if tokenizer.is_fast else len(tokenizer.decode(coded["input_ids"][:1]))
+    return text[:first], text[first:]
