@@ -45,15 +45,16 @@ class Scores:
     loss: Array  # [n] mean nats per token
     hits: tuple[str, ...]  # n strings, "1" where the token is the arg max
     membership: Mapping[str, Array]  # attack -> [n], higher = rather a member
+    eos: bool  # the end token is the last of each
 
     def to_json(self) -> dict[str, Any]:
-        return {"loss": self.loss.tolist(), "hits": list(self.hits),
+        return {"loss": self.loss.tolist(), "hits": list(self.hits), "eos": self.eos,
                 "membership": {name: values.tolist() for name, values in self.membership.items()}}  # fmt: skip
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Scores:
         arrays = {name: np.array(values, dtype=np.float64) for name, values in data["membership"].items()}
-        return cls(np.array(data["loss"], dtype=np.float64), tuple(data["hits"]), arrays)
+        return cls(np.array(data["loss"], dtype=np.float64), tuple(data["hits"]), arrays, data["eos"])
 
 
 def tokenizer_digest(model: LoadedModel) -> str:
@@ -98,7 +99,7 @@ def asked(model: LoadedModel, pairs: Sequence[tuple[str, str]], form: Form, *, m
         )  # fmt: skip
         membership = dict(zip(ATTACKS, values, strict=True))
     hits = tuple("".join("1" if hit else "0" for hit in row) for row in scored.hits)
-    return Scores(-scored.mean_logprob, hits, membership)
+    return Scores(-scored.mean_logprob, hits, membership, eos)
 
 
 def recalls(

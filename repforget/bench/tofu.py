@@ -87,15 +87,16 @@ def tofu(
     said = {name: part(f"{name}-said", partial(_said, model, q, form, progress)) for name, q in sets.items()}
     scored = {name: _scored(q, answers[name], said[name]["recall"]) for name, q in sets.items()}
     cells = {name: t.cells(name, s, mean=truth_ratio, compat=compat) for name, s in scored.items()}
-    found = [metric for name, group in cells.items() for metric in t.means(name, group, seed=seed)]
+    ratio = scored["forget"].items(t.log_truth_ratio(scored["forget"], mean=truth_ratio, compat=compat))
+    found = [t.model_utility(cells, seed=seed), *_against(reference, ratio, model, unpaired, seed)]
+    found += [metric for name, group in cells.items() for metric in t.means(name, group, seed=seed)]
     found += _forgotten(scored["forget"], answers["forget"], said["forget"], compat, seed)
     loss = scored["retain"].items(scored["retain"].loss)
-    found += [mean_metric("retain.loss", loss, better="lower", token_based=True, seed=seed),
-              t.model_utility(cells, seed=seed)]  # fmt: skip
-    ratio = scored["forget"].items(t.log_truth_ratio(scored["forget"], mean=truth_ratio, compat=compat))
-    found.append(mean_metric("forget.log_truth_ratio", ratio, better="reference", token_based=True, seed=seed,
-                             note="ln R: below 0 where the model prefers the truth"))  # fmt: skip
-    found += _against(reference, ratio, model, unpaired, seed)
+    found += [
+        mean_metric("forget.log_truth_ratio", ratio, better="reference", token_based=True, seed=seed,
+                    note="ln R: below 0 where the model prefers the truth"),
+        mean_metric("retain.loss", loss, better="lower", token_based=True, seed=seed),
+    ]  # fmt: skip
     found += _membership(model, forget, outside, form, part, seed)
     found += _aggregates(found, reference)
     counts = _counts(sets, outside, answers, said)
@@ -186,6 +187,7 @@ def _answers(model: LoadedModel, group: Sequence[Question], form: Card) -> dict[
     return {
         "loss": got.loss[[a for a, _ in owner]].tolist(), "instead": got.loss[[a + 1 for a, _ in owner]].tolist(),
         "wrong": wrong, "otherwise": last, "hits": [got.hits[a] for a, _ in owner],
+        "eos": got.eos,
     }  # fmt: skip
 
 
@@ -215,10 +217,11 @@ def _forgotten(
 ) -> list[Metric]:
     """What else is known of the forget set: loss, verbatim memory, and the same in other words."""
     peer = compat == "open-unlearning"
+    drop = peer or answers["eos"]  # the end token is no part of what is memorised; the peer drops the last in any case
     hits = [np.array([sign == "1" for sign in line], dtype=np.float64) for line in answers["hits"]]
     values: dict[str, Any] = {
-        "loss": scored.loss, "exact_memorization": metrics.exact_memorization(hits, drop_last=peer),
-        "extraction_strength": metrics.extraction_strength(hits, drop_last=peer, ou_compat=peer),
+        "loss": scored.loss, "exact_memorization": metrics.exact_memorization(hits, drop_last=drop),
+        "extraction_strength": metrics.extraction_strength(hits, drop_last=drop, ou_compat=peer),
         "probability_paraphrased": metrics.probability(-scored.instead),
         "knowledge": metrics.truth_ratio(scored.instead, scored.wrong, form="knowledge", epsilon=t.EPSILON[compat]),
         "probability_asked_otherwise": np.exp(-np.array(answers["otherwise"], dtype=np.float64)),
