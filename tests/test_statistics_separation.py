@@ -34,7 +34,8 @@ def test_the_limits_of_the_auc_cover(clusters: int, shift: float) -> None:
     high, low = scores(generator, clusters, shift), scores(generator, clusters, 0.0)
     sides = names("h", clusters), names("l", clusters)
     found = [st.auc_interval(a, b, *sides, alpha=0.025, draws=300) for a, b in zip(high, low, strict=True)]
-    assert 0.93 <= np.mean([i.low <= truth <= i.high for i in found]) <= 0.98
+    covered = np.mean([i.low <= truth <= i.high for i in found])
+    assert 0.93 <= covered <= (0.97 if clusters >= st.FEW_CLUSTERS else 1.0)
 
 
 def test_shared_clusters_are_drawn_together() -> None:
@@ -111,6 +112,9 @@ def test_strata_are_resampled_each_by_itself() -> None:
     clusters = [str(k) for k in range(40)]
     assert st.bootstrap(np.mean, values, clusters, strata=["a"] * 20 + ["b"] * 20).se == 0.0
     assert st.bootstrap(np.mean, values, clusters).se > 0.05
+    noisy = values + 0.1 * np.random.default_rng(0).standard_normal(40)
+    few = st.bootstrap(np.mean, noisy, clusters, strata=["a"] * 3 + ["b"] * 37)
+    assert few.high - few.point == pytest.approx(scipy_stats.t.isf(0.05, 2) * few.se), "as sure as the smallest set"
 
 
 def test_an_undefined_statistic_widens() -> None:

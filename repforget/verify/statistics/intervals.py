@@ -138,27 +138,29 @@ def bootstrap(
 
     ``statistic`` gets the rows of the drawn clusters and returns a number (NaN: undefined there, which widens).
     ``strata`` (one name per row) are resampled each by itself, for statistics over several sets of items.  "bca"
-    corrects bias and skew (Efron 1987).  With fewer than ten clusters: Student's t around the point, its error by
-    leaving out one cluster at a time.  Costs ``draws`` + clusters calls; :func:`ratio_interval` is far faster.
+    corrects bias and skew (Efron 1987).  With fewer than ten clusters in a stratum: Student's t around the point,
+    its error by leaving out one cluster at a time.  Costs ``draws`` + clusters calls; :func:`ratio_interval` is
+    far faster.
     """
     columns, point = np.asarray(columns, np.float64), math.nan
     groups = _groups(clusters, strata)
     sizes = [len(members) for members in groups]
-    count = sum(sizes)
+    count, fewest = sum(sizes), min(sizes, default=0)
     if len(columns):
         point = float(statistic(columns))
-    if not sizes or min(sizes) < 2 or not math.isfinite(point):
+    if fewest < 2 or not math.isfinite(point):
         return Interval(point, -math.inf, math.inf, math.inf, len(columns), count)
-    effective = count - len(sizes) + 1
     shifts, variance = _leave_one_out(statistic, columns, groups)
-    if effective < FEW_CLUSTERS:
-        return _student(point, math.sqrt(variance), len(columns), effective, alpha)
+    if fewest < FEW_CLUSTERS:
+        se = math.sqrt(variance) if math.isfinite(variance) else math.inf
+        reach = float(stats.t.isf(alpha, fewest - 1)) * se
+        return Interval(point, point - reach, point + reach, se, len(columns), count)
     generator = np.random.default_rng([seed, count, draws])
     values = np.empty(draws)
     for draw in range(draws):
         rows = [group[i] for group in groups for i in generator.integers(0, len(group), len(group))]
         values[draw] = statistic(columns[np.concatenate(rows)])
-    level = expanded_level(alpha, effective)
+    level = expanded_level(alpha, fewest)
     low, high = (level, 1.0 - level) if method == "percentile" else _bca_levels(level, point, values, shifts)
     return _from_draws(point, values, (low, high), len(columns), count)
 
@@ -170,14 +172,6 @@ def _from_draws(point: float, values: Array, levels: tuple[float, float], n: int
     high = float(np.quantile(np.where(lost, np.inf, values), levels[1], method="higher"))
     se = math.inf if lost.all() else float(values[~lost].std(ddof=1))
     return Interval(point, min(low, point), max(high, point), se, n, count)
-
-
-def _student(point: float, se: float, n: int, count: int, alpha: float) -> Interval:
-    """Student's t limits with ``count`` - 1 degrees of freedom around a point."""
-    if not math.isfinite(se):
-        return Interval(point, -math.inf, math.inf, math.inf, n, count)
-    reach = float(stats.t.isf(alpha, count - 1)) * se
-    return Interval(point, point - reach, point + reach, se, n, count)
 
 
 def _groups(clusters: Sequence[str], strata: Sequence[str] | None) -> list[list[NDArray[np.int64]]]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special, stats
 
-from repforget.verify.statistics.intervals import ALPHA, DRAWS, Array, Interval
+from repforget.verify.statistics.intervals import ALPHA, DRAWS, FEW_CLUSTERS, Array, Interval
 from repforget.verify.statistics.proportions import zero_event_limit
 
 _BLOCK = 2_000_000  # entries of the matrix of item weights held at once
@@ -146,6 +146,7 @@ def _interval(point: float, evaluate: Evaluate, sides: _Sides, alpha: float, dra
     if lost.mean() > alpha:
         return Interval(point, 0.0, 1.0, math.inf, n, total)
     se = float(values[~lost].std(ddof=1)) * math.sqrt(fewest / (fewest - 1))
-    reach = float(stats.t.isf(alpha, total - len(groups))) * se / (point * (1.0 - point))
+    freedom = total - len(groups) if fewest >= FEW_CLUSTERS else fewest - 1
+    reach = float(stats.t.isf(alpha, freedom)) * se / (point * (1.0 - point))
     low, high = special.expit(special.logit(point) + np.array([-reach, reach]))
     return Interval(point, float(low), float(high), se, n, total)
