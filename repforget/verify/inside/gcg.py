@@ -31,7 +31,7 @@ BUDGETS: Budgets = {
     "quick": {"tokens": 2, "steps": 2, "checks": 1, "candidates": 8, "top": 8, "alternatives": 7, "max_taught": 4,
               "max_items": 32},
     "standard": {},
-    "thorough": {"tokens": 20, "steps": 100, "checks": 5, "candidates": 128, "top": 256, "alternatives": 63},
+    "thorough": {"tokens": 10, "steps": 64, "checks": 4, "candidates": 96, "top": 256, "alternatives": 63},
 }  # fmt: skip
 AT_ONCE = 8192  # tokens of candidates scored in one pass
 TRIES = 1000  # tokens tried for one place of the first suffix

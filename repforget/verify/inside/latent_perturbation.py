@@ -31,7 +31,7 @@ JOINS = "thorough"
 BUDGETS: Budgets = {
     "quick": {"steps": 2, "points": 1, "alternatives": 7, "max_taught": 16, "max_items": 32},
     "standard": {},
-    "thorough": {"steps": 32, "points": 5, "alternatives": 63, "max_taught": 128, "max_items": 400},
+    "thorough": {"steps": 32, "points": 7, "alternatives": 63, "max_taught": 128, "max_items": 400},
 }
 Array = NDArray[np.float64]
 
@@ -47,8 +47,8 @@ def latent_perturbation(
     At layer l and position t the state h that enters the block gets ``u * rms(h)`` with ||u||_2 <= eps; rms(h) =
     ||h||_2 / sqrt(width), of the arm's own unperturbed state there, so that eps = sqrt(width) is as long as h.
     Position 0 and the answer stay as they are; all ``layers`` are perturbed at once.  ``points`` sizes up to
-    ``epsilon`` are tried in rising order, each with ``steps`` normalised steps of 2.5 eps / ``steps`` from the best u
-    of the size before.
+    ``epsilon``, each twice the one before, are tried in rising order, with ``steps`` normalised steps of 2.5 eps /
+    ``steps`` from the best u of the size before.
     ``universal``: one u per layer, towards the true answers of one half of the forget clusters and of ``company``
     retain items for each (at most ``max_taught``), asked on the other half, halves swapped; the size with the highest
     mean, the same maximum on every arm.  ``individual``: each item gets a u per layer and position towards its own
@@ -65,7 +65,7 @@ def latent_perturbation(
     if not (epsilon > 0 and points >= 1 and steps >= 1):
         raise UsageError(f"Verifier 'latent_perturbation' has epsilon {epsilon}, {points} points and {steps} steps: "
                          "each must be positive.")  # fmt: skip
-    sizes = [epsilon * k / points for k in range(1, points + 1)]
+    sizes = [epsilon / 2**k for k in reversed(range(points))]
     where = [Site("resid_pre", n) for n in (range(model.n_layers) if layers == "all" else sorted(layers))]
     parts: dict[str, list[tuple[Sequence[Item], Array]]] = {}
     with opt.frozen(model) as exact:
@@ -120,7 +120,7 @@ def _pushes(where: Sequence[Site]) -> opt.Edits:
 def _stepped(u: Tensor, direction: Tensor, size: float, steps: int) -> Tensor:
     """One normalised step and the projection onto ||u||_2 <= size, for each vector along the last dimension."""
     moved = u + (2.5 * size / steps) * torch.nn.functional.normalize(direction, dim=-1)
-    projected: Tensor = moved * (size / moved.norm(dim=-1, keepdim=True).clamp(min=size))
+    projected: Tensor = moved * (size / moved.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
     return projected
 
 
