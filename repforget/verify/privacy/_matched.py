@@ -57,10 +57,7 @@ class Texts:
 
     @property
     def strangers(self) -> NDArray[np.int64]:
-        return np.unique(np.concatenate([t.others for t in self.trials], dtype=np.int64)) if self.trials else _NONE
-
-
-_NONE = np.zeros(0, dtype=np.int64)
+        return np.unique(np.concatenate([np.zeros(0, np.int64), *(t.others for t in self.trials)]))
 
 
 def texts(
@@ -71,12 +68,12 @@ def texts(
 
     They are the same text with up to ``limit`` other answers of the relation: nothing but the fact differs, so no
     shift of time, author or length can pass for memory.  ``holdout`` names a JSONL file of texts of the same
-    distribution that were never trained on ({"prompt", "answer"} a line, answer with its separator), used instead.
+    distribution that were never trained on (one {"prompt": ..., "answer": ...} a line), used instead.
     """
     pairs: list[Pair] = []
     trials: list[Trial] = []
     shared = _holdout(holdout) if holdout else ()
-    pairs += shared
+    pairs += [(prompt, items[0].continuation(answer)) for prompt, answer in shared if items]
     owner: list[tuple[str, str]] = [("", f"holdout line {k}") for k in range(len(shared))]
     for k, item in enumerate(items):
         others = () if holdout else knowledge.alternatives(item, limit)
@@ -99,7 +96,7 @@ def _holdout(path: str) -> tuple[Pair, ...]:
                              'with one {"prompt": ..., "answer": ...} a line.') from reason  # fmt: skip
     if not found:
         raise KnowledgeError(f"Holdout '{path}' has no lines: give texts of the forget items' kind.")
-    return tuple((p, a if a[:1].isspace() else f" {a}") for p, a in found)
+    return found
 
 
 def standing(scores: Array, found: Texts) -> Array:
