@@ -31,7 +31,7 @@ JOINS = "thorough"
 BUDGETS: Budgets = {
     "quick": {"alternatives": 3, "max_items": 20},
     "standard": {},
-    "thorough": {"alternatives": 15, "max_items": 200},
+    "thorough": {"alternatives": 15, "max_items": 120},
 }
 Array = NDArray[np.float64]
 

@@ -23,7 +23,7 @@ JOINS = "thorough"
 BUDGETS: Budgets = {
     "quick": {"neighbours": 4, "alternatives": 7, "max_items": 50},
     "standard": {},
-    "thorough": {"neighbours": 25, "alternatives": 63, "max_items": 400},
+    "thorough": {"neighbours": 25, "max_items": 400},
 }
 PART = 16  # items asked at once
 WORD_MARKS = "Ġ▁ #"  # how tokenizers mark that a piece begins (or, #, does not begin) a word
