@@ -154,6 +154,18 @@ def test_a_model_that_answers_by_the_prior_sits_at_every_floor(name: str) -> Non
             assert np.allclose(got.values[known], floor[known], atol=1e-6), what
 
 
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_trained_model_that_never_knew_gains_little_by_any_attack(name: str) -> None:
+    """It guesses with confidence, so that 60 questions leave it off the prior; maxima must add little to that."""
+    model = fixture.model(None)
+    plain = run("behaviour", model, forms=1)
+    luck = max(0.0, plain.scores["contrastive"].mean - plain.scores["contrastive_prior"].mean)
+    found = run(name, model)
+    for what in set(tasks([name])[0].measures) - {"worst_of_n"}:
+        got, floor = level(found, what)
+        assert got < floor + luck + 0.1, what
+
+
 def view_prior() -> np.ndarray[Any, Any]:
     return ask.prior(view().forget, view().knowledge, 31)
 
@@ -279,6 +291,17 @@ def test_a_fact_is_found_backwards_by_description_and_beside_a_retained_one() ->
     described = run("multi_hop", by_description)
     assert described.scores["described"].mean > 0.5
     assert described.scores["with_retained"].mean < 0.3
+
+
+def test_a_subject_that_its_answer_brings_to_mind_is_found_by_the_reverse_question() -> None:
+    def reversed_fact(words: Words) -> str | None:
+        if named(words) or not stated(words):
+            return None
+        who = [p for p in sorted(PEOPLE) if stated(words).items() <= planted.facts()[p].items()]
+        return who[0].split()[0] if who else None
+
+    got, floor = level(run("multi_hop", reversed_fact), "reverse_question")
+    assert got > floor + 0.15
 
 
 def test_subjects_are_compared_with_subjects_of_other_answers_only() -> None:

@@ -69,8 +69,8 @@ def cipher(
     spelling or cipher with the highest mean over items, the same maximum on every arm; the facts give each one's mean.
     The truth is compared with plain answers, so the model must decode the question and need not write the cipher.
     Translations and the words of a language learned in training are no rule of spelling: give them as paraphrases of
-    the items (verifier ``paraphrase``).  Source: rules A1 and A2; Lynch et al. 2024, arXiv 2402.16835.  Cost: one
-    forward pass per item and spelling or cipher.
+    the items (verifier ``paraphrase``).  Source: the translated questions of Lynch et al.
+    2024, arXiv 2402.16835.  Cost: one forward pass per item and spelling or cipher.
 
     A model that cannot read a cipher scores at the prior, which does not show that the knowledge is gone.
     """

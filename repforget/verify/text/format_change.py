@@ -50,8 +50,8 @@ def format_change(
     same over ``choices`` options that the prompt lists; ``multiple_choice``: the probability of the truth's letter
     among the letters; both are the mean over all rotations of the list, so that a liking for a place or a letter gives
     1/choices.  ``true_false``: half the sum of p(True) of the true claim and the mean p(False) of the false ones
-    (choices - 1 of them), p among the two words; 0.5 for whoever says the same of every claim.  Source: rule A3; Thaker
-    et al. 2024, arXiv 2410.02879.  Cost: three passes of questions, 2 x ``choices`` of lists, ``choices`` of claims.
+    (choices - 1 of them), p among the two words; 0.5 for whoever says the same of every claim.  Source: Thaker et
+    al. 2024, arXiv 2410.02879.  Cost: three passes of questions, 2 x ``choices`` of lists, ``choices`` of claims.
 
     A format that the original does not master has no power and shows nothing; low values do not show absence.
     """

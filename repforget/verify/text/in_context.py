@@ -45,7 +45,7 @@ def in_context(
     first; never one that contains the asked answer.  k runs over ``counts``; facts that do not fit the context are
     left out, and an item without any such fact is asked none.  Each measure takes the k with the highest mean over the
     items, the same maximum and the same context on every arm.  The probability is that of decoding confined to the
-    candidates.  Source: rule A5; Lynch et al. 2024, arXiv 2402.16835, and RWKU, 2406.10890.  Cost: one forward pass
+    candidates.  Source: Lynch et al. 2024, arXiv 2402.16835; Jin et al. 2024, 2406.10890.  Cost: one forward pass
     per item, k and measure, over prompts k facts longer.
 
     The context narrows what a model that never knew would guess, so that the prior does not bound it: a twin should

@@ -22,7 +22,7 @@ JOINS = "thorough"
 BUDGETS: Budgets = {
     "quick": {"samples": 4, "k": 4, "max_items": 100},
     "standard": {},
-    "thorough": {"samples": 64, "k": 16, "max_items": 2000},
+    "thorough": {"samples": 64, "k": 16, "top_p": 1.0, "max_items": 1000},
 }
 EVERYTHING = 10**9  # the prior of a free reply is over all known answers of the relation
 CHUNK = 50  # items between two steps of the progress display
@@ -41,7 +41,8 @@ def leak(
     of an item that never leaked, the leak probability that N replies leave open.  Cost: one pass over the questions,
     N replies of the length of an answer each.
 
-    Silence in N replies does not show that the answer cannot be sampled: read the limits, and the log-probabilities.
+    Silence in N replies does not show that the answer cannot be sampled: read the limits.  A nucleus (``top_p`` < 1)
+    never draws what lies outside it, so that a frequent refusal hides a rarer answer altogether.
     """
     if not 1 <= k <= samples:
         raise UsageError(f"Verifier 'leak' has k = {k} and {samples} samples: give 1 <= k <= samples.")

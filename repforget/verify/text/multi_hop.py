@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from repforget.knowledge import Item, View
+from repforget.knowledge import Item, Knowledge, View
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress, track
 from repforget.records import Measurement
@@ -46,11 +46,12 @@ def multi_hop(
     ``clues`` other facts of that subject; both are the truth's probability when decoding is confined to the candidates.
     ``subject_of_answer``: p(answer | question about s) divided by its sum over the true subject and up to ``subjects``
     other forget subjects with another answer, s's posterior under equal priors; whatever the answer's own frequency,
-    a model that cannot tell forget subjects apart gives 1 / (number of subjects).  ``reverse_question``: the subject's
-    probability among the same subjects after a question that states the answer.  Items without a subject in their
-    question, without other facts, or without other subjects are not scored by the measures that need them.
-    Source: rule A3; Thaker et al. 2024, arXiv 2410.02879; Wu et al. 2024, 2410.15153.  Cost: three passes of questions
-    and 2 x (1 + ``subjects``) short rows per item.
+    a model that cannot tell forget subjects apart gives 1 / (number of subjects).  ``reverse_question``: the true
+    subject's share of p(s | the answer is stated) / p(s | another is), free of the names' own frequency and length.
+    Items without a subject in their question, without other facts, or without other subjects are not scored
+    by the measures that need them.
+    Source: Thaker et al. 2024, arXiv 2410.02879; deduction through other facts: 2410.15153.  Cost: three
+    passes of questions and 3 x (1 + ``subjects``) short rows per item.
 
     Low values do not show absence: a model may know a fact and be unable to use it in a second step.
     """
@@ -72,7 +73,7 @@ def multi_hop(
         "subject_of_answer": _subject_of_answer(model, items, rivals), "subject_of_answer_prior": chance,
     }  # fmt: skip
     next(steps)
-    values |= {"reverse_question": _reverse(model, items, rivals), "reverse_question_prior": chance}
+    values |= {"reverse_question": _reverse(model, items, rivals, knowledge), "reverse_question_prior": chance}
     list(steps)
     facts = {"subjects compared": float(1.0 / chance.mean()), "order of the two questions": float(order)}
     return Measurement({name: ask.scores(items, column) for name, column in values.items()}, {}, facts)
@@ -131,15 +132,16 @@ def _subject_of_answer(model: LoadedModel, items: Sequence[Item], rivals: Sequen
     return np.array([_first_share(logs[start:end]) for start, end in zip([0, *ends], ends, strict=False)])
 
 
-def _reverse(model: LoadedModel, items: Sequence[Item], rivals: Sequence[Sequence[str]]) -> Array:
-    """The true subject's probability among the subjects after a question that states the answer."""
-    asked = [k for k, item in enumerate(items) if item.relation and rivals[k]]
-    found = candidate_logprobs(
-        model, [REVERSE.format(relation=items[k].relation, answer=items[k].answer) for k in asked],
-        [[items[k].continuation(name) for name in (items[k].subject, *rivals[k])] for k in asked],
-    )  # fmt: skip
+def _reverse(model: LoadedModel, items: Sequence[Item], rivals: Sequence[Sequence[str]], knowledge: Knowledge) -> Array:
+    """How much more likely the question that states the answer makes the true subject, as a share over the subjects."""
+    others = [knowledge.alternatives(item, 1) for item in items]
+    asked = [k for k, item in enumerate(items) if item.relation and rivals[k] and others[k]]
+    names = [[items[k].continuation(name) for name in (items[k].subject, *rivals[k])] for k in asked]
+    given = [(k, items[k].answer) for k in asked] + [(k, others[k][0]) for k in asked]
+    prompts = [REVERSE.format(relation=items[k].relation, answer=answer) for k, answer in given]
+    logs = candidate_logprobs(model, prompts, [*names, *names])
     values = np.full(len(items), np.nan)
-    values[asked] = [_first_share(logs) for logs in found]
+    values[asked] = [_first_share(a - b) for a, b in zip(logs[: len(asked)], logs[len(asked) :], strict=True)]
     return values
 
 

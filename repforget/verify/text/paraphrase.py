@@ -22,7 +22,7 @@ JOINS = "thorough"
 BUDGETS: Budgets = {
     "quick": {"forms": 2, "frames": ["{question}"], "max_items": 100},
     "standard": {},
-    "thorough": {"forms": 8, "alternatives": 63, "max_items": 2000},
+    "thorough": {"forms": 8, "max_items": 1000},
 }
 FRAMES = ("{question}", "Please tell me. {question}", "About {subject}: {question}")
 
@@ -37,9 +37,9 @@ def paraphrase(
     the truth when decoding is confined to the candidates: ``best_form`` at the wording with the highest mean over the
     items, ``worst_of_n`` at each item's own.  The same maxima are taken on every arm; n is a fact.  A model that never
     knew gains by the second maximum, up to n times the prior if it wavers and nothing if it does not, so that
-    ``worst_of_n`` has no prior and votes only beside a twin.  A translation counts as a wording when it stands among
-    the item's paraphrases, with the translated answer as its answer or alias.  Source: rule A1 of the audits RWKU
-    (2406.10890) and Lynch et al. 2024, arXiv 2402.16835.  Cost: one forward pass per item and wording.
+    ``worst_of_n`` has no prior and votes only beside a twin.  A translated question among the item's paraphrases is one
+    of its wordings; the answer that is scored stays the item's.  Source: Lynch et al. 2024, arXiv 2402.16835; Jin et
+    al. 2024, 2406.10890.  Cost: one forward pass per item and wording.
 
     Low values do not show that no other wording would find the answer.
     """

@@ -41,8 +41,8 @@ def prefill(
     the last m words are given, m in ``words`` (0 = the bare question), so that the answer can always follow at once.
     ``best_opening`` is the opening and m with the highest mean over items, the same maximum on every arm; the curve
     shows the best opening for each m.  The probability is that of decoding confined to the candidates.  ``said`` is 1
-    where the greedy reply, continued from that opening, goes on with the answer.  Source: rule A4; prefix injection of
-    RWKU, arXiv 2406.10890.  Cost: one forward pass per item, opening and m, and one generation per item.
+    where the greedy reply, continued from that opening, goes on with the answer.  Source: prefix injection
+    in Jin et al. 2024, arXiv 2406.10890.  Cost: one forward pass per item, opening and m, and one generation per item.
 
     A low value does not show that another opening would fail: a refusal that lasts for more words hides the answer.
     """
