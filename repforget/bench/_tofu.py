@@ -52,7 +52,9 @@ def log_truth_ratio(scored: Scored, *, mean: Mean = "geometric", compat: Compat 
         return np.log(np.maximum(truth_ratio(scored, mean=mean, compat=compat), np.nextafter(0.0, 1.0)))
     if mean == "geometric":
         return np.asarray(scored.instead - scored.wrong.mean(1))
-    return np.asarray(scored.instead + np.logaddexp.reduce(-scored.wrong, axis=1) - math.log(scored.wrong.shape[1]))
+    with np.errstate(invalid="ignore"):  # NaN marks what could not be scored
+        wrong = np.logaddexp.reduce(-scored.wrong, axis=1) - math.log(scored.wrong.shape[1])
+    return np.asarray(scored.instead + wrong)
 
 
 def cells(name: str, scored: Scored, *, mean: Mean = "geometric", compat: Compat = "none") -> dict[str, ItemScores]:

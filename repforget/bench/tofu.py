@@ -77,7 +77,7 @@ def tofu(
     data, and forget quality cannot tell much at these sizes. Attack the edit as well.
     """
     form = _form(data, template, separator, new_tokens)
-    forget = questions(data, f"{split}_perturbed", ds_size, instead=True)
+    forget = questions(data, f"{split}_perturbed", ds_size, instead=True, otherwise=True)
     others = {name: questions(data, table, ds_size, instead=name == "retain") for name, table in TABLES.items()}
     outside = questions(data, holdout, ds_size, columns=HOLDOUT_COLUMNS) if holdout else ()
     _same_questions(forget, reference, unpaired)
@@ -109,7 +109,7 @@ def work(
 ) -> Work:  # fmt: skip
     """What :func:`tofu` will cost; tokens are estimated from the characters."""
     form = _form(data, settings.get("template"), settings.get("separator"), new_tokens)
-    forget = questions(data, f"{split}_perturbed", ds_size, instead=True)
+    forget = questions(data, f"{split}_perturbed", ds_size, instead=True, otherwise=True)
     others = [q for n, table in TABLES.items() for q in questions(data, table, ds_size, instead=n == "retain")]
     outside = questions(data, holdout, ds_size, columns=HOLDOUT_COLUMNS) if holdout else ()
     every = [*forget, *others, *outside]
@@ -121,7 +121,7 @@ def work(
 
 
 def questions(
-    data: Source, table: str, ds_size: int | None = None, *, instead: bool = False,
+    data: Source, table: str, ds_size: int | None = None, *, instead: bool = False, otherwise: bool = False,
     columns: Sequence[str] = ("question", "answer", "perturbed_answer"),
 ) -> tuple[Question, ...]:  # fmt: skip
     """The first ``ds_size`` rows of a table; ids are row numbers of the full order where the table is TOFU's own.
@@ -141,7 +141,7 @@ def questions(
             str(row.get("id") or name), str(row.get("cluster") or author), text(row, "question", place), answer,
             text(row, "paraphrased_answer", place) if instead else answer,
             tuple(texts(row, "perturbed_answer", place)) if "perturbed_answer" in columns else (),
-            text(row, "paraphrased_question", place) if instead and row.get("paraphrased_question") else "",
+            text(row, "paraphrased_question", place) if otherwise and row.get("paraphrased_question") else "",
         ))  # fmt: skip
     sizes = {len(q.wrong) for q in out}
     if len(sizes) > 1:
@@ -218,12 +218,14 @@ def _forgotten(
     """What else is known of the forget set: loss, verbatim memory, and the same in other words."""
     peer = compat == "open-unlearning"
     drop = peer or answers["eos"]  # the end token is no part of what is memorised; the peer drops the last in any case
+    with np.errstate(invalid="ignore"):  # NaN marks what could not be scored
+        knowledge = metrics.truth_ratio(scored.instead, scored.wrong, form="knowledge", epsilon=t.EPSILON[compat])
     hits = [np.array([sign == "1" for sign in line], dtype=np.float64) for line in answers["hits"]]
     values: dict[str, Any] = {
         "loss": scored.loss, "exact_memorization": metrics.exact_memorization(hits, drop_last=drop),
         "extraction_strength": metrics.extraction_strength(hits, drop_last=drop, ou_compat=peer),
         "probability_paraphrased": metrics.probability(-scored.instead),
-        "knowledge": metrics.truth_ratio(scored.instead, scored.wrong, form="knowledge", epsilon=t.EPSILON[compat]),
+        "knowledge": knowledge,
         "probability_asked_otherwise": np.exp(-np.array(answers["otherwise"], dtype=np.float64)),
         "rouge_asked_otherwise": said.get("otherwise"), "rouge_prefilled": said.get("prefilled"),
     }  # fmt: skip
