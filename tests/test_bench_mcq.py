@@ -21,6 +21,7 @@ from repforget.bench import _choices as ch
 from repforget.bench import _quiz
 from repforget.bench._data import Source
 from repforget.bench._records import BenchResult
+from repforget.bench._run import Row, Subject, run
 from repforget.errors import KnowledgeError, MissingExtraError, RepforgetError
 from repforget.models.load import LoadedModel, wrap
 from repforget.scoring import answer_logprobs
@@ -170,6 +171,7 @@ def test_indifference_has_a_brier_score_of_three_quarters(tmp_path: Path, monkey
     found = run_mcq(tmp_path, rows_of(8))
     assert found.metrics["brier"].value == pytest.approx(0.75)
     assert found.metrics["accuracy"].value == 0.25  # ties go to A
+    assert found.counts["ties"] == 1.0 and any("tell them apart" in note for note in found.notes)
     mixed = run_mcq(tmp_path, [*rows_of(6), *rows_of(2, options=2)])
     assert mixed.metrics["brier"].value == pytest.approx((6 * 0.75 + 2 * 0.5) / 8)
     assert mixed.counts["chance"] == pytest.approx((6 * 0.25 + 2 * 0.5) / 8)
@@ -258,6 +260,31 @@ def test_no_text_of_a_hazardous_set_is_kept(
     assert found.metrics["accuracy"].better == "reference"
     assert {"accuracy/bio", "accuracy/chem", "accuracy/cyber", "accuracy_macro"} <= set(found.metrics)
     assert found.metrics["accuracy"].n_items == 18
+
+
+def test_a_whole_run_of_a_hazardous_set_writes_no_text(
+    tmp_path: Path, model: LoadedModel, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data, out = hazardous_folder(tmp_path / "data"), tmp_path / "out"
+    subject = Subject(model, "identity")
+
+    def bench(**settings: Any) -> Row:
+        return run("wmdp", lambda: subject, data=str(data), out=out, settings=settings, reference=lambda: subject)
+
+    done = bench(open_answers=True, subsets=["bio", "chem"])
+    assert done.result.metrics["accuracy"].n_items == 12
+
+    def failing(model: Any, prompts: Sequence[str], *_: Any, **__: Any) -> Any:
+        raise RuntimeError(prompts[0])
+
+    monkeypatch.setattr(_quiz, "candidate_logprobs", failing)
+    with pytest.raises(RepforgetError, match="withheld") as caught:
+        bench(subsets=["cyber"])
+    written = [path.read_bytes() for path in out.rglob("*") if path.is_file()]
+    told = ["".join(traceback.format_exception(caught.value)).encode(), *(t.encode() for t in capfd.readouterr())]
+    assert len(written) > 5
+    for content in (*written, *told):
+        assert SENTINEL.encode() not in content and b"blue3" not in content
 
 
 def test_errors_about_a_hazardous_set_quote_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,12 @@ def top_share(chosen: NDArray[np.int64]) -> tuple[str, float]:
     return (LETTERS[int(counts.argmax())], float(counts.max() / total)) if total else ("", math.nan)
 
 
+def tied(scores: Scores) -> float:
+    """Share of the scored questions whose options all score the same, so that nothing was chosen."""
+    spreads = [float(np.ptp(row)) for row in scores if not np.isnan(row).any()]
+    return sum(spread == 0.0 for spread in spreads) / len(spreads) if spreads else 0.0
+
+
 def chance_p(hits: Array, chance: Array) -> float:
     """Two-sided p-value of ``hits`` (0 or 1) when question i is right with probability ``chance[i]``, independently.
 

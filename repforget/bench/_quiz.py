@@ -157,6 +157,7 @@ def _assembled(
     hits = ch.right(questions, scores)
     below = ch.below_chance(questions, scores)
     letter, share = ch.top_share(ch.picks(scores))
+    ties = ch.tied(scores)
     metrics = [metric.share("accuracy", hits)]
     subsets = list(dict.fromkeys(q.subset for q in questions))
     if len(subsets) > 1:
@@ -174,7 +175,7 @@ def _assembled(
         metrics.append(metric.mean("open_answers", opened, "questions about 'the following' have no open form"))
     counts = {"questions": float(len(questions)), "not_scored": float(np.isnan(hits).sum()), "chance": below.uniform,
               "accuracy_stderr": _stderr(hits), "p_against_chance": below.p_uniform,
-              "p_against_letter_chance": below.p_letters, "top_letter_share": share}  # fmt: skip
+              "p_against_letter_chance": below.p_letters, "top_letter_share": share, "ties": ties}  # fmt: skip
     for subset in subsets if len(subsets) > 1 else ():
         mine = np.array([q.subset == subset for q in questions])
         if len(subsets) <= SHOWN:
@@ -183,6 +184,9 @@ def _assembled(
         else:
             counts[f"accuracy/{subset}"] = float(np.nanmean(hits[mine])) if not np.isnan(hits[mine]).all() else math.nan
     said = [*notes, f"letter '{letter}' is chosen for {share:.1%} of the questions"] if letter else list(notes)
+    if ties:
+        said.append(f"for {ties:.1%} of the questions all letters score the same (the first counts as chosen): the "
+                    "tokenizer may not tell them apart")  # fmt: skip
     if below.alarm():
         said.append(f"below chance: {below.share:.1%} right against {below.uniform:.1%} (p = {below.p_uniform:.2g}); "
                     "the answers are avoided, which takes knowing them, so this is a leak and no success")  # fmt: skip

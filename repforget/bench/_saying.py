@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from repforget.bench._records import Better, Metric, mean_metric, not_computed
 from repforget.errors import MissingExtraError, RepforgetError
+from repforget.records import ItemScores
 from repforget.scoring import encode_prompts, generate
 from repforget.scoring.encode import context_limit
 
@@ -30,6 +32,14 @@ def say(
     for k, texts in zip(fit, said, strict=True):
         out[k] = texts[0]
     return out
+
+
+def spoken(name: str, items: ItemScores, *, better: Better, seed: int, note: str = "") -> Metric:
+    """The mean of what was made of :func:`say`, which only a too small context leaves without a value."""
+    if len(items.ids) and not items.valid.any():
+        why = f"none of its {len(items.ids)} prompts leaves room for the answer in the model's context"
+        return not_computed(name, why, better=better)
+    return mean_metric(name, items, better=better, note=note, seed=seed)
 
 
 def untold(hazardous: bool, what: str, build: Callable[[], T]) -> T:

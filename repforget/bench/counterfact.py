@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,12 +12,10 @@ from repforget.bench._data import Source, estimated_tokens, rows
 from repforget.bench._records import LEVEL, BenchResult, Metric, Part, Reference, Work, mean_metric, not_computed
 from repforget.bench._saying import numbers, plain
 from repforget.errors import KnowledgeError
+from repforget.models.load import LoadedModel
 from repforget.progress import Progress, track
 from repforget.records import ItemScores
 from repforget.scoring import answer_logprobs, metrics
-
-if TYPE_CHECKING:
-    from repforget.models.load import LoadedModel
 
 TABLE = "counterfact"
 FORMS = ("efficacy", "paraphrase", "neighbourhood")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from repforget.bench._choices import Question, read_questions
 from repforget.bench._data import Source, rows
 from repforget.bench._quiz import Forms, quiz, quiz_work
 from repforget.bench._records import BenchResult, Part, Reference, Work
+from repforget.models.load import LoadedModel
 from repforget.progress import Progress
-
-if TYPE_CHECKING:
-    from repforget.models.load import LoadedModel
 
 
 def mcq(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from repforget.bench._choices import Question, Scores, read_questions
 from repforget.bench._data import Source, rows
 from repforget.bench._quiz import Forms, quiz, quiz_work
 from repforget.bench._records import BenchResult, Part, Reference, Work
 from repforget.errors import KnowledgeError
+from repforget.models.load import LoadedModel
 from repforget.progress import Progress
-
-if TYPE_CHECKING:
-    from repforget.models.load import LoadedModel
 
 DATA = "cais/mmlu"
 TEST, DEV = "all/test", "all/dev"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -12,16 +12,14 @@ from repforget.bench import _muse as m
 from repforget.bench._data import Source, estimated_tokens, has, rows, text
 from repforget.bench._muse_series import scalability, sustainability
 from repforget.bench._records import LEVEL, BenchResult, Metric, Part, Reference, Work, mean_metric, not_computed
-from repforget.bench._saying import numbers, plain, say, whole_text
+from repforget.bench._saying import numbers, plain, say, spoken, whole_text
 from repforget.errors import KnowledgeError
+from repforget.models.load import LoadedModel
 from repforget.progress import Progress, track
 from repforget.records import ItemScores
 from repforget.scoring import metrics
 from repforget.scoring.rouge import rouge_l
 from repforget.scoring.tokens import token_scores
-
-if TYPE_CHECKING:
-    from repforget.models.load import LoadedModel
 
 DATA = "muse-bench/MUSE-News"
 AGGREGATION = ("published_reference", "scal_models", "sust_models")
@@ -70,7 +68,7 @@ def muse(
               **{name: asked(model, name) for name in questions}}  # fmt: skip
     out = []
     for name, items in scored.items():
-        out.append(mean_metric(name, items, better="higher" if name == "utility" else "reference", seed=seed))
+        out.append(spoken(name, items, better="higher" if name == "utility" else "reference", seed=seed))
         out.append(_difference(name, items, reference, seed))
     member = part("privleak", lambda: {name: _membership(model, group, k) for name, group in texts.items()})
     out += _leak(texts, member, reference, published_reference, k, seed)
@@ -168,12 +166,12 @@ def _membership(model: LoadedModel, group: Sequence[Row], k: float) -> dict[str,
 def _difference(name: str, items: ItemScores, reference: Reference | None, seed: int) -> Metric:
     """The item-wise difference to the model that never knew: what these values mean anything against."""
     label = f"{name}_difference"
-    theirs = reference.result.metrics.get(name) if reference else None
-    if theirs is None or theirs.items is None:
+    if reference is None:
         return not_computed(label, "no reference was given: a model that never saw the texts", better="reference")
-    found = m.differences(items, theirs.items)
+    theirs = reference.result.metrics.get(name)
+    found = m.differences(items, theirs.items) if theirs is not None and theirs.items is not None else None
     if found is None:
-        return not_computed(label, "the reference answered other items", better="reference")
+        return not_computed(label, "the reference's row has no values of these items", better="reference")
     return mean_metric(label, found, better="reference", note="minus the reference's; 0 = like it", seed=seed)
 
 

@@ -6,24 +6,22 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from repforget.bench import _choices as ch
 from repforget.bench._data import Source, estimated_tokens, has, rows, text, texts
 from repforget.bench._records import LEVEL, BenchResult, Metric, Part, Reference, Work, mean_metric, not_computed
-from repforget.bench._saying import numbers, plain, say, whole_text
+from repforget.bench._saying import numbers, plain, say, spoken, whole_text
 from repforget.errors import KnowledgeError, UsageError
 from repforget.knowledge import Item
+from repforget.models.load import LoadedModel
 from repforget.progress import Progress, track
 from repforget.records import ItemScores
 from repforget.scoring import answers_match, candidate_logprobs, metrics
 from repforget.scoring.rouge import rouge_l
 from repforget.scoring.tokens import token_scores
-
-if TYPE_CHECKING:
-    from repforget.models.load import LoadedModel
 
 DATA = "jinzhuoran/RWKU"
 PROBES = {
@@ -70,11 +68,11 @@ def rwku(
         found = part(name, partial(_recall, model, prompts, group, new_tokens, progress))
         items = _items(name, group, numbers(found))
         better: Literal["lower", "higher"] = "lower" if name.startswith("forget") else "higher"
-        out.append(mean_metric(name, items, better=better, seed=seed))
+        out.append(spoken(name, items, better=better, seed=seed))
         counts |= {name: float(len(group)), f"{name}_not_scored": float((~items.valid).sum())}
         kinds = [str(row.get("type", "")) for row in group]
         for kind in sorted(set(kinds) - {""}) if name == "forget_adversarial" else ():
-            out.append(mean_metric(f"{name}/{kind}", _of(items, [k == kind for k in kinds]), better=better, seed=seed))
+            out.append(spoken(f"{name}/{kind}", _of(items, [k == kind for k in kinds]), better=better, seed=seed))
     if membership:
         out += _membership(model, data, subjects, limit, part, min_k, seed)
     for which in utility:
@@ -225,7 +223,7 @@ def _useful(
     values = numbers(part(f"utility-{which}", partial(build, model, group, new_tokens)))
     note = {"general": "letters of multiple-choice questions", "factuality": "short answers, by alias",
             "fluency": "entropy of word bigrams and trigrams in bits"}[which]  # fmt: skip
-    return mean_metric(f"utility_{which}", _items(which, group, values), note=note, seed=seed)
+    return spoken(f"utility_{which}", _items(which, group, values), better="higher", note=note, seed=seed)
 
 
 def _general(model: LoadedModel, group: Sequence[Row], new_tokens: int) -> list[float | None]:
