@@ -20,6 +20,7 @@ from repforget.verify.arms import References
 from repforget.verify.weights._altered import projections
 
 RATE_TIMES_WIDTH = 0.04  # 3e-4 at width 128, 1e-5 at width 4096: AdamW's usual rate falls about as 1/width
+PROBE = 32  # examples whose loss tells whether anything was learned
 Array = NDArray[np.float64]
 
 
@@ -43,8 +44,10 @@ def curve(
     model: LoadedModel, examples: Sequence[Example], examine: Callable[[LoadedModel], Array], marks: Sequence[int], *,
     lr: float | None, batch_size: int, seed: int, trainable: Callable[[str], bool] | None = None,
     optimizer: Optimizer = "adamw", rank: int = 0, alpha: float = 0.0,
-) -> tuple[Array, list[float]]:  # fmt: skip
-    """What ``examine`` finds [marks, items] before and while a copy is taught, and the loss of each step.
+) -> tuple[Array, float]:  # fmt: skip
+    """What ``examine`` finds [marks, items] before and while a copy is taught, and by how much the loss falls.
+
+    The loss (nats per token) is that of the first examples, the same before and after, for a batch's says little.
 
     ``rank`` > 0 trains low-rank additions to every projection instead.  Raises NumericalError where training diverges.
     """
@@ -61,20 +64,26 @@ def curve(
 
     with torch.enable_grad():
         learns = label_loss(student.module, collate(examples[:1], student.device)).requires_grad
-    if not learns:  # the edit lets no gradient through: nothing can be taught this way, and the curve is flat
-        return np.stack(rows * len(marks)), []
+    if not learns:  # the edit lets no gradient through: nothing can be taught, and the curve is flat
+        return np.stack(rows * len(marks)), 0.0
+    before = _loss(student, examples)
     adapters = nullcontext()
     if rank:
         names = list(projections(student.module))
         adapters = low_rank_adapters(student.module, names, rank=rank, alpha=alpha, seed=seed)  # type: ignore[assignment]
         trainable = _of_adapters
     with adapters:
-        losses = finetune(
+        finetune(
             student.module, examples, steps=marks[-1], lr=RATE_TIMES_WIDTH / student.width if lr is None else lr,
             seed=seed, batch_size=batch_size, schedule="constant", trainable=trainable, on_step=on_step,
             optimizer=optimizer,
         )  # fmt: skip
-    return np.stack(rows), losses
+    return np.stack(rows), before - _loss(student, examples)
+
+
+@torch.no_grad()
+def _loss(model: LoadedModel, examples: Sequence[Example]) -> float:
+    return float(label_loss(model.module, collate(examples[:PROBE], model.device)))
 
 
 def _of_adapters(name: str) -> bool:

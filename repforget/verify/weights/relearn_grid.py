@@ -39,11 +39,13 @@ BUDGETS: Budgets = {
     "standard": {},
     "thorough": {"optimizers": ["adamw", "sgd"]},
 }
-# Learning rates at which each optimiser moves the weights about as far per step, in units of AdamW's; adapters start
-# from nothing and need more.
-PACE: dict[Optimizer, float] = {"adamw": 1.0, "adam": 1.0, "sgd": 300.0, "nesterov": 300.0, "adagrad": 10.0,
-                                "adadelta": 1000.0}  # fmt: skip
-ADAPTER_PACE = 10.0
+# Usual learning rates for all parameters and for adapters.  Where every weight moves by about the rate (ADAPTIVE), it
+# is divided by the width; clipped gradients and Adadelta's own scale do without.
+USUAL: dict[Optimizer, tuple[float, float]] = {
+    "adamw": (RATE_TIMES_WIDTH, 5 * RATE_TIMES_WIDTH), "adam": (RATE_TIMES_WIDTH, 5 * RATE_TIMES_WIDTH),
+    "adagrad": (0.12, 0.6), "sgd": (0.03, 0.05), "nesterov": (0.03, 0.05), "adadelta": (0.3, 1.0),
+}  # fmt: skip
+ADAPTIVE = ("adamw", "adam", "adagrad")
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class Way:
 
     def lr(self, width: int) -> float:
         """The learning rate for a model of this width."""
-        pace = PACE[self.optimizer] * (ADAPTER_PACE if self.parameters == "lora" else 1.0)
-        return self.rate * pace * RATE_TIMES_WIDTH / width
+        usual = USUAL[self.optimizer][self.parameters == "lora"]
+        return self.rate * usual / (width if self.optimizer in ADAPTIVE else 1)
 
 
 class Lesson(NamedTuple):
@@ -72,7 +74,7 @@ class Lesson(NamedTuple):
 def relearn_grid(
     model: LoadedModel, view: View, *, references: References, seed: int = 0, progress: Progress | None = None,
     mixes: Sequence[Mix] = ("facts", "benign", "both"), parameters: Sequence[Parameters] = ("all", "lora"),
-    optimizers: Sequence[Optimizer] = ("adamw",), rates: list[float] = [1.0, 3.0], seeds: int = 3, steps: int = 24,  # noqa: B006
+    optimizers: Sequence[Optimizer] = ("adamw",), rates: list[float] = [0.3, 1.0], seeds: int = 3, steps: int = 24,  # noqa: B006
     checks: int = 3, batch_size: int = 16, rank: int = 16, alpha: float = 32.0, company: float = 3.0, texts: int = 256,
     forms: int = 1, alternatives: int = 31, max_items: int = 400,
 ) -> Measurement:  # fmt: skip
@@ -102,20 +104,20 @@ def relearn_grid(
     ask_half = partial(_half, model, view, references, questions, forms, alternatives)
     lessons = {mix: _lessons(model, view, mix, questions, ask_half, company, texts, seed) for mix in mixes}
     table = np.zeros((len(ways), len(marks), len(questions.items)))
-    fell, diverged = np.zeros((len(ways), seeds)), 0
+    fell, diverged = np.zeros(len(ways)), 0
     runs = [(k, way, s) for k, way in enumerate(ways) for s in range(seeds)]
     for k, way, s in track(progress, runs, "relearning in many ways"):
         train = partial(curve, model, marks=marks, lr=way.lr(model.width), batch_size=batch_size, seed=seed + s,
                         optimizer=way.optimizer, rank=rank if way.parameters == "lora" else 0, alpha=alpha)  # fmt: skip
         for lesson in lessons[way.mix]:
             try:
-                rows, losses = train(lesson.examples, lesson.examine)
+                rows, gain = train(lesson.examples, lesson.examine)
             except NumericalError:  # the attacker goes on with the model that was there before
-                rows, losses, diverged = np.stack([lesson.examine(model)] * len(marks)), [], diverged + 1
+                rows, gain, diverged = np.stack([lesson.examine(model)] * len(marks)), -np.inf, diverged + 1
             table[k][:, lesson.asked] += rows / seeds
-            fell[k, s] += _fell(losses) / len(lessons[way.mix])
+            fell[k] += gain
     half = halfway(references, questions.items, view, questions.prior, alternatives=alternatives, forms=forms)
-    facts = {"ways": float(len(ways)), "ways in which the training loss fell": float((fell.mean(1) > 0.5).sum()),
+    facts = {"ways": float(len(ways)), "ways in which the training loss fell": float((fell > 0).sum()),
              "runs that diverged": float(diverged)}  # fmt: skip
     return _summary(questions, ways, marks, table, half, facts, model.width)
 
@@ -152,12 +154,6 @@ def _half(
     items = [questions.items[k] for k in asked]
     paths = path.kept_paths(references, model, items, view.knowledge, forms=forms, limit=alternatives)
     return Lesson([], asked, partial(path.probability, count=len(items), chosen=paths))
-
-
-def _fell(losses: Sequence[float]) -> bool:
-    """Whether the last third of a training had a lower mean loss than the first."""
-    third = max(1, len(losses) // 3)
-    return len(losses) > 1 and float(np.mean(losses[-third:])) < float(np.mean(losses[:third]))
 
 
 def _summary(
