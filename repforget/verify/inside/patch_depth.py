@@ -166,12 +166,12 @@ def _patched(
         source = path.same_rows(receiver, [given[k] for k in rows.which])
         values = capture(donor, sites, source.batch, gather=source.places)
         for k, site in enumerate(sites):
-            with hooks(receiver, {site: _write(values[site], rows.places)}):
+            with hooks(receiver, {site: write_at(values[site], rows.places)}):
                 share[k, rows.which], nats[k, rows.which] = path.read(path.logits_at(receiver, rows), rows)
     return _Reading(share, nats / np.array([len(p.choices) for p in own]))
 
 
-def _write(values: Tensor, places: Tensor) -> Callable[[Tensor], Tensor]:
+def write_at(values: Tensor, places: Tensor) -> Callable[[Tensor], Tensor]:
     """A hook that puts ``values`` [b, k, d] at positions ``places`` [b, k]."""
 
     def write(x: Tensor) -> Tensor:
