@@ -19,7 +19,7 @@ from repforget.verify.text import _variants as variants
 
 LISTED = "that the answer is one of those listed"
 MEASURES = {
-    "question": MeasureInfo("knowledge", "logits"),
+    "question": MeasureInfo("knowledge", "logits", votes=False),  # verifier behaviour votes on it
     "completion": MeasureInfo("knowledge", "logits"),
     "cloze": MeasureInfo("knowledge", "logits"),
     "listed_options": MeasureInfo("knowledge", "logits", teaches=LISTED),
