@@ -18,7 +18,7 @@ import torch
 import repforget as rf
 from repforget.bench import _run, _tofu, tofu
 from repforget.bench._asking import rendered
-from repforget.bench._data import Source
+from repforget.bench._data import Source, rows
 from repforget.bench._records import BenchResult, Metric, mean_metric
 from repforget.bench._run import load_row
 from repforget.cli._guard import guarded
@@ -160,6 +160,31 @@ def test_another_model_in_the_same_folder_gets_its_own_numbers(data: Path, tmp_p
     assert not same(measured(data, hooked, out=tmp_path / "one"), first)
     other = bench_folder.write(tmp_path / "other", {"retain_perturbed": bench_folder.rows("retain_perturbed")[::-1]})
     assert not same(measured(other, model(0), out=tmp_path / "one"), first)
+
+
+def test_an_edited_model_is_another_model(data: Path, tmp_path: Path, cli: Cli) -> None:
+    """The edit doubles the unembedding of every token, which is the same as halving the temperature."""
+    from repforget.artifact import Edit
+    from repforget.artifact.operations import DenseDelta
+
+    name = bench_folder.save_model(tmp_path / "m")
+    subject = rf.load(name)
+    delta = subject.module.lm_head.weight.detach().clone()
+    edit = Edit.build("doubled", {}, subject, "none", (DenseDelta("lm_head.weight", delta),))
+    edit.save(tmp_path / "edit")
+    for out in ("plain", "edited"):
+        more = ("--edit", str(tmp_path / "edit")) if out == "edited" else ()
+        assert cli("bench", "tofu", "--model", name, "--data", str(data), "--out", "both", *more)[0] == 0
+        assert load_row("both").model["edit"] == (more[1] if more else None)
+        row = load_row("both").result
+        if out == "plain":
+            assert same(row, measured(data))
+    doubled = tiny_models.build("llama")
+    with torch.no_grad():
+        doubled.lm_head.weight.mul_(2)
+    expected = measured(data, model(module=doubled)).metrics["forget.loss"]
+    assert row.metrics["forget.loss"].value == pytest.approx(expected.value, rel=1e-6)
+    assert measured(data, subject, reference=subject).notes[-1] == "the reference is the model itself"
 
 
 def test_the_plan_counts_what_the_run_does_and_loads_nothing(data: Path, tmp_path: Path, cli: Cli) -> None:
@@ -366,8 +391,8 @@ def test_compat_changes_memorization_the_way_the_peer_counts_it(data: Path, tmp_
 
 
 def test_membership_and_the_lost_aggregates(data: Path, tmp_path: Path) -> None:
-    rows = [{"question": f"what is {name} ?", "answer": f"{name} is a dog"} for name in bench_folder.NAMES[:6]]
-    bench_folder.write(data, {"holdout10": rows})
+    outside = [{"question": f"what is {name} ?", "answer": f"{name} is a dog"} for name in bench_folder.NAMES[:6]]
+    bench_folder.write(data, {"holdout10": outside})
     found = measured(data, holdout="holdout10", reference=model(5)).metrics
     attacks = {name: found[f"membership.{name}"] for name in ("loss", "zlib", "min_k", "min_k_plus_plus")}
     theirs = measured(data, model(5), holdout="holdout10").metrics
@@ -397,6 +422,31 @@ def test_questions_are_put_as_the_card_the_setting_or_the_chat_template_says(dat
     chatted = measured(data, subject, template="chat").metrics
     plain = measured(data, template="Q {question} A :", separator="").metrics
     assert chatted["forget.loss"].value == pytest.approx(plain["forget.loss"].value)
+
+
+def test_tables_from_other_formats_and_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+
+    wanted = [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]
+    table = pyarrow.Table.from_pylist(wanted)
+    (tmp_path / "news").mkdir()
+    parquet.write_table(table, tmp_path / "news" / "qa-00000-of-00001.parquet")
+    parquet.write_table(table, tmp_path / "one.parquet")
+    (tmp_path / "two.json").write_text(json.dumps(wanted))
+    (tmp_path / "three.jsonl").write_text("\ufeff" + "\n\n".join(map(json.dumps, wanted)))
+    source = Source(str(tmp_path))
+    for name in ("news/qa", "one", "two", "three", "two/test"):
+        assert rows(source, name, ("question",)) == wanted
+    assert len(set(source.seen.values())) == 1 and set(source.seen) == {"news/qa", "one", "two", "three", "two/test"}
+    asked: list[Any] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (asked.append((a, k)), wanted)[1])
+    assert rows(Source("owner/set"), "config/test") == rows(Source("owner/set"), "config") == wanted
+    assert asked == [(("owner/set", "config"), {"split": "test"}), (("owner/set", "config"), {"split": "train"})]
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(KnowledgeError, match="not a readable parquet"):
+        rows(source, "bad")
 
 
 def test_metrics_through_json(data: Path) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus")
 SAID_TOGETHER = 256  # generations between two steps of the progress
+SCORED_TOGETHER = 2048  # sequences between two steps of the progress
 
 
 class Form(Protocol):
@@ -86,20 +87,26 @@ def before(form: Form) -> str:
     return "" if form.template == "chat" else form.separator
 
 
-def asked(model: LoadedModel, pairs: Sequence[tuple[str, str]], form: Form, *, moments: bool = False) -> Scores:
+def asked(
+    model: LoadedModel, pairs: Sequence[tuple[str, str]], form: Form, *, moments: bool = False,
+    progress: Progress | None = None,
+) -> Scores:  # fmt: skip
     """Score each answer after its rendered question; ``moments`` adds what membership attacks need."""
     eos = model.tokenizer.eos_token_id is not None
-    joined = [(prompt, before(form) + answer) for prompt, answer in pairs]
-    scored = token_scores(model, joined, eos=eos, moments=moments)
+    blocks = []
+    for start in track(progress, range(0, len(pairs), SCORED_TOGETHER), "answers"):
+        joined = [(prompt, before(form) + answer) for prompt, answer in pairs[start : start + SCORED_TOGETHER]]
+        blocks.append(token_scores(model, joined, eos=eos, moments=moments))
+    mean = np.concatenate([block.mean_logprob for block in blocks])
     membership = {}
-    if scored.mu is not None and scored.sigma2 is not None:
-        values = (
-            scored.mean_logprob, metrics.zlib_score(scored.mean_logprob, [answer for _, answer in pairs]),
-            metrics.min_k(scored.logprobs), metrics.min_k_plus_plus(scored.logprobs, scored.mu, scored.sigma2),
-        )  # fmt: skip
+    if moments:
+        logs, mu, sigma2 = ([x for block in blocks for x in getattr(block, name) or ()]
+                            for name in ("logprobs", "mu", "sigma2"))  # fmt: skip
+        values = (mean, metrics.zlib_score(mean, [answer for _, answer in pairs]), metrics.min_k(logs),
+                  metrics.min_k_plus_plus(logs, mu, sigma2))  # fmt: skip
         membership = dict(zip(ATTACKS, values, strict=True))
-    hits = tuple("".join("1" if hit else "0" for hit in row) for row in scored.hits)
-    return Scores(-scored.mean_logprob, hits, membership, eos)
+    hits = tuple("".join("1" if hit else "0" for hit in row) for block in blocks for row in block.hits)
+    return Scores(-mean, hits, membership, eos)
 
 
 def recalls(

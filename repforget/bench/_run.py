@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 ROW, ITEMS, REFERENCE = "row.json", "items.json", "reference"
+FIELDS = ("model", "data", "settings", "seed", "reference", "environment")
 PACKAGES = ("torch", "transformers", "numpy", "scipy")
 Echo = Callable[[str], None]
 
@@ -57,13 +58,12 @@ def load_row(path: str | Path) -> Row:
     """Read a row from its folder or its ``row.json``; the items come along where ``items.json`` lies beside it."""
     file = Path(path) / ROW if Path(path).is_dir() else Path(path)
     stated = read_json(file)
-    if not isinstance(stated, dict) or "result" not in stated or stated.get("format") != FORMAT_VERSION:
+    if not isinstance(stated, dict) or not {*FIELDS, "result"} <= set(stated) or stated.get("format") != FORMAT_VERSION:
         raise UsageError(f"'{file}' is no row of a benchmark in format {FORMAT_VERSION}: name a folder that "
                          "'repforget bench' has written.")  # fmt: skip
     items = file.with_name(ITEMS)
     result = BenchResult.from_json(stated["result"], read_json(items) if items.is_file() else None)
-    known = {name: stated[name] for name in ("model", "data", "settings", "seed", "reference", "environment")}
-    return Row(**known, result=result)
+    return Row(**{name: stated[name] for name in FIELDS}, result=result)
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,8 @@ def _measure(
     other = sorted(name for name in {*theirs, *source.seen} if theirs.get(name) != source.seen.get(name))
     if other and not settings.get("unpaired"):
         raise UsageError(f"The reference was measured on other data ({', '.join(other)} differ): measure it again.")
+    if never is not None and never.model["fingerprint"] == subject.identity:
+        result = result.with_notes("the reference is the model itself")
     described = {"name": model.name, "fingerprint": subject.identity or model.fingerprint, "edit": subject.edit,
                  "tokenizer": tokenizer_digest(model), "dtype": str(model.dtype).removeprefix("torch.")}  # fmt: skip
     if store is not None:

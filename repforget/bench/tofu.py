@@ -20,6 +20,7 @@ from repforget.models.load import LoadedModel
 from repforget.progress import Progress
 from repforget.records import ItemScores
 from repforget.scoring import metrics
+from repforget.scoring.rouge import rouge_l
 
 DATA = "locuslab/TOFU"
 CARD = "tofu.yaml"
@@ -81,9 +82,10 @@ def tofu(
     others = {name: questions(data, table, ds_size, instead=name == "retain") for name, table in TABLES.items()}
     outside = questions(data, holdout, ds_size, columns=HOLDOUT_COLUMNS) if holdout else ()
     _same_questions(forget, reference, unpaired)
+    rouge_l("", "")  # a missing library is said before anything is scored
 
     sets = {"forget": forget, **others}
-    answers = {name: part(f"{name}-answers", partial(_answers, model, q, form)) for name, q in sets.items()}
+    answers = {name: part(f"{name}-answers", partial(_answers, model, q, form, progress)) for name, q in sets.items()}
     said = {name: part(f"{name}-said", partial(_said, model, q, form, progress)) for name, q in sets.items()}
     scored = {name: _scored(q, answers[name], said[name]["recall"]) for name, q in sets.items()}
     cells = {name: t.cells(name, s, mean=truth_ratio, compat=compat) for name, s in scored.items()}
@@ -171,7 +173,9 @@ def _same_questions(forget: Sequence[Question], reference: Reference | None, unp
                      f", {shared} of them the same: evaluate both on the same questions, or --set unpaired=true.")
 
 
-def _answers(model: LoadedModel, group: Sequence[Question], form: Card) -> dict[str, Any]:
+def _answers(
+    model: LoadedModel, group: Sequence[Question], form: Card, progress: Progress | None = None
+) -> dict[str, Any]:  # fmt: skip
     """Mean loss of every answer of every question, and which tokens of the right one are the arg max."""
     pairs: list[tuple[str, str]] = []
     owner: list[tuple[int, int]] = []
@@ -181,7 +185,7 @@ def _answers(model: LoadedModel, group: Sequence[Question], form: Card) -> dict[
         mine += [(rendered(model, form, q.otherwise), q.answer)] if q.otherwise else []
         owner.append((len(pairs), len(pairs) + len(mine)))
         pairs += mine
-    got = asked(model, pairs, form)
+    got = asked(model, pairs, form, progress=progress)
     wrong = [got.loss[a + 2 : a + 2 + len(q.wrong)].tolist() for q, (a, _) in zip(group, owner, strict=True)]
     last = [got.loss[b - 1] if q.otherwise else np.nan for q, (_, b) in zip(group, owner, strict=True)]
     return {
