@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 from scipy import stats as scipy_stats
 
@@ -38,6 +38,7 @@ def test_holm_keeps_the_family_wise_error() -> None:
     assert rejected[:, 20:].mean() > 0.75
 
 
+@settings(deadline=None)
 @given(some.lists(some.floats(0, 1), max_size=12))
 def test_corrections_agree_with_their_definitions(p: list[float]) -> None:
     plain = tuple(value <= 0.1 for value in p)
@@ -154,6 +155,9 @@ def test_intra_cluster_correlation_and_design_effect() -> None:
     values = clustered(generator, 1, 1000)[0]
     assert st.icc(values, names) == pytest.approx(ICC, abs=0.03)
     assert st.design_effect(values, names) == pytest.approx(1 + (PER - 1) * ICC, abs=0.2)
+    assert st.icc(np.array([1.0, 2, 3, 5, 4, 4]), list("aabbcc")) == pytest.approx(2 / 3)
+    # Squares between 22 5/6 on 2, within 8 on 3 degrees of freedom; m0 = (6 - 14 / 6) / 2.
+    assert st.icc(np.array([1.0, 2, 4, 5, 5, 8]), list("abbccc")) == pytest.approx(8.75 / (137 / 12 + 20 / 9))
     assert st.icc(np.repeat([1.0, 2.0, 3.0], 4), list("aaaabbbbcccc")) == 1.0
     assert math.isnan(st.icc(np.arange(3.0), list("abc")))
     assert st.design_effect(np.arange(3.0), list("abc")) == 1.0

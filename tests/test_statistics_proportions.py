@@ -25,7 +25,7 @@ def test_zero_events(n: int, alpha: float, upper: float) -> None:
     assert st.clopper_pearson(0, n).low == 0.0
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(some.integers(1, 80), some.data())
 def test_limits_agree_with_scipy_and_mirror(n: int, data: some.DataObject) -> None:
     k = data.draw(some.integers(0, n))
@@ -61,7 +61,7 @@ def test_below_chance_is_an_alarm() -> None:
         st.binomial_test_chance(3, 4, 1.0)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(some.lists(some.floats(0, 1), min_size=1, max_size=9), some.data())
 def test_the_best_of_k_is_that_of_all_choices(values: list[float], data: some.DataObject) -> None:
     k = data.draw(some.integers(1, len(values)))
@@ -69,6 +69,7 @@ def test_the_best_of_k_is_that_of_all_choices(values: list[float], data: some.Da
     assert st.leak_at_k(values, k) == pytest.approx(slow, abs=1e-12)
 
 
+@settings(deadline=None)
 @given(some.integers(1, 60), some.data())
 def test_leaks_are_scores_of_zero_and_one(n: int, data: some.DataObject) -> None:
     leaks, k = data.draw(some.integers(0, n)), data.draw(some.integers(1, n))

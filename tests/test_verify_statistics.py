@@ -84,6 +84,7 @@ def test_power_is_as_predicted() -> None:
     assert 0.72 <= power <= 0.88
 
 
+@settings(deadline=None)
 @given(some.lists(some.floats(-5, 5), min_size=1, max_size=12), some.lists(some.floats(-5, 5), min_size=1, max_size=12))
 def test_auc_is_the_mann_whitney_probability(a: list[float], b: list[float]) -> None:
     x, y = np.array(a), np.array(b)
@@ -92,7 +93,7 @@ def test_auc_is_the_mann_whitney_probability(a: list[float], b: list[float]) -> 
     assert st.auc(x, y) + st.auc(y, x) == pytest.approx(1.0)
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(some.integers(2, 14), some.integers(0, 5))
 def test_intervals_do_not_depend_on_item_order_and_repeat_exactly(clusters: int, seed: int) -> None:
     generator = np.random.default_rng([clusters, seed])

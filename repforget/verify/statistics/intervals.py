@@ -139,35 +139,29 @@ def bootstrap(
     ``statistic`` gets the rows of the drawn clusters and returns a number (NaN: undefined there, which widens).
     ``strata`` (one name per row) are resampled each by itself, for statistics over several sets of items.  "bca"
     corrects bias and skew (Efron 1987).  With fewer than ten clusters in a stratum: Student's t around the point,
-    its error by leaving out one cluster at a time.  Costs ``draws`` + clusters calls; :func:`ratio_interval` is
-    far faster.
+    its error by leaving out one cluster at a time.  Costs ``draws`` calls, and one per cluster for "bca" or few
+    clusters; :func:`ratio_interval` is far faster.
     """
-    columns, point = np.asarray(columns, np.float64), math.nan
-    groups = _groups(clusters, strata)
-    sizes = [len(members) for members in groups]
+    columns, groups = np.asarray(columns, np.float64), _groups(clusters, strata)
+    n, sizes = len(columns), [len(members) for members in groups]
     count, fewest = sum(sizes), min(sizes, default=0)
-    if len(columns):
-        point = float(statistic(columns))
+    point = float(statistic(columns)) if n else math.nan
     if fewest < 2 or not math.isfinite(point):
-        return Interval(point, -math.inf, math.inf, math.inf, len(columns), count)
-    shifts, variance = _leave_one_out(statistic, columns, groups)
+        return Interval(point, -math.inf, math.inf, math.inf, n, count)
     if fewest < FEW_CLUSTERS:
+        variance = _leave_one_out(statistic, columns, groups)[1]
         se = math.sqrt(variance) if math.isfinite(variance) else math.inf
         reach = float(stats.t.isf(alpha, fewest - 1)) * se
-        return Interval(point, point - reach, point + reach, se, len(columns), count)
+        return Interval(point, point - reach, point + reach, se, n, count)
     generator = np.random.default_rng([seed, count, draws])
     values = np.empty(draws)
     for draw in range(draws):
         rows = [group[i] for group in groups for i in generator.integers(0, len(group), len(group))]
         values[draw] = statistic(columns[np.concatenate(rows)])
-    level = expanded_level(alpha, fewest)
-    low, high = (level, 1.0 - level) if method == "percentile" else _bca_levels(level, point, values, shifts)
-    return _from_draws(point, values, (low, high), len(columns), count)
-
-
-def _from_draws(point: float, values: Array, levels: tuple[float, float], n: int, count: int) -> Interval:
-    """Limits at two quantiles of resampled ``values``; an undefined draw counts against both limits."""
-    lost = ~np.isfinite(values)
+    level, lost = expanded_level(alpha, fewest), ~np.isfinite(values)
+    levels = (level, 1.0 - level)
+    if method == "bca":
+        levels = _bca_levels(level, point, values, _leave_one_out(statistic, columns, groups)[0])
     low = float(np.quantile(np.where(lost, -np.inf, values), levels[0], method="lower"))
     high = float(np.quantile(np.where(lost, np.inf, values), levels[1], method="higher"))
     se = math.inf if lost.all() else float(values[~lost].std(ddof=1))
@@ -210,6 +204,7 @@ def _bca_levels(level: float, point: float, values: Array, shifts: Array) -> tup
 
     def corrected(z: float) -> float:
         moved = bias + z
+        # The acceleration is at most 1/6, so that only limits beyond six standard errors meet the end of the formula.
         return float(stats.norm.cdf(bias + moved / max(1.0 - acceleration * moved, 1e-6)))
 
     reach = float(stats.norm.isf(level))
