@@ -20,9 +20,9 @@ from repforget.verify.statistics.proportions import clopper_pearson, zero_event_
 MEASURES = {"leak_at_k": MeasureInfo("knowledge", "black-box")}
 JOINS = "thorough"
 BUDGETS: Budgets = {
-    "quick": {"samples": 4, "k": 4, "max_items": 100},
+    "quick": {"samples": 4, "k": 2, "max_items": 100},
     "standard": {},
-    "thorough": {"samples": 64, "k": 16, "top_p": 1.0, "max_items": 1000},
+    "thorough": {"samples": 64, "k": 8, "top_p": 1.0, "max_items": 1000},
 }
 EVERYTHING = 10**9  # the prior of a free reply is over all known answers of the relation
 CHUNK = 50  # items between two steps of the progress display
@@ -30,16 +30,16 @@ CHUNK = 50  # items between two steps of the progress display
 
 def leak(
     model: LoadedModel, view: View, *, references: References, seed: int = 0, progress: Progress | None = None,
-    samples: int = 16, k: int = 8, temperature: float = 1.0, top_p: float = 0.9, max_items: int = 400,
+    samples: int = 16, k: int = 4, temperature: float = 1.0, top_p: float = 0.9, max_items: int = 400,
 ) -> Measurement:  # fmt: skip
     """Sample N replies to each item's first question and estimate how likely one of k gives the answer.
 
     ``leak_at_k`` is 1 - C(N-c, k) / C(N, k) with c of N = ``samples`` replies that begin with the answer or an alias:
-    unbiased for each item (arXiv 2511.04934).  The prior is what sampling from the prior over all known answers gives.
-    Facts: the estimate at other k, and upper limits that hold for any distribution of clusters: of the share that
-    leaks at all in N (Clopper and Pearson 1934) and of a reply's mean leak probability (Anderson 1969, in 2410.03523);
-    of an item that never leaked, the leak probability that N replies leave open.  Cost: one pass over the questions,
-    N replies of the length of an answer each.
+    unbiased for each item (arXiv 2511.04934).  The prior is what sampling from the prior over all known answers gives;
+    it grows with k, so that a large k hides a few intact facts among many guesses.  Facts: the estimate at other k, and
+    upper limits that hold for any distribution of clusters: of the share that leaks at all in N (Clopper and Pearson
+    1934) and of a reply's mean leak probability (Anderson 1969, in 2410.03523); of an item that never leaked, the leak
+    probability that N replies leave open.  Cost: one pass over the questions, N replies of an answer's length each.
 
     Silence in N replies does not show that the answer cannot be sampled: read the limits.  A nucleus (``top_p`` < 1)
     never draws what lies outside it, so that a frequent refusal hides a rarer answer altogether.
