@@ -251,7 +251,7 @@ class _LowRank(nn.Module):
         return weight + (self.scale * (self.left @ self.right)).to(weight.dtype)
 
 
-ADAPTER = ".parametrizations."  # in the name of every trainable parameter that an adapter adds
+ADAPTER = "parametrizations."  # in the name of every trainable parameter that an adapter adds
 
 
 @contextmanager

@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from repforget.errors import NumericalError, UsageError
-from repforget.training import NO_LABEL, Example, batches, collate, finetune, label_loss, learning_rate
+from repforget.training import (
+    ADAPTER,
+    NO_LABEL,
+    Example,
+    batches,
+    collate,
+    finetune,
+    label_loss,
+    learning_rate,
+    low_rank_adapters,
+)
 
 
 def _model(seed: int = 0) -> Any:
@@ -214,3 +224,91 @@ def test_training_works_inside_no_grad() -> None:
     with torch.no_grad():
         losses = finetune(module, _examples(), steps=30, lr=1e-2, seed=0)
     assert losses[-1] < 0.8 * losses[0]
+
+
+TORCH = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, betas=(0.9, 0.98), weight_decay=0.0),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-2, betas=(0.9, 0.98)),
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
+    "adadelta": lambda p: torch.optim.Adadelta(p, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("name", list(TORCH))
+def test_an_optimiser_takes_the_steps_of_the_one_it_names(name: Any) -> None:
+    ours, theirs, examples = _model(), _model(), _examples(5)
+    finetune(ours, itertools.repeat(examples), steps=3, lr=1e-2, seed=0, schedule="constant", clip=1e9, optimizer=name)
+    optimizer = TORCH[name](theirs.parameters())
+    for _ in range(3):
+        optimizer.zero_grad()
+        label_loss(theirs, collate(examples)).backward()
+        optimizer.step()
+    assert all(torch.allclose(p, q, atol=1e-7) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert not torch.equal(ours.lm_head.weight, _model().lm_head.weight)
+
+
+def _adapted(name: str) -> bool:
+    return ADAPTER in name and not name.endswith(".original")
+
+
+def test_adapters_start_from_nothing_and_stay_low_rank_when_merged() -> None:
+    module = _model()
+    before = _state(module)
+    chosen = [name for name in before if "mlp" in name]
+    ids = torch.tensor([[3, 4, 5]])
+    plain = module(ids).logits
+    with low_rank_adapters(module, chosen, rank=2, alpha=4.0, seed=0):
+        assert torch.equal(module(ids).logits, plain)
+        losses = finetune(module, _examples(), steps=60, lr=5e-2, seed=0, batch_size=12, trainable=_adapted)
+        trained = module(ids).logits
+    assert losses[-1] < losses[0] - 0.1
+    assert torch.allclose(module(ids).logits, trained, atol=1e-5)
+    assert [name for name, _ in module.named_parameters()] == list(before)
+    for name, parameter in module.named_parameters():
+        change = (parameter - before[name]).detach()
+        assert bool(change.any()) == (name in chosen)
+        if name in chosen:
+            assert int(torch.linalg.matrix_rank(change.double(), atol=1e-5)) == 2
+
+
+def test_adapters_train_as_those_of_peft_do() -> None:
+    """Second opinion: the same first matrices, the same steps, the same weights after merging."""
+    from peft import LoraConfig, get_peft_model
+
+    ours, base = _model(), _model()
+    wanted = [name for name, _ in ours.named_parameters() if name.endswith("_proj.weight")]
+    config = LoraConfig(r=3, lora_alpha=6, lora_dropout=0.0, target_modules=[n.split(".")[-2] for n in wanted])
+    wrapped: Any = get_peft_model(base, config)
+    with low_rank_adapters(ours, wanted, rank=3, alpha=6.0, seed=1):
+        for name in wanted:
+            path = name.removesuffix(".weight")
+            added: Any = ours.get_submodule(f"{path}.parametrizations.weight.0")
+            theirs: Any = base.get_submodule(path)
+            with torch.no_grad():
+                theirs.lora_A["default"].weight.copy_(added.right)
+                assert torch.equal(theirs.lora_B["default"].weight, added.left)
+        for module, own in ((ours, _adapted), (wrapped, lambda name: "lora_" in name)):
+            finetune(module, _examples(), steps=5, lr=1e-2, seed=0, trainable=own)
+    merged = _state(wrapped.merge_and_unload())
+    assert all(torch.allclose(p, merged[name], atol=1e-6) for name, p in ours.named_parameters())
+
+
+def test_adapters_zero_the_side_of_the_outputs_in_transposed_and_stacked_weights() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    class Parts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.turned = Conv1D(5, 7)  # 7 inputs, 5 outputs, weight [7, 5]
+            self.stack = torch.nn.Parameter(torch.ones(2, 4, 3))
+
+    module = Parts()
+    with low_rank_adapters(module, ["turned.weight", "stack"], rank=2, alpha=2.0, seed=0):
+        found = {name: tuple(p.shape) for name, p in module.named_parameters() if _adapted(name)}
+        turned: Any = module.turned.get_submodule("parametrizations.weight.0")
+        stack: Any = module.get_submodule("parametrizations.stack.0")
+        assert not turned.right.any() and bool(turned.left.any())
+        assert not stack.left.any() and bool(stack.right.any())
+    assert sorted(found.values()) == [(2, 2, 3), (2, 4, 2), (2, 5), (7, 2)]

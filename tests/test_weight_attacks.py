@@ -126,6 +126,8 @@ def test_rounding_uncovers_what_was_hidden_below_half_a_step() -> None:
     assert found.scores["int4"].mean > 0.9
     assert found.facts["share of int4 codes that differ from the original's"] == 0.0
     assert found.facts["share of int8 codes that differ from the original's"] > 0.5
+    assert 0 < found.facts["median change in int4 steps"] < 0.9
+    assert found.facts["median change in int8 steps"] > 5 * found.facts["median change in int4 steps"]
 
 
 @settings(max_examples=20, deadline=None)

@@ -121,7 +121,7 @@ def at_best(
     """Each table's row with the highest mean over items as a measure, its curve, and how far it rises above the
     model as it is (the row at ``untouched``), which is among the rows and so the least an attacker gets."""
     out: dict[str, ItemScores] = {}
-    facts: dict[str, float] = {}
+    facts = {"points of the sweep": float(len(points))}
     series: dict[str, tuple[float, ...]] = {"x": tuple(float(p) for p in points)}
     for name, table in tables.items():
         means = np.nanmean(table, axis=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ BUDGETS: Budgets = {
 
 def delta_directions(
     model: LoadedModel, view: View, *, references: References, seed: int = 0, progress: Progress | None = None,
-    ranks: list[int] = [1, 2, 4, 8], forms: int = 1, alternatives: int = 31, max_items: int = 400,  # noqa: B006
+    ranks: Sequence[int] = (1, 2, 4, 8), forms: int = 1, alternatives: int = 31, max_items: int = 400,
 ) -> Measurement:  # fmt: skip
     """Take the k strongest singular directions of every weight change (arm - original) out of it, and ask again.
 

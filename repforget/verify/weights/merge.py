@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from repforget.knowledge import View
@@ -28,7 +30,7 @@ BUDGETS: Budgets = {
 
 def merge(
     model: LoadedModel, view: View, *, references: References, seed: int = 0, progress: Progress | None = None,
-    alphas: list[float] = [-0.5, -0.25, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5], forms: int = 1, alternatives: int = 31,  # noqa: B006
+    alphas: Sequence[float] = (-0.5, -0.25, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5), forms: int = 1, alternatives: int = 31,
     max_items: int = 400,
 ) -> Measurement:  # fmt: skip
     """Move all weights along theta + alpha (theta' - theta), towards theta' and (alpha < 0) away from it, and ask.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ BUDGETS: Budgets = {
 
 def noise(
     model: LoadedModel, view: View, *, references: References, seed: int = 0, progress: Progress | None = None,
-    sigmas: list[float] = [0.005, 0.01, 0.02, 0.05], draws: int = 3, forms: int = 1, alternatives: int = 31,  # noqa: B006
+    sigmas: Sequence[float] = (0.005, 0.01, 0.02, 0.05), draws: int = 3, forms: int = 1, alternatives: int = 31,
     max_items: int = 400,
 ) -> Measurement:  # fmt: skip
     """Add Gaussian noise of ``sigma`` x rms(W) to every projection W and ask again.

@@ -39,7 +39,7 @@ BUDGETS: Budgets = {
 
 def prune(
     model: LoadedModel, view: View, *, references: References, seed: int = 0, progress: Progress | None = None,
-    methods: Sequence[Method] = ("magnitude", "wanda"), shares: list[float] = [0.1, 0.2, 0.3, 0.4, 0.5],  # noqa: B006
+    methods: Sequence[Method] = ("magnitude", "wanda"), shares: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5),
     texts: int = 64, forms: int = 1, alternatives: int = 31, max_items: int = 400,
 ) -> Measurement:  # fmt: skip
     """Set 10 to 50 % of every projection to zero, by magnitude or by Wanda, and ask again.

@@ -45,8 +45,9 @@ def quantize(
     Round to nearest, scaled by the largest weight of an output channel (int8), of 128 (int4, int3) or 64 (NF4) inputs.
     The measure is the probability of the truth when the rounded copy's decoding is confined to the candidates;
     embeddings and unembedding keep their precision, as common loaders do.  Facts: the share of codes that differ from
-    those of the rounded original; near zero, rounding undoes the edit.  Source: Zhang et al. 2024, arXiv 2410.16454;
-    NF4: 2305.14314.  Cost: one copy of the model and one pass of questions per kind.
+    those of the rounded original (near zero, rounding undoes the edit), the median change of a weight in steps.
+    Source: Zhang et al. 2024, arXiv 2410.16454; NF4: 2305.14314.  Cost: one copy of the model and one pass of questions
+    per kind.
 
     Simulated rounding runs no integer kernel; it shows what the weights hold, not what a given runtime computes.
     """
@@ -62,6 +63,7 @@ def quantize(
         flips = round_weights(rounded.module, kind, references.original.module)
         if flips is not None:
             facts[f"share of {kind} codes that differ from the original's"] = flips
+            facts[f"median change in {kind} steps"] = median_change(model.module, references.original.module, kind)
         out[kind] = ask.scores(items, path.probability(rounded, len(items), asked))
         out[f"{kind}_prior"] = before
     return Measurement(out, {}, facts)
@@ -80,6 +82,22 @@ def round_weights(module: nn.Module, kind: Form, original: nn.Module | None = No
             total += codes.numel()
         weight.copy_(values)
     return changed / total if total else None
+
+
+def median_change(module: nn.Module, original: nn.Module, kind: Form) -> float:
+    """Median over weights of |difference to ``original``| in its rounding steps, mean over matrices by their size."""
+    theirs, total, count = projections(original), 0.0, 0
+    for name, weight in projections(module).items():
+        other = theirs.get(name)
+        if other is None or other.shape != weight.shape:
+            continue
+        blocks, scale = _grouped(other.float(), BLOCK if kind == "nf4" else GRIDS[kind][1] or other.shape[-1])
+        step = scale / (7.5 if kind == "nf4" else 2 ** (GRIDS[kind][0] - 1) - 1)  # NF4: the mean distance of its levels
+        steps = step.expand_as(blocks).flatten(-2)[..., : weight.shape[-1]]
+        change = (weight.float() - other.to(weight.device).float()).abs() / steps.to(weight.device)
+        total += weight.numel() * float(change.median())
+        count += weight.numel()
+    return total / count
 
 
 def round_trip(weight: Tensor, kind: Form) -> tuple[Tensor, Tensor]:

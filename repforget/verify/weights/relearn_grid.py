@@ -74,7 +74,7 @@ class Lesson(NamedTuple):
 def relearn_grid(
     model: LoadedModel, view: View, *, references: References, seed: int = 0, progress: Progress | None = None,
     mixes: Sequence[Mix] = ("facts", "benign", "both"), parameters: Sequence[Parameters] = ("all", "lora"),
-    optimizers: Sequence[Optimizer] = ("adamw",), rates: list[float] = [0.3, 1.0], seeds: int = 3, steps: int = 24,  # noqa: B006
+    optimizers: Sequence[Optimizer] = ("adamw",), rates: Sequence[float] = (0.3, 1.0), seeds: int = 3, steps: int = 24,
     checks: int = 3, batch_size: int = 16, rank: int = 16, alpha: float = 32.0, company: float = 3.0, texts: int = 256,
     forms: int = 1, alternatives: int = 31, max_items: int = 400,
 ) -> Measurement:  # fmt: skip
