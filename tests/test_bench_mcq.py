@@ -20,9 +20,9 @@ from scoring_models import byte_tokenizer
 from repforget.bench import _choices as ch
 from repforget.bench import _quiz
 from repforget.bench._data import Source
-from repforget.bench._records import BenchResult
+from repforget.bench._records import BenchResult, Reference
 from repforget.bench._run import Row, Subject, run
-from repforget.errors import KnowledgeError, MissingExtraError, RepforgetError
+from repforget.errors import KnowledgeError, MissingExtraError, RepforgetError, UsageError
 from repforget.models.load import LoadedModel, wrap
 from repforget.scoring import answer_logprobs
 
@@ -299,6 +299,20 @@ def test_errors_about_a_hazardous_set_quote_nothing(tmp_path: Path, monkeypatch:
     assert SENTINEL not in repr(ch.read_questions([row], "x"))
     with pytest.raises(KnowledgeError, match=SENTINEL):  # a benign set may say what is wrong with it
         run_mcq(tmp_path / "benign", rows_of(2, word=SENTINEL))
+
+
+def test_against_another_model_question_by_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_quiz, "candidate_logprobs", answering(always("A")))
+    before = Reference("before", run_mcq(tmp_path, rows_of(40)))
+    monkeypatch.setattr(_quiz, "candidate_logprobs", answering(knowing))
+    found = run_mcq(tmp_path, rows_of(40), reference=before)
+    gained = found.metrics["accuracy_difference"]
+    assert gained.value == 0.75 and 0.5 < gained.low < 0.75 < gained.high < 1.0
+    assert found.metrics["accuracy_permuted_difference"].value == 0.75
+    other = run_mcq(tmp_path, rows_of(39), reference=before)
+    assert "not computed" in other.metrics["accuracy_difference"].note
+    with pytest.raises(UsageError, match="limit is -1"):
+        run_mcq(tmp_path, rows_of(4), limit=-1)
 
 
 def test_weights_of_subsets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

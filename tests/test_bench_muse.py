@@ -20,8 +20,8 @@ from sklearn.metrics import roc_auc_score
 from repforget.bench import _muse as m
 from repforget.bench import _muse_series as series
 from repforget.bench._data import Source
-from repforget.bench._records import BenchResult, Reference
-from repforget.bench._saying import whole_text
+from repforget.bench._records import BenchResult, Reference, mean_metric
+from repforget.bench._saying import against, whole_text
 from repforget.errors import KnowledgeError, UsageError
 from repforget.models.load import LoadedModel, wrap
 from repforget.records import ItemScores
@@ -255,7 +255,7 @@ def test_prompts_that_do_not_fit_are_counted(model: LoadedModel, tmp_path: Path)
         ({"verbmem/forget": None}, r"no verbmem/forget\.json"),
         ({"privleak/holdout": []}, "has no rows"),
         ({"knowmem/forget_qa": [{"question": "q", "answer": 3}]}, "must hold text, found int"),
-        ({"knowmem/retain_qa": None}, r"no knowmem/retain2_qa\.json"),
+        ({"knowmem/retain_qa": None}, r"no knowmem/retain_qa\.json"),
     ],
 )
 def test_wrong_folders_are_named(model: LoadedModel, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
@@ -290,7 +290,25 @@ def test_series_of_models(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_differences_need_the_same_items() -> None:
-    one = ItemScores.of(["a", "b"], ["a", "b"], [0.5, math.nan])
-    assert m.differences(one, ItemScores.of(["a", "c"], ["a", "c"], [0.5, 0.1])) is None
-    found = m.differences(one, ItemScores.of(["a", "b"], ["a", "b"], [0.2, 0.1]))
-    assert found is not None and found.values[0] == pytest.approx(0.3) and found.valid.tolist() == [True, False]
+    def never(ids: list[str]) -> Reference:
+        items = ItemScores.of(ids, ids, [0.2, 0.1])
+        return Reference("never", BenchResult.of("muse", [mean_metric("verbmem", items)], {}))
+
+    mine = ItemScores.of(["a", "b"], ["a", "b"], [0.5, math.nan])
+    found = against("verbmem", mine, never(["a", "b"]), seed=0)
+    assert found.name == "verbmem_difference" and found.value == pytest.approx(0.3) and "1 of 2" in found.note
+    assert "not computed" in against("verbmem", mine, never(["a", "c"]), seed=0).note
+    assert "not computed" in against("utility", mine, never(["a", "b"]), seed=0).note
+
+
+def test_an_earlier_revision_calls_retain_retain2(model: LoadedModel, tmp_path: Path) -> None:
+    data = copied(tmp_path)
+    for name in ("retain_qa", "retain_qa_icl"):
+        (data / f"knowmem/{name}.jsonl").rename(data / f"knowmem/{name.replace('retain', 'retain2')}.jsonl")
+    assert run(model, data).metrics["utility"].value == run(model).metrics["utility"].value
+
+
+@pytest.mark.parametrize("settings", [{"shots": -1}, {"limit": -2}, {"k": 0.0}, {"k": 1.5}])
+def test_settings_out_of_range(model: LoadedModel, settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="give"):
+        run(model, **settings)

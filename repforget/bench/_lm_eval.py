@@ -42,7 +42,8 @@ def harness_scores(
                for name, splits in tasks.items()]  # fmt: skip
     lm = wrapper.HFLM(pretrained=model.module, tokenizer=model.tokenizer, batch_size=batch_size)
     found = harness.simple_evaluate(model=lm, tasks=[{"group": "repforget", "task": entries}], num_fewshot=shots,
-                                    log_samples=True, bootstrap_iters=0)  # fmt: skip
+                                    log_samples=True, bootstrap_iters=0, random_seed=None,
+                                    numpy_random_seed=None, torch_random_seed=None)  # fmt: skip
     samples = {} if found is None else found["samples"]
     out: dict[str, Scores] = {}
     for name, splits in tasks.items():

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repforget.errors import UsageError
-from repforget.records import ItemScores
 
 Array = NDArray[np.float64]
 PUBLISHED_AUC = {"news": 0.4772, "books": 0.5393}  # Min-40 % of the retrained models, as the MUSE code states them
@@ -76,11 +75,3 @@ def area(utility: Sequence[float]) -> float:
     """Mean height of a curve by the trapezoid rule; its only value where there is one."""
     y = np.asarray(utility, dtype=np.float64)
     return float(y[0]) if len(y) == 1 else float(((y[1:] + y[:-1]) / 2).mean())
-
-
-def differences(mine: ItemScores, theirs: ItemScores) -> ItemScores | None:
-    """Mine minus theirs per item, NaN where either was not scored; None where they are of other items."""
-    if mine.ids != theirs.ids:
-        return None
-    values = np.where(mine.valid & theirs.valid, mine.values - theirs.values, np.nan)
-    return ItemScores.of(mine.ids, mine.clusters, values.tolist())

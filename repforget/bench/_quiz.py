@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,18 @@ import numpy as np
 
 from repforget.bench import _choices as ch
 from repforget.bench._data import estimated_tokens
-from repforget.bench._records import LEVEL, BenchResult, Better, Metric, Part, Work, mean_metric, not_computed
-from repforget.bench._saying import numbers, plain, say, untold
+from repforget.bench._records import (
+    LEVEL,
+    BenchResult,
+    Better,
+    Metric,
+    Part,
+    Reference,
+    Work,
+    mean_metric,
+    not_computed,
+)
+from repforget.bench._saying import against, numbers, plain, say, untold
 from repforget.knowledge import Item
 from repforget.progress import Progress, track
 from repforget.records import ItemScores
@@ -25,6 +35,8 @@ if TYPE_CHECKING:
 
 CHUNK = 512  # questions per part: what a killed run repeats at most
 SHOWN = 8  # subsets up to this number get metrics of their own, more of them counts
+COMPARED = ("accuracy", "accuracy_permuted", "cloze_norm", "open_answers")
+ENGINE_NOTE = "letters scored by lm-eval"
 NO_CONTEXT = "Answer:"  # what precedes an option when it is scored without its question
 Engine = Callable[[], ch.Scores]
 
@@ -43,21 +55,29 @@ class Forms:
 
 def quiz(
     name: str, model: LoadedModel, questions: Sequence[ch.Question], forms: Forms, *, part: Part,
-    progress: Progress | None = None, seed: int = 0, engine: Engine | None = None, notes: Sequence[str] = (),
+    progress: Progress | None = None, seed: int = 0, reference: Reference | None = None, engine: Engine | None = None,
 ) -> BenchResult:  # fmt: skip
-    """All metrics of one set.  What is stored are ids and numbers, never a text.
+    """All metrics of one set, with a ``reference`` their differences.  What is stored are ids and numbers, no text.
 
     ``engine`` replaces the project's own scoring of the lettered options (and then only that form is asked).
     """
     asked = _Asked(model, questions, forms, part, progress)
     if engine is not None:
         scores = [numbers(row) for row in part("letters-by-engine", partial(_by_engine, engine, forms.hazardous))]
-        return _assembled(name, questions, [scores], None, None, forms, seed, notes)
+        return _compared(_assembled(name, questions, [scores], None, None, forms, seed).with_notes(ENGINE_NOTE),
+                         reference, seed)  # fmt: skip
     most = max(len(q.options) for q in questions)
     turns = [asked.lettered(shift) for shift in range(most if forms.permutations else 1)]
     cloze = asked.cloze() if forms.cloze else None
     opened = asked.opened() if forms.open_answers else None
-    return _assembled(name, questions, turns, cloze, opened, forms, seed, notes)
+    return _compared(_assembled(name, questions, turns, cloze, opened, forms, seed), reference, seed)
+
+
+def _compared(result: BenchResult, reference: Reference | None, seed: int) -> BenchResult:
+    names = [name for name in COMPARED if name in result.metrics]
+    found = [] if reference is None else [against(name, items, reference, seed=seed) for name in names
+                                          if (items := result.metrics[name].items) is not None]  # fmt: skip
+    return replace(result, metrics={**result.metrics, **{metric.name: metric for metric in found}})
 
 
 def _by_engine(engine: Engine, hazardous: bool) -> list[list[float | None]]:
@@ -150,7 +170,7 @@ def _item(question: ch.Question) -> Item:
 
 def _assembled(
     name: str, questions: Sequence[ch.Question], turns: Sequence[ch.Scores], cloze: dict[str, ch.Scores] | None,
-    opened: ch.Array | None, forms: Forms, seed: int, notes: Sequence[str],
+    opened: ch.Array | None, forms: Forms, seed: int,
 ) -> BenchResult:  # fmt: skip
     scores, better = turns[0], forms.better
     metric = _Maker(questions, better, seed)
@@ -183,7 +203,7 @@ def _assembled(
                 f"accuracy/{subset}", hits[mine]))  # fmt: skip
         else:
             counts[f"accuracy/{subset}"] = float(np.nanmean(hits[mine])) if not np.isnan(hits[mine]).all() else math.nan
-    said = [*notes, f"letter '{letter}' is chosen for {share:.1%} of the questions"] if letter else list(notes)
+    said = [f"letter '{letter}' is chosen for {share:.1%} of the questions"] if letter else []
     if ties:
         said.append(f"for {ties:.1%} of the questions all letters score the same (the first counts as chosen): the "
                     "tokenizer may not tell them apart")  # fmt: skip

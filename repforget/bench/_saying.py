@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from repforget.bench._records import Better, Metric, mean_metric, not_computed
-from repforget.errors import MissingExtraError, RepforgetError
+from repforget.bench._records import Better, Metric, Reference, mean_metric, not_computed
+from repforget.errors import MissingExtraError, RepforgetError, UsageError
 from repforget.records import ItemScores
 from repforget.scoring import encode_prompts, generate
 from repforget.scoring.encode import context_limit
@@ -40,6 +40,24 @@ def spoken(name: str, items: ItemScores, *, better: Better, seed: int, note: str
         why = f"none of its {len(items.ids)} prompts leaves room for the answer in the model's context"
         return not_computed(name, why, better=better)
     return mean_metric(name, items, better=better, note=note, seed=seed)
+
+
+def against(name: str, items: ItemScores, reference: Reference, *, seed: int) -> Metric:
+    """``name_difference``: the mean item-wise difference to the reference's values, limits from resampled clusters."""
+    label, theirs = f"{name}_difference", reference.result.metrics.get(name)
+    if theirs is None or theirs.items is None or theirs.items.ids != items.ids:
+        return not_computed(label, "the reference's row has no values of these items", better="reference")
+    both = items.valid & theirs.items.valid
+    values = np.where(both, items.values - theirs.items.values, np.nan)
+    return mean_metric(label, ItemScores.of(items.ids, items.clusters, values.tolist()), better="reference",
+                       note="minus the reference's; 0 = like it", seed=seed)  # fmt: skip
+
+
+def not_negative(**named: int) -> None:
+    """Refuse counts below 0, which would count from the end."""
+    for name, value in named.items():
+        if value < 0:
+            raise UsageError(f"{name} is {value}: give 0 or more.")
 
 
 def untold(hazardous: bool, what: str, build: Callable[[], T]) -> T:

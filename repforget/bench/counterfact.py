@@ -10,7 +10,7 @@ import numpy as np
 
 from repforget.bench._data import Source, estimated_tokens, rows
 from repforget.bench._records import LEVEL, BenchResult, Metric, Part, Reference, Work, mean_metric, not_computed
-from repforget.bench._saying import numbers, plain
+from repforget.bench._saying import against, not_negative, numbers, plain
 from repforget.errors import KnowledgeError
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress, track
@@ -38,14 +38,17 @@ def counterfact(
 
     The new answer being likelier does not show that the old one is forgotten: both may be.
     """
+    not_negative(limit=limit)
     cases = _cases(data, limit)
-    found: list[list[float | None]] = []
+    shares: list[list[float | None]] = []
     for start in track(progress, range(0, len(cases), CHUNK), "facts"):
-        found += part(f"cases-{start}", partial(_scored, model, cases[start : start + CHUNK]))
-    table = np.stack([numbers(row) for row in found])
+        shares += part(f"cases-{start}", partial(_scored, model, cases[start : start + CHUNK]))
+    table = np.stack([numbers(row) for row in shares])
     ids = [case[0] for case in cases]
-    out = [mean_metric(name, ItemScores.of(ids, ids, table[:, k].tolist()), token_based=True, seed=seed)
-           for k, name in enumerate(FORMS)]  # fmt: skip
+    items = {name: ItemScores.of(ids, ids, table[:, k].tolist()) for k, name in enumerate(FORMS)}
+    out = [mean_metric(name, found, token_based=True, seed=seed) for name, found in items.items()]
+    if reference is not None:
+        out += [against(name, found, reference, seed=seed) for name, found in items.items()]
     return BenchResult.of("counterfact", [*out, _score(table, ids, seed)], {"cases": float(len(cases))})
 
 

@@ -9,8 +9,11 @@ from repforget.bench._choices import Question, read_questions
 from repforget.bench._data import Source, rows
 from repforget.bench._quiz import Forms, quiz, quiz_work
 from repforget.bench._records import BenchResult, Part, Reference, Work
+from repforget.bench._saying import not_negative
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress
+
+AGGREGATION = ("permutations", "cloze", "open_answers", "about")
 
 
 def mcq(
@@ -36,7 +39,7 @@ def mcq(
     """
     forms = _forms(about, hazardous, permutations, cloze, open_answers)
     questions = _questions(data, table, shots_table, shots, topic, subset_column, hazardous, limit)
-    return quiz("mcq", model, questions, forms, part=part, progress=progress, seed=seed)
+    return quiz("mcq", model, questions, forms, part=part, progress=progress, seed=seed, reference=reference)
 
 
 def work(
@@ -56,6 +59,7 @@ def _forms(about: str, hazardous: bool, permutations: bool, cloze: bool, open_an
 def _questions(
     data: Source, table: str, shots_table: str, shots: int, topic: str, subset_column: str, hazardous: bool, limit: int
 ) -> list[Question]:
+    not_negative(shots=shots, limit=limit)
     path = Path(data.where).expanduser()
     if path.is_file():
         data, table = Source(str(path.parent), data.seen), path.stem

@@ -8,11 +8,13 @@ from repforget.bench._choices import Question, Scores, read_questions
 from repforget.bench._data import Source, rows
 from repforget.bench._quiz import Forms, quiz, quiz_work
 from repforget.bench._records import BenchResult, Part, Reference, Work
+from repforget.bench._saying import not_negative
 from repforget.errors import KnowledgeError
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress
 
 DATA = "cais/mmlu"
+AGGREGATION = ("permutations", "cloze")
 TEST, DEV = "all/test", "all/dev"
 COLUMNS = ("question", "choices", "answer", "subject")
 Tables = dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]]  # subject -> questions, worked examples
@@ -35,8 +37,6 @@ def mmlu(
     """
     tables = _tables(data, shots, subjects, limit)
     questions, forms = _questions(tables), Forms(permutations, cloze)
-    if engine == "own":
-        return quiz("mmlu", model, questions, forms, part=part, progress=progress, seed=seed)
 
     def harness() -> Scores:
         from repforget.bench._lm_eval import harness_scores
@@ -46,8 +46,8 @@ def mmlu(
         scores = harness_scores(model, tasks, shots=shots)
         return [row for task in tasks for row in scores[task]]
 
-    return quiz("mmlu", model, questions, forms, part=part, progress=progress, seed=seed, engine=harness,
-                notes=("letters scored by lm-eval",))  # fmt: skip
+    return quiz("mmlu", model, questions, forms, part=part, progress=progress, seed=seed, reference=reference,
+                engine=None if engine == "own" else harness)  # fmt: skip
 
 
 def work(
@@ -60,6 +60,7 @@ def work(
 
 
 def _tables(data: Source, shots: int, subjects: tuple[str, ...], limit: int) -> Tables:
+    not_negative(shots=shots, limit=limit)
     found = rows(data, TEST, COLUMNS)
     examples = rows(data, DEV, COLUMNS) if shots else []
     if examples and data.seen[DEV] == data.seen[TEST]:

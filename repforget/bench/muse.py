@@ -11,9 +11,9 @@ import numpy as np
 from repforget.bench import _muse as m
 from repforget.bench._data import Source, estimated_tokens, has, rows, text
 from repforget.bench._muse_series import scalability, sustainability
-from repforget.bench._records import LEVEL, BenchResult, Metric, Part, Reference, Work, mean_metric, not_computed
-from repforget.bench._saying import numbers, plain, say, spoken, whole_text
-from repforget.errors import KnowledgeError
+from repforget.bench._records import LEVEL, BenchResult, Metric, Part, Reference, Work, not_computed
+from repforget.bench._saying import against, not_negative, numbers, plain, say, spoken, whole_text
+from repforget.errors import KnowledgeError, UsageError
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress, track
 from repforget.records import ItemScores
@@ -52,6 +52,9 @@ def muse(
     Values of a model that was never trained on the texts are above 0 (they are the aim), and no value here shows that
     a fine-tuned or quantised copy does not say the texts again.
     """
+    not_negative(shots=shots, limit=limit, fold_texts=fold_texts)
+    if not 0.0 < k <= 1.0:
+        raise UsageError(f"k is {k}: give the share of tokens, above 0 and at most 1.")
     stem = compat == "open-unlearning"
     verbatim = _verbatim(data, limit)
     questions = {name: _questions(data, side, shots, limit) for name, side in SIDES.items()}
@@ -106,7 +109,8 @@ def _verbatim(data: Source, limit: int) -> list[Row]:
 
 def _questions(data: Source, side: str, shots: int, limit: int) -> tuple[list[str], list[Row]]:
     """Few-shot prompts and rows of one side; earlier revisions of the published sets call retain retain2."""
-    name = side if has(data, f"knowmem/{side}_qa") else f"{side}2"
+    earlier = not has(data, f"knowmem/{side}_qa") and has(data, f"knowmem/{side}2_qa")
+    name = f"{side}2" if earlier else side
     columns = ("question", "answer")
     found = rows(data, f"knowmem/{name}_qa", columns)[: limit or None]
     examples = rows(data, f"knowmem/{name}_qa_icl", columns)[:shots] if shots else []
@@ -165,14 +169,10 @@ def _membership(model: LoadedModel, group: Sequence[Row], k: float) -> dict[str,
 
 def _difference(name: str, items: ItemScores, reference: Reference | None, seed: int) -> Metric:
     """The item-wise difference to the model that never knew: what these values mean anything against."""
-    label = f"{name}_difference"
     if reference is None:
-        return not_computed(label, "no reference was given: a model that never saw the texts", better="reference")
-    theirs = reference.result.metrics.get(name)
-    found = m.differences(items, theirs.items) if theirs is not None and theirs.items is not None else None
-    if found is None:
-        return not_computed(label, "the reference's row has no values of these items", better="reference")
-    return mean_metric(label, found, better="reference", note="minus the reference's; 0 = like it", seed=seed)
+        why = "no reference was given: a model that never saw the texts"
+        return not_computed(f"{name}_difference", why, better="reference")
+    return against(name, items, reference, seed=seed)
 
 
 def _leak(

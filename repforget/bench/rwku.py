@@ -13,7 +13,7 @@ import numpy as np
 from repforget.bench import _choices as ch
 from repforget.bench._data import Source, estimated_tokens, has, rows, text, texts
 from repforget.bench._records import LEVEL, BenchResult, Metric, Part, Reference, Work, mean_metric, not_computed
-from repforget.bench._saying import numbers, plain, say, spoken, whole_text
+from repforget.bench._saying import against, not_negative, numbers, plain, say, spoken, whole_text
 from repforget.errors import KnowledgeError, UsageError
 from repforget.knowledge import Item
 from repforget.models.load import LoadedModel
@@ -24,6 +24,7 @@ from repforget.scoring.rouge import rouge_l
 from repforget.scoring.tokens import token_scores
 
 DATA = "jinzhuoran/RWKU"
+AGGREGATION = ("membership", "utility")
 PROBES = {
     "forget_blank": "forget_level1", "forget_question": "forget_level2", "forget_adversarial": "forget_level3",
     "neighbour_blank": "neighbor_level1", "neighbour_question": "neighbor_level2",
@@ -59,6 +60,7 @@ def rwku(
     A low recall does not show that the knowledge is gone: refusals score 0, and so does the right answer in other
     words.
     """
+    not_negative(limit=limit)
     probes = _probes(data, subjects, limit)
     out: list[Metric] = []
     counts: dict[str, float] = {}
@@ -69,6 +71,8 @@ def rwku(
         items = _items(name, group, numbers(found))
         better: Literal["lower", "higher"] = "lower" if name.startswith("forget") else "higher"
         out.append(spoken(name, items, better=better, seed=seed))
+        if reference is not None:
+            out.append(against(name, items, reference, seed=seed))
         counts |= {name: float(len(group)), f"{name}_not_scored": float((~items.valid).sum())}
         kinds = [str(row.get("type", "")) for row in group]
         for kind in sorted(set(kinds) - {""}) if name == "forget_adversarial" else ():

@@ -8,11 +8,13 @@ from repforget.bench._choices import Question, Scores, read_questions
 from repforget.bench._data import Source, rows
 from repforget.bench._quiz import Forms, quiz, quiz_work
 from repforget.bench._records import BenchResult, Part, Reference, Work
+from repforget.bench._saying import not_negative
 from repforget.errors import UsageError
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress
 
 DATA = "cais/wmdp"
+AGGREGATION = ("permutations", "cloze", "open_answers")
 TOPICS = {"bio": "biology", "chem": "chemistry", "cyber": "cybersecurity"}
 Subset = Literal["bio", "chem", "cyber"]
 
@@ -29,15 +31,14 @@ def wmdp(
     choices, answer as a number).  ``accuracy`` weighs the subsets by size, as the harness's group does;
     ``accuracy_macro`` weighs them alike.  Forms and metrics are those of the benchmark ``mcq``; with
     ``engine="lm-eval"`` the prompts and scores are lm-eval's own and only the letter form is asked.  Cost: four passes
-    per question, eight short rows for the cloze forms (3,668 questions: about 15,000 passes of 150 tokens).
+    per question, eight short rows for the cloze forms (about 4,000 questions).
 
     Chance accuracy does not show that the knowledge is gone: compare the cloze forms, and attack the model.  Results
     hold ids and numbers only.
     """
+    not_negative(limit=limit)
     tables = {subset: _rows(data, subset, limit) for subset in subsets}
     questions, forms = _questions(data, tables), _forms(permutations, cloze, open_answers)
-    if engine == "own":
-        return quiz("wmdp", model, questions, forms, part=part, progress=progress, seed=seed)
 
     def harness() -> Scores:
         from repforget.bench._lm_eval import harness_scores
@@ -46,8 +47,8 @@ def wmdp(
         scores = harness_scores(model, tasks, shots=0)
         return [row for task in tasks for row in scores[task]]
 
-    return quiz("wmdp", model, questions, forms, part=part, progress=progress, seed=seed, engine=harness,
-                notes=("letters scored by lm-eval",))  # fmt: skip
+    return quiz("wmdp", model, questions, forms, part=part, progress=progress, seed=seed, reference=reference,
+                engine=None if engine == "own" else harness)  # fmt: skip
 
 
 def work(
