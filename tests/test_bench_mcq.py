@@ -12,10 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import transformers
+from bench_tools import Parts, speaker, write
 from scipy import stats
-from scoring_models import byte_tokenizer
 
 from repforget.bench import _choices as ch
 from repforget.bench import _quiz
@@ -23,7 +21,7 @@ from repforget.bench._data import Source
 from repforget.bench._records import BenchResult, Reference
 from repforget.bench._run import Row, Subject, run
 from repforget.errors import KnowledgeError, MissingExtraError, RepforgetError, UsageError
-from repforget.models.load import LoadedModel, wrap
+from repforget.models.load import LoadedModel
 from repforget.scoring import answer_logprobs
 
 SENTINEL = "XQZSENTINEL"
@@ -36,38 +34,9 @@ def rows_of(n: int, *, options: int = 4, word: str = "thing") -> list[dict[str, 
              "answer": k % options} for k in range(n)]  # fmt: skip
 
 
-def write(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> Path:
-    path = folder / f"{name}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
-
-
-class Parts:
-    """Keeps what a run would store, after a round trip through JSON."""
-
-    def __init__(self) -> None:
-        self.stored: dict[str, Any] = {}
-
-    def __call__(self, name: str, build: Callable[[], Any]) -> Any:
-        if name not in self.stored:
-            self.stored[name] = json.loads(json.dumps(build(), allow_nan=False))
-        return self.stored[name]
-
-
 @pytest.fixture(scope="module")
 def model() -> LoadedModel:
-    tokenizer = byte_tokenizer()
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        intermediate_size=24, max_position_embeddings=400, bos_token_id=0, eos_token_id=0, pad_token_id=None,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        module = transformers.LlamaForCausalLM(config).eval()
-        for parameter in module.parameters():
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    return wrap(module, tokenizer)
+    return speaker(context=400)
 
 
 def method(name: str) -> Callable[..., BenchResult]:

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import transformers
+from bench_tools import Parts, read, speaker, write
 from hypothesis import given
 from hypothesis import strategies as some
 from scoring_models import byte_tokenizer, word_tokenizer
@@ -23,7 +22,7 @@ from repforget.bench._data import Source
 from repforget.bench._records import BenchResult, Reference, mean_metric
 from repforget.bench._saying import against, whole_text
 from repforget.errors import KnowledgeError, UsageError
-from repforget.models.load import LoadedModel, wrap
+from repforget.models.load import LoadedModel
 from repforget.records import ItemScores
 from repforget.scoring import encode
 
@@ -32,37 +31,9 @@ PLACES = ("harbour", "market", "bridge", "tower", "garden", "station")
 HERE = Path(__file__).parent / "data" / "muse"
 
 
-class Parts:
-    """Keeps what a run would store, after a round trip through JSON."""
-
-    def __init__(self) -> None:
-        self.built: list[str] = []
-        self.stored: dict[str, Any] = {}
-
-    def __call__(self, name: str, build: Callable[[], Any]) -> Any:
-        if name not in self.stored:
-            self.built.append(name)
-            self.stored[name] = json.loads(json.dumps(build(), allow_nan=False))
-        return self.stored[name]
-
-
-def tiny(seed: int) -> LoadedModel:
-    tokenizer = byte_tokenizer()
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        intermediate_size=24, max_position_embeddings=512, bos_token_id=0, eos_token_id=0, pad_token_id=None,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        module = transformers.LlamaForCausalLM(config).eval()
-        for parameter in module.parameters():
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    return wrap(module, tokenizer, f"tiny-{seed}")
-
-
 @pytest.fixture(scope="module")
 def model() -> LoadedModel:
-    return tiny(0)
+    return speaker(0)
 
 
 def run(model: Any, data: Source | Path = HERE, part: Any = None, **settings: Any) -> BenchResult:
@@ -75,11 +46,9 @@ def copied(folder: Path, **changes: Sequence[dict[str, Any]] | None) -> Path:
     """The small data set with some tables replaced ("privleak/forget") or left out (None)."""
     for path in HERE.rglob("*.jsonl"):
         name = path.relative_to(HERE).with_suffix("").as_posix()
-        target = folder / f"{name}.jsonl"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        rows = changes.get(name, [json.loads(line) for line in path.read_text().splitlines()])
+        rows = changes.get(name, read(path))
         if rows is not None:
-            target.write_text("\n".join(json.dumps(row) for row in rows))
+            write(folder, name, rows)
     return folder
 
 
@@ -138,7 +107,7 @@ def test_a_text_is_scored_from_its_first_predicted_token() -> None:
 
 def test_the_prompts_are_the_published_ones() -> None:
     prompts, rows = muse_file._questions(Source(str(HERE)), "forget", 1, 0)
-    shot = json.loads((HERE / "knowmem/forget_qa_icl.jsonl").read_text().splitlines()[0])
+    shot = read(HERE / "knowmem/forget_qa_icl.jsonl")[0]
     expected = f"Question: {shot['question']}\nAnswer: {shot['answer']}\n\nQuestion: {rows[0]['question']}\nAnswer: "
     assert prompts[0] == expected
 
@@ -151,8 +120,7 @@ def saying(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str], str | None])
 
 
 def truths() -> dict[str, str]:
-    lines = (HERE / "verbmem/forget.jsonl").read_text().splitlines()
-    out = {row["prompt"]: row["gt"] for row in map(json.loads, lines)}
+    out = {row["prompt"]: row["gt"] for row in read(HERE / "verbmem/forget.jsonl")}
     for side in ("forget", "retain"):
         prompts, rows = muse_file._questions(Source(str(HERE)), side, 2, 0)
         out |= {prompt: row["answer"] for prompt, row in zip(prompts, rows, strict=True)}
@@ -170,15 +138,11 @@ def test_a_model_that_copies_has_every_memory(model: LoadedModel, monkeypatch: p
     assert run(model).metrics["verbmem"].value == 0.0
 
 
-def test_stemming_is_the_peers(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stemming_is_the_peers(model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saying(monkeypatch, lambda prompt: "walking boats")
-    rows = [{"question": "q?", "answer": "walked boat"}]
-    from tempfile import TemporaryDirectory
-
-    with TemporaryDirectory() as folder:
-        data = copied(Path(folder), **{"knowmem/forget_qa": rows})
-        assert run(model, data).metrics["knowmem_forget"].value == 0.0
-        assert run(model, data, compat="open-unlearning").metrics["knowmem_forget"].value == 1.0
+    data = copied(tmp_path, **{"knowmem/forget_qa": [{"question": "q?", "answer": "walked boat"}]})
+    assert run(model, data).metrics["knowmem_forget"].value == 0.0
+    assert run(model, data, compat="open-unlearning").metrics["knowmem_forget"].value == 1.0
 
 
 def test_a_run_on_small_files(model: LoadedModel) -> None:
@@ -201,7 +165,7 @@ def test_a_run_on_small_files(model: LoadedModel) -> None:
 
 
 def test_against_a_reference(model: LoadedModel) -> None:
-    other = Reference("other", run(tiny(1)))
+    other = Reference("other", run(speaker(1)))
     found = run(model, reference=other)
     auc, theirs = found.metrics["privleak_auc"].value, other.result.metrics["privleak_auc"].value
     assert found.metrics["privleak"].value == pytest.approx(m.privleak(auc, theirs))
@@ -271,7 +235,7 @@ def test_one_file_is_not_both_sides(model: LoadedModel, tmp_path: Path) -> None:
 
 
 def test_series_of_models(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = {name: tiny(k) for k, name in enumerate(("first", "second", "third"))}
+    made = {name: speaker(k) for k, name in enumerate(("first", "second", "third"))}
     monkeypatch.setattr(series, "_opened", lambda name, like: made[name])
     parts = Parts()
     found = run(model, part=parts, scal_models=("first", "second"), sust_models=("first", "second", "third"))

@@ -11,14 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import transformers
-from scoring_models import byte_tokenizer
+from bench_tools import Parts, read, speaker, write
 
 from repforget.bench._data import Source
 from repforget.bench._records import BenchResult
 from repforget.errors import KnowledgeError, UsageError
-from repforget.models.load import LoadedModel, wrap
+from repforget.models.load import LoadedModel
 from repforget.scoring import answer_logprobs
 
 rwku_file: Any = __import__("repforget.bench.rwku", fromlist=["rwku"])
@@ -27,46 +25,20 @@ HERE = Path(__file__).parent / "data" / "rwku"
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<u>{{ m['content'] }}</u>{% endfor %}<a>"
 
 
-class Parts:
-    """Keeps what a run would store, after a round trip through JSON."""
-
-    def __init__(self) -> None:
-        self.stored: dict[str, Any] = {}
-
-    def __call__(self, name: str, build: Callable[[], Any]) -> Any:
-        if name not in self.stored:
-            self.stored[name] = json.loads(json.dumps(build(), allow_nan=False))
-        return self.stored[name]
-
-
 @pytest.fixture(scope="module")
 def model() -> LoadedModel:
-    tokenizer = byte_tokenizer()
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        intermediate_size=24, max_position_embeddings=512, bos_token_id=0, eos_token_id=0, pad_token_id=None,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        module = transformers.LlamaForCausalLM(config).eval()
-        for parameter in module.parameters():
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    return wrap(module, tokenizer)
+    return speaker()
 
 
 def run(model: Any, folder: Path = HERE, **settings: Any) -> BenchResult:
     return rwku_file.rwku(model, data=Source(str(folder)), part=Parts(), **{"new_tokens": 4, **settings})  # type: ignore[no-any-return]
 
 
-def rows_of(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (HERE / f"{name}.jsonl").read_text().splitlines()]
-
-
 def copied(folder: Path, **changes: Sequence[dict[str, Any]] | None) -> Path:
     for path in HERE.glob("*.jsonl"):
-        rows = changes.get(path.stem, rows_of(path.stem))
+        rows = changes.get(path.stem, read(path))
         if rows is not None:
-            (folder / path.name).write_text("\n".join(json.dumps(row) for row in rows))
+            write(folder, path.stem, rows)
     return folder
 
 
@@ -116,7 +88,7 @@ def test_a_run_with_everything(model: LoadedModel) -> None:
     everything = {"utility": ("general", "factuality", "fluency"), "subjects": ("Ada Berg",)}
     found = run(model, **everything)
     assert found.to_json() == run(model, **everything).to_json()
-    texts = [row["text"] for row in rows_of("mia_forget") if row["subject"] == "Ada Berg"]
+    texts = [row["text"] for row in read(HERE / "mia_forget.jsonl") if row["subject"] == "Ada Berg"]
     expected = [-answer_logprobs(model, [(t[:n], t[n:])]).mean_logprob[0] for t in texts
                 for n in [model.tokenizer(t, return_offsets_mapping=True)["offset_mapping"][0][1]]]  # fmt: skip
     assert found.metrics["membership_loss_forget"].value == pytest.approx(np.mean(expected), rel=1e-5)
