@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,6 +162,18 @@ def test_intra_cluster_correlation_and_design_effect() -> None:
     assert st.icc(np.repeat([1.0, 2.0, 3.0], 4), list("aaaabbbbcccc")) == 1.0
     assert math.isnan(st.icc(np.arange(3.0), list("abc")))
     assert st.design_effect(np.arange(3.0), list("abc")) == 1.0
+
+
+@pytest.mark.parametrize(("run", "correlation", "effect"), [
+    ("ft_epoch5_lr1e-05_llama2-7b_retain90_wd0.01", 0.13697474581788463, 3.6025201705398078),
+    ("ft_epoch5_lr2e-05_phi_retain90_wd0.01", 0.16265550087578226, 4.090454516639863),
+])  # fmt: skip
+def test_questions_about_one_author_are_alike(run: str, correlation: float, effect: float) -> None:
+    """Losses that TOFU's authors logged, 20 questions each about 15 authors: they count for a third or a quarter."""
+    losses = np.load(Path(__file__).parent / "data" / "tofu_logs.npz")[f"{run}/forget/avg_gt_loss"].astype(np.float64)
+    authors = [f"a{k // 20:02d}" for k in range(len(losses))]
+    assert st.icc(losses, authors) == pytest.approx(correlation, abs=1e-8)
+    assert st.design_effect(losses, authors) == pytest.approx(effect, abs=1e-5)
 
 
 def test_a_sample_size_before_and_after_measuring_agree() -> None:

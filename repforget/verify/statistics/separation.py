@@ -121,10 +121,10 @@ def _tpr(high: Array, low: Array, fpr: float) -> Callable[[Array, Array], Array]
 
 def _sides(clusters_high: Sequence[str], clusters_low: Sequence[str]) -> _Sides:
     shared = not set(clusters_high).isdisjoint(clusters_low)
-    upper, lower = ([f"{side}{name}" for name in names]
-                    for side, names in (("" if shared else "h", clusters_high), ("" if shared else "l", clusters_low)))
-    names, index = np.unique(np.asarray([*upper, *lower]), return_inverse=True)
-    return _Sides(index[: len(upper)], index[len(upper) :], len(names), shared)
+    upper, lower = ("", "") if shared else ("h", "l")
+    named = [upper + c for c in clusters_high] + [lower + c for c in clusters_low]
+    names, index = np.unique(np.asarray(named), return_inverse=True)
+    return _Sides(index[: len(clusters_high)], index[len(clusters_high) :], len(names), shared)
 
 
 def _interval(point: float, evaluate: Evaluate, sides: _Sides, alpha: float, draws: int, seed: int) -> Interval:
