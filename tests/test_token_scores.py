@@ -14,7 +14,7 @@ from scoring_models import ARCHITECTURES, WORDS, tiny
 
 from repforget.artifact.attach import hook_operations
 from repforget.artifact.operations import AddVector, Gate
-from repforget.errors import NumericalError
+from repforget.errors import NumericalError, UsageError
 from repforget.models.load import LoadedModel, wrap
 from repforget.records import Site
 from repforget.scoring import (
@@ -145,6 +145,17 @@ def test_extraction_strength_is_what_greedy_decoding_extracts() -> None:
             _LLAMA, [" ".join([PROMPTS[0], *words[:k]])], max_new_tokens=len(words) - k)[0][0].split() == words[k:])
         assert strength == pytest.approx(1 - given / len(words))
     assert {0, 1} < set(strengths) and ((strengths > 0) & (strengths < 1)).sum() > 3
+
+
+def test_moments_of_marked_pairs_only() -> None:
+    marks = [k % 3 == 0 for k in range(len(PAIRS))]
+    some, every = token_scores(_LLAMA, PAIRS, moments=marks), token_scores(_LLAMA, PAIRS, moments=True)
+    assert token_scores(_LLAMA, PAIRS).mu is None and some.mu is not None and every.mu is not None
+    again = {PAIRS[k] for k, marked in enumerate(marks) if marked}
+    for pair, ours, theirs in zip(PAIRS, some.mu, every.mu, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-6) if pair in again else np.isnan(ours).all()
+    with pytest.raises(UsageError, match="one per pair"):
+        token_scores(_LLAMA, PAIRS, moments=[True])
 
 
 class TestReading:

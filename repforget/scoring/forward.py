@@ -78,9 +78,13 @@ def read_logits(
         part = slice(at, at + step)
         raw, wanted = logits[rows[part], columns[part]], tokens[part]
         exact = raw if raw.dtype == torch.float64 else raw.float()
-        logprob = exact.gather(-1, wanted[:, None])[:, 0] - exact.logsumexp(-1)
-        found = [logprob, (exact.argmax(-1) == wanted).to(exact.dtype)]
-        parts.append(torch.stack(found + (_moments(exact) if moments else [])).cpu().double())
+        hit = (exact.argmax(-1) == wanted).to(exact.dtype)
+        if moments:
+            table = exact.log_softmax(-1)
+            found = [table.gather(-1, wanted[:, None])[:, 0], hit, *_moments(table)]
+        else:
+            found = [exact.gather(-1, wanted[:, None])[:, 0] - exact.logsumexp(-1), hit]
+        parts.append(torch.stack(found).cpu().double())
     result = torch.cat(parts, 1) if parts else torch.zeros(4 if moments else 2, 0, dtype=torch.float64)
     if bool(torch.isnan(result).any()):
         raise NumericalError("The model returned NaN logits where it was scored: check the edit's strength, "
@@ -88,13 +92,12 @@ def read_logits(
     return result.numpy()
 
 
-def _moments(logits: Tensor) -> list[Tensor]:
-    """Mean and variance of log p under p = softmax(logits); tokens of probability 0 count nothing."""
-    logp = logits.log_softmax(-1)
+def _moments(logp: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of log p under p; tokens of probability 0 count nothing."""
     p = logp.exp()
     logp = logp.masked_fill(p == 0, 0)  # 0 * -inf would be NaN
-    mu = (p * logp).sum(-1)
-    return [mu, (p * (logp - mu[..., None]).square()).sum(-1)]
+    mu = torch.linalg.vecdot(p, logp)
+    return mu, torch.linalg.vecdot(p, (logp - mu[..., None]).square())
 
 
 def shareable(past: Any) -> bool:

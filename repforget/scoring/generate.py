@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from repforget.models.capture import Batch
     from repforget.models.load import LoadedModel
 
+DROP = 0.75  # complete texts leave the batch when no more than this share of it is left
+
 
 def generate(
     model: LoadedModel,
@@ -115,7 +117,7 @@ def _continue(
         ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
         positions = torch.cat([positions, positions[:, -1:] + 1], 1)
         left = torch.tensor([row for row, k in enumerate(who) if k not in done])
-        if 2 * len(left) <= len(who):
+        if len(left) <= DROP * len(who):
             ids, mask, positions, who = ids[left], mask[left], positions[left], [who[row] for row in left]
             past = None if past is None else select_rows(past, left)
         fed = (ids, positions) if past is None else (ids[:, -1:], positions[:, -1:])

@@ -52,7 +52,8 @@ def answer_logprobs(
     lacks the knowledge.
     """
     encoded = encode_many(model.tokenizer, pairs, eos=eos, limit=context_limit(model))
-    s = score_encoded(model, encoded, share=False, moments=False, eos=eos, token_budget=token_budget)
+    s = score_encoded(model, encoded, share=False, moments=[False] * len(pairs), eos=eos,
+                      token_budget=token_budget)  # fmt: skip
     greedy = s.valid & np.array([hits.all() for hits in s.hits], dtype=np.bool_)
     return AnswerScores(s.sum_logprob, s.n_tokens, greedy, s.logprobs, s.valid)
 

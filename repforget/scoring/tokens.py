@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from repforget.errors import UsageError
 from repforget.scoring.encode import Encoded, context_limit, encode_many, pad, pad_id, token_batches
 from repforget.scoring.forward import (
     CACHED_PER_TOKEN,
@@ -29,13 +30,16 @@ if TYPE_CHECKING:
 
 Tail = tuple[int, ...]
 Floats = NDArray[np.float64]
+ENOUGH_TOKENS = 1024  # in a batch: more of them cost hardly less per token
+SIMILAR = 0.9  # of the longest row
 
 
 @dataclass(frozen=True)
 class TokenScores:
     """Scores of n continuations token by token; one that exceeds the context is not ``valid``: empty, NaN sum.
 
-    ``mu`` and ``sigma2`` are the mean and variance of log p under the model at each position (for min-k++).
+    ``mu`` and ``sigma2`` are the mean and variance of log p under the model at each position (for min-k++), where
+    they were asked for.
     """
 
     logprobs: tuple[Floats, ...]  # n arrays [T_i], nats
@@ -71,12 +75,13 @@ def token_scores(
     pairs: Sequence[tuple[str, str]],
     *,
     eos: bool = False,
-    moments: bool = False,
+    moments: bool | Sequence[bool] = False,
     token_budget: int = 8192,
 ) -> TokenScores:
     """Score every token of each continuation after its prompt by teacher forcing: one pass, all metrics.
 
-    ``eos`` appends the end-of-sequence token to each continuation. Continuations of the same prompt share its
+    ``eos`` appends the end-of-sequence token to each continuation; ``moments`` reads ``mu`` and ``sigma2`` too, of
+    all pairs or of those marked (NaN elsewhere). Continuations of the same prompt share its
     key/value cache, and equal pairs are computed once, so pass everything that is asked about an item
     together. Values do not depend on batch, order, padding or sharing beyond rounding. Cost: the distinct
     prompts once and each distinct continuation once; models whose state cannot be shared (recurrent layers,
@@ -86,15 +91,20 @@ def token_scores(
     Low values show that this wording is improbable here, not that the model lacks the knowledge.
     """
     encoded = encode_many(model.tokenizer, pairs, eos=eos, limit=context_limit(model))
-    return score_encoded(model, encoded, share=True, moments=moments, eos=eos, token_budget=token_budget)
+    marked = [moments] * len(pairs) if isinstance(moments, bool) else list(moments)
+    if len(marked) != len(pairs):
+        raise UsageError(f"token_scores got {len(pairs)} pairs and {len(marked)} marks for moments: give one per pair.")
+    scores = score_encoded(model, encoded, share=True, moments=marked, eos=eos, token_budget=token_budget)
+    return scores if moments is not False else replace(scores, mu=None, sigma2=None)
 
 
 def score_encoded(
-    model: LoadedModel, encoded: Sequence[Encoded], *, share: bool, moments: bool, eos: bool, token_budget: int
-) -> TokenScores:
+    model: LoadedModel, encoded: Sequence[Encoded], *, share: bool, moments: Sequence[bool], eos: bool,
+    token_budget: int,
+) -> TokenScores:  # fmt: skip
     """:func:`token_scores` of encoded pairs; ``share=False`` runs every sequence whole."""
     distinct = list(dict.fromkeys(e for e in encoded if e.valid))
-    table = _Table(distinct, moments)
+    table = _Table(distinct, {e for e, marked in zip(encoded, moments, strict=True) if marked})
     groups: dict[Tail, list[int]] = {}  # what precedes the continuation -> who; joint tokenisation may differ
     for who, e in enumerate(distinct):
         groups.setdefault(e.ids[: e.start], []).append(who)
@@ -104,33 +114,35 @@ def score_encoded(
     _score_whole(model, table, [w for ids, who in groups.items() if ids not in several for w in who], token_budget)
     index = {e: who for who, e in enumerate(distinct)}
     rows = [table.of(index.get(e)) for e in encoded]
-    mu, sigma2 = (tuple(r[2] for r in rows), tuple(r[3] for r in rows)) if moments else (None, None)
     valid = np.array([e.valid for e in encoded], dtype=np.bool_)
-    return TokenScores(tuple(r[0] for r in rows), tuple(r[1] > 0 for r in rows), mu, sigma2, valid, eos)
+    return TokenScores(tuple(r[0] for r in rows), tuple(r[1] > 0 for r in rows), tuple(r[2] for r in rows),
+                       tuple(r[3] for r in rows), valid, eos)  # fmt: skip
 
 
 class _Table:
-    """What is read for every continuation token: columns [2 or 4, all tokens], one after the other."""
+    """What is read for every continuation token: rows of [4, all tokens], one continuation after the other."""
 
-    def __init__(self, encoded: Sequence[Encoded], moments: bool) -> None:
+    def __init__(self, encoded: Sequence[Encoded], marked: set[Encoded]) -> None:
         self.encoded = encoded
-        self.moments = moments
+        self.marked = np.array([e in marked for e in encoded], dtype=np.bool_)
         self.starts = np.concatenate([[0], np.cumsum([len(e.answer) for e in encoded])]).astype(np.int64)
-        self.values = np.full((4 if moments else 2, self.starts[-1]), np.nan)
+        self.values = np.full((4, self.starts[-1]), np.nan)
 
     def of(self, who: int | None) -> Floats:
         return self.values[:, :0] if who is None else self.values[:, self.starts[who] : self.starts[who + 1]]
 
     def read(self, logits: Tensor, wanted: Sequence[tuple[int, int, int, int, int]]) -> None:
         """Read from ``logits`` [b, k, V]: (row, first column, continuation, its first token, how many)."""
-        if not wanted:
-            return
-        row, column, who, first, count = np.array(wanted).T
-        step = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
-        place = np.repeat(self.starts[who] + first, count) + step
-        tokens = [t for _, _, w, f, n in wanted for t in self.encoded[w].answer[f : f + n]]
-        at = torch.from_numpy(np.repeat(row, count)), torch.from_numpy(np.repeat(column, count) + step)
-        self.values[:, place] = read_logits(logits, *at, torch.tensor(tokens), moments=self.moments)
+        for moments in (False, True):
+            these = [one for one in wanted if self.marked[one[2]] == moments]
+            if these:
+                row, column, who, first, count = np.array(these).T
+                step = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
+                place = np.repeat(self.starts[who] + first, count) + step
+                tokens = [t for _, _, w, f, n in these for t in self.encoded[w].answer[f : f + n]]
+                at = torch.from_numpy(np.repeat(row, count)), torch.from_numpy(np.repeat(column, count) + step)
+                found = read_logits(logits, *at, torch.tensor(tokens), moments=moments)
+                self.values[: len(found), place] = found
 
 
 def _score_whole(model: LoadedModel, table: _Table, chosen: Sequence[int], token_budget: int) -> None:
@@ -207,5 +219,9 @@ def _chunks(model: LoadedModel, rows: Sequence[_Row], width: int, budget: int) -
     while left:
         length = len(left[0].stem)
         size = min(CACHED_PER_TOKEN * budget // (width + length), LOGIT_ELEMENTS // (model.vocab_size * length))
-        chunk, left = left[: max(1, size)], left[max(1, size) :]
+        # A batch that is large enough ends where padding would begin to cost.
+        alike = next((k for k, row in enumerate(left) if k * length >= ENOUGH_TOKENS
+                      and len(row.stem) < SIMILAR * length), len(left))  # fmt: skip
+        size = max(1, min(size, alike))
+        chunk, left = left[:size], left[size:]
         yield chunk
