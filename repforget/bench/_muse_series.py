@@ -46,7 +46,7 @@ def sustainability(
     texts (teacher forcing), so that one pass per text serves.
     """
     _enough(names, "sust_models")
-    folds = [rows(data, f"sust/forget_{n}", ("text",))[:texts] for n in range(1, len(names) + 1)]
+    folds = [rows(data, f"sust/forget_{n}", ("text",))[: texts or None] for n in range(1, len(names) + 1)]
     scores: dict[tuple[int, int], m.Array] = {}
     utility: list[ItemScores] = []
     for j, name in enumerate(names):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -63,10 +64,10 @@ def muse(
 
     def asked(which: LoadedModel, name: str, prefix: str = "") -> ItemScores:
         prompts, group = questions[name]
-        build = lambda: _knowledge(which, prompts, group, answer_tokens, stem, progress)  # noqa: E731
+        build = partial(_knowledge, which, prompts, group, answer_tokens, stem, progress)
         return _items(name, group, numbers(part(prefix + name, build)))
 
-    found = part("verbmem", lambda: _continued(model, verbatim, verbatim_tokens, stem, progress))
+    found = part("verbmem", partial(_continued, model, verbatim, verbatim_tokens, stem, progress))
     scored = {"verbmem": _items("verbmem", verbatim, numbers(found)),
               **{name: asked(model, name) for name in questions}}  # fmt: skip
     out = []
