@@ -160,6 +160,11 @@ def test_another_model_in_the_same_folder_gets_its_own_numbers(data: Path, tmp_p
     assert not same(measured(data, hooked, out=tmp_path / "one"), first)
     other = bench_folder.write(tmp_path / "other", {"retain_perturbed": bench_folder.rows("retain_perturbed")[::-1]})
     assert not same(measured(other, model(0), out=tmp_path / "one"), first)
+    said: list[str] = []
+    for seed in (3, 3, 4):
+        _run.run("tofu", lambda seed=seed: _run.in_memory(model(seed)), data=str(data), out=tmp_path / "two",
+                 echo=said.append)  # fmt: skip
+    assert [line.startswith("The row of tofu on tiny-3") for line in said] == [True]
 
 
 def test_an_edited_model_is_another_model(data: Path, tmp_path: Path, cli: Cli) -> None:
@@ -268,6 +273,17 @@ def test_what_exceeds_the_context_is_counted_and_left_out(tmp_path: Path) -> Non
     found = measured(bench_folder.write(tmp_path / "none", {"forget10_perturbed": every}), reference=model(1))
     for name in ("forget.probability", "forget.loss", "forget_quality", "aggregate_memorization"):
         assert math.isnan(found.metrics[name].value) and found.metrics[name].note.startswith("not computed, because")
+
+
+def test_rows_without_a_paraphrased_question(tmp_path: Path, data: Path) -> None:
+    bare = [{key: value for key, value in row.items() if key != "paraphrased_question"} for row in FORGET]
+    found = measured(bench_folder.write(tmp_path / "bare", {"forget10_perturbed": bare})).metrics
+    for name in ("forget.rouge_asked_otherwise", "forget.probability_asked_otherwise"):
+        assert found[name].note == "not computed, because the rows have no paraphrased_question"
+    assert found["forget.rouge_prefilled"].n_items == 12
+    some = measured(bench_folder.write(tmp_path / "some", {"forget10_perturbed": [*FORGET[:5], *bare[5:]]})).metrics
+    assert some["forget.rouge_asked_otherwise"].n_items == some["forget.probability_asked_otherwise"].n_items == 5
+    assert some["forget.loss"].value == measured(data).metrics["forget.loss"].value
 
 
 def test_a_model_with_nan_is_an_error_of_one_sentence(data: Path) -> None:

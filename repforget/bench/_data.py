@@ -41,10 +41,10 @@ class Source:
 def rows(source: Source, name: str, columns: Iterable[str] = (), *, hazardous: bool = False) -> list[dict[str, Any]]:
     """All rows of one table, each with at least ``columns``; KnowledgeError says what was looked for and found.
 
-    Errors name columns and row numbers, never texts; with ``hazardous`` they also leave out values of any kind.
+    Errors name columns and row numbers, never texts; with ``hazardous`` not even the hub's own message is passed on.
     """
     folder = source.folder
-    found = _hub_rows(source.where, name) if folder is None else _file_rows(folder, name)
+    found = _hub_rows(source.where, name, hazardous) if folder is None else _file_rows(folder, name)
     wanted = tuple(columns)
     for number, row in enumerate(found, 1):
         missing = [column for column in wanted if row.get(column) is None]
@@ -148,7 +148,7 @@ def _parsed(path: Path, content: str) -> list[dict[str, Any]]:
     return found
 
 
-def _hub_rows(where: str, name: str) -> list[dict[str, Any]]:
+def _hub_rows(where: str, name: str, hazardous: bool) -> list[dict[str, Any]]:
     config, _, split = name.partition("/")
     layout = f"a folder with {name}.json (JSON lines of the same columns) does as well, given with --data"
     try:
@@ -159,6 +159,7 @@ def _hub_rows(where: str, name: str) -> list[dict[str, Any]]:
     try:
         table = load_dataset(where, config, split=split or "train")
     except (OSError, ValueError, RuntimeError) as error:  # the hub's own errors derive from these
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        said = "" if hazardous else str(error).strip()
+        reason = said.splitlines()[0].rstrip(".") if said else type(error).__name__
         raise KnowledgeError(f"Hub data set '{where}' ({name}) cannot be loaded: {reason}; {layout}.") from None
     return [dict(row) for row in table]

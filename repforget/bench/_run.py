@@ -145,6 +145,9 @@ def run(
             gc.collect()
         row = _measure(method, model(), source, never, chosen, seed, store, progress)
         if out is not None:
+            before = load_row(out) if (out / ROW).is_file() else row
+            if json_bytes(before.to_json()) != json_bytes(row.to_json()):
+                echo(f"The row of {before.result.benchmark} on {before.model['name']} in '{out}' is replaced.")
             row.save(out)
     return row
 

@@ -78,15 +78,12 @@ def tofu(
     data, and forget quality cannot tell much at these sizes. Attack the edit as well.
     """
     form = _form(data, template, separator, new_tokens)
-    forget = questions(data, f"{split}_perturbed", ds_size, instead=True, otherwise=True)
-    others = {name: questions(data, table, ds_size, instead=name == "retain") for name, table in TABLES.items()}
-    outside = questions(data, holdout, ds_size, columns=HOLDOUT_COLUMNS) if holdout else ()
-    _same_questions(forget, reference, unpaired)
+    sets, outside = _read(data, split, ds_size, holdout)
+    _same_questions(sets["forget"], reference, unpaired)
     rouge_l("", "")  # a missing library is said before anything is scored
 
-    sets = {"forget": forget, **others}
     answers = {name: part(f"{name}-answers", partial(_answers, model, q, form, progress)) for name, q in sets.items()}
-    said = {name: part(f"{name}-said", partial(_said, model, q, form, progress)) for name, q in sets.items()}
+    said = {name: part(f"{name}-said", partial(_said, model, name, q, form, progress)) for name, q in sets.items()}
     scored = {name: _scored(q, answers[name], said[name]["recall"]) for name, q in sets.items()}
     cells = {name: t.cells(name, s, mean=truth_ratio, compat=compat) for name, s in scored.items()}
     ratio = scored["forget"].items(t.log_truth_ratio(scored["forget"], mean=truth_ratio, compat=compat))
@@ -99,7 +96,7 @@ def tofu(
                     note="ln R: below 0 where the model prefers the truth"),
         mean_metric("retain.loss", loss, better="lower", token_based=True, seed=seed),
     ]  # fmt: skip
-    found += _membership(model, forget, outside, form, part, seed)
+    found += _membership(model, sets["forget"], outside, form, part, seed)
     found += _aggregates(found, reference)
     counts = _counts(sets, outside, answers, said)
     return BenchResult.of("tofu", found, counts, _notes(form, reference, truth_ratio, compat, ds_size))
@@ -111,15 +108,22 @@ def work(
 ) -> Work:  # fmt: skip
     """What :func:`tofu` will cost; tokens are estimated from the characters."""
     form = _form(data, settings.get("template"), settings.get("separator"), new_tokens)
-    forget = questions(data, f"{split}_perturbed", ds_size, instead=True, otherwise=True)
-    others = [q for n, table in TABLES.items() for q in questions(data, table, ds_size, instead=n == "retain")]
-    outside = questions(data, holdout, ds_size, columns=HOLDOUT_COLUMNS) if holdout else ()
-    every = [*forget, *others, *outside]
+    sets, outside = _read(data, split, ds_size, holdout)
+    forget, every = sets["forget"], [*(q for group in sets.values() for q in group), *outside]
     sequences = [(q.question, a) for q in every for a in dict.fromkeys((q.answer, q.instead, *q.wrong)) if a]
     sequences += [(q.otherwise, q.answer) for q in forget if q.otherwise]
     characters = sum(len(form.template) + len(prompt) + len(answer) for prompt, answer in sequences)
-    said = len(forget) * (2 + any(q.otherwise for q in forget)) + len(others)
+    said = sum(map(len, sets.values())) + len(forget) * (1 + any(q.otherwise for q in forget))
     return Work(len(sequences), estimated_tokens(characters), said, said * form.new_tokens)
+
+
+def _read(
+    data: Source, split: str, ds_size: int | None, holdout: str | None
+) -> tuple[dict[str, tuple[Question, ...]], tuple[Question, ...]]:
+    """The four sets of questions, and those that the model never saw."""
+    sets = {"forget": questions(data, f"{split}_perturbed", ds_size, instead=True, otherwise=True)}
+    sets |= {name: questions(data, table, ds_size, instead=name == "retain") for name, table in TABLES.items()}
+    return sets, questions(data, holdout, ds_size, columns=HOLDOUT_COLUMNS) if holdout else ()
 
 
 def questions(
@@ -195,16 +199,19 @@ def _answers(
     }  # fmt: skip
 
 
-def _said(model: LoadedModel, group: Sequence[Question], form: Card, progress: Progress | None) -> dict[str, Any]:
+def _said(
+    model: LoadedModel, name: str, group: Sequence[Question], form: Card, progress: Progress | None
+) -> dict[str, Any]:  # fmt: skip
     """ROUGE-L recall of the right answer in what the model says; for the forget set also when asked otherwise."""
-    answers = [q.answer for q in group]
-    prompts = [rendered(model, form, q.question) for q in group]
+    prompts, answers = [rendered(model, form, q.question) for q in group], [q.answer for q in group]
     out = {"recall": recalls(model, prompts, answers, form, progress)}
-    if all(q.otherwise for q in group):
-        again = [rendered(model, form, q.otherwise) for q in group]
-        out["otherwise"] = recalls(model, again, answers, form, progress)
+    if name == "forget":
         prefilled = [f"{prompt}{before(form)}{PREFILL}" for prompt in prompts]
         out["prefilled"] = recalls(model, prefilled, answers, form, progress)
+    if any(q.otherwise for q in group):
+        again = [rendered(model, form, q.otherwise or q.question) for q in group]
+        found = recalls(model, again, answers, form, progress)
+        out["otherwise"] = [value if q.otherwise else None for q, value in zip(group, found, strict=True)]
     return out
 
 
@@ -300,7 +307,7 @@ def _counts(
 def _notes(
     form: Card, reference: Reference | None, mean: str, compat: str, ds_size: int | None
 ) -> tuple[str, ...]:  # fmt: skip
-    notes = [f"questions are put as {form.template!r} with {form.separator!r} before the answer",
+    notes = [f"questions are put as {form.template!r} with {before(form)!r} before the answer",
              f"truth ratio with the {mean} mean of the wrong answers, answers with their end token"]  # fmt: skip
     if ds_size is not None:
         notes.append(f"only the first {ds_size} rows of each table")
