@@ -25,6 +25,7 @@ from repforget.models.load import LoadedModel
 from repforget.scoring import answer_logprobs
 
 SENTINEL = "XQZSENTINEL"
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "tofu"
 COLOURS = ("red", "blue", "green", "white")
 
 
@@ -292,6 +293,14 @@ def test_weights_of_subsets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert found.metrics["accuracy/x"].value == 1.0 and found.metrics["accuracy/y"].value == 0.0
     assert found.counts["accuracy_stderr"] == pytest.approx(np.std([1] * 30 + [0] * 10, ddof=1) / np.sqrt(40))
     assert "accuracy_permuted" not in found.metrics
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared TOFU files are not there")
+def test_a_published_key_that_favours_a_letter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_quiz, "candidate_logprobs", answering(always("B")))
+    found = method("mcq")(None, data=Source(str(SHARED)), part=Parts(), table="real_authors")
+    assert found.metrics["accuracy"].value == found.counts["best_constant_letter"] == 0.38
+    assert found.metrics["accuracy_permuted"].value == 0.25
 
 
 def mmlu_folder(folder: Path, subjects: Sequence[str] = ("abstract_algebra", "virology")) -> Path:

@@ -114,6 +114,11 @@ def top_share(chosen: NDArray[np.int64]) -> tuple[str, float]:
     return (LETTERS[int(counts.argmax())], float(counts.max() / total)) if total else ("", math.nan)
 
 
+def best_constant(questions: Sequence[Question]) -> float:
+    """Accuracy of the letter that the answer key holds most often: what a model can have without any knowledge."""
+    return float(np.bincount([q.answer for q in questions]).max() / len(questions))
+
+
 def tied(scores: Scores) -> float:
     """Share of the scored questions whose options all score the same, so that nothing was chosen."""
     spreads = [float(np.ptp(row)) for row in scores if not np.isnan(row).any()]

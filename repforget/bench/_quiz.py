@@ -195,7 +195,8 @@ def _assembled(
         metrics.append(metric.mean("open_answers", opened, "questions about 'the following' have no open form"))
     counts = {"questions": float(len(questions)), "not_scored": float(np.isnan(hits).sum()), "chance": below.uniform,
               "accuracy_stderr": _stderr(hits), "p_against_chance": below.p_uniform,
-              "p_against_letter_chance": below.p_letters, "top_letter_share": share, "ties": ties}  # fmt: skip
+              "p_against_letter_chance": below.p_letters, "top_letter_share": share,
+              "best_constant_letter": ch.best_constant(questions), "ties": ties}  # fmt: skip
     for subset in subsets if len(subsets) > 1 else ():
         mine = np.array([q.subset == subset for q in questions])
         if len(subsets) <= SHOWN:

@@ -29,7 +29,7 @@ def mcq(
     et al. (2021, arXiv 2009.03300): heading, question, lettered options, "Answer:"; the highest of log p(" A"), ...
     wins, ties to the first.  ``accuracy`` has Wilson's limits; ``accuracy_permuted`` is the mean over the K cyclic
     orders, which a constant letter answers at exactly 1/K; ``accuracy_prior_corrected`` subtracts each letter's mean
-    score; ``cloze*`` score the options' own text (per character, or less its score without the question).  An
+    score; ``cloze*`` score the options' own text (per character, or less its score after a bare "Answer:").  An
     accuracy significantly below chance is an alarm: ``accuracy_inverted`` then says how well the least likely option
     answers.  Cost: K passes per question (one without ``permutations``), 2 K short rows for the cloze forms, one
     generation of 16 tokens with ``open_answers``.
