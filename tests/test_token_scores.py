@@ -115,6 +115,7 @@ def test_one_pass_feeds_every_metric() -> None:
     tails = [7, 2]
     alone = len(encode(_LLAMA.tokenizer, "Cora", " Dahl was born").ids) - 1
     assert sum(seen) == len(prompts) * max(prompts) + 3 * 2 * max(tails) + alone
+    assert all(p.grad is None and p.requires_grad for p in _LLAMA.module.parameters())
     with counted(_LLAMA) as apart:
         for pair in set(PAIRS):
             token_scores(_LLAMA, [pair], moments=True)

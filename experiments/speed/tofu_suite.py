@@ -25,6 +25,7 @@ import platform
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +139,9 @@ def encode_fresh(tokenizer: Any, pairs: Pairs) -> list[tuple[list[int], int]]:
 def mean_losses(model: LoadedModel, pairs: Pairs) -> np.ndarray:
     out = []
     for logits, labels in forwards(model, pairs):
-        each = cross_entropy(logits.transpose(1, 2).float(), labels, ignore_index=-100, reduction="none")
-        out.append(each.sum(1) / (labels != -100).sum(1))
-    return torch.cat(out).double().numpy()
+        each = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none")
+        out.append(each.view(labels.shape).double().sum(1) / (labels != -100).sum(1))
+    return torch.cat(out).numpy()
 
 
 def hit_rows(model: LoadedModel, pairs: Pairs) -> list[np.ndarray]:
@@ -299,14 +300,13 @@ def suite(
     for name, rows in sets.items():
         for metric, found in timed("teacher-forced", forced, model, name, rows).items():
             values[f"{name}.{metric}"] = found
-    said: list[str] = []
-    for name, rows in sets.items():
-        if name == "holdout":
-            continue
-        texts = timed("generation", write, model, [prompt(row) for row in rows])
-        values[f"{name}.rouge_l"] = timed("rouge", rouge, [row["answer"] for row in rows], texts)
-        said += texts
-    return values, seconds, said
+    spoken = {name: rows for name, rows in sets.items() if name != "holdout"}
+    texts = timed("generation", write, model, [prompt(row) for rows in spoken.values() for row in rows])
+    left = iter(texts)
+    for name, rows in spoken.items():
+        answers = [row["answer"] for row in rows]
+        values[f"{name}.rouge_l"] = timed("rouge", rouge, answers, list(islice(left, len(rows))))
+    return values, seconds, texts
 
 
 def compare(model: LoadedModel, sets: dict[str, Rows], repeats: int) -> dict[str, Any]:

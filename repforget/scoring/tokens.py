@@ -80,13 +80,12 @@ def token_scores(
 ) -> TokenScores:
     """Score every token of each continuation after its prompt by teacher forcing: one pass, all metrics.
 
-    ``eos`` appends the end-of-sequence token to each continuation; ``moments`` reads ``mu`` and ``sigma2`` too, of
-    all pairs or of those marked (NaN elsewhere). Continuations of the same prompt share its
-    key/value cache, and equal pairs are computed once, so pass everything that is asked about an item
-    together. Values do not depend on batch, order, padding or sharing beyond rounding. Cost: the distinct
-    prompts once and each distinct continuation once; models whose state cannot be shared (recurrent layers,
-    no position ids) compute each sequence whole. Raises :class:`KnowledgeError` for a continuation without
-    tokens and :class:`NumericalError` for NaN logits.
+    ``eos`` appends the end-of-sequence token to each continuation; ``moments`` reads ``mu`` and ``sigma2`` too,
+    of all pairs or of those marked (NaN elsewhere). Continuations of the same prompt share its key/value cache
+    and equal pairs are computed once, so ask everything about an item in one call. Values do not depend on
+    batch, order, padding or sharing beyond rounding. Cost: each distinct prompt and each distinct continuation
+    once; models whose state cannot be shared (recurrent layers, no position ids) run every pair whole. Raises
+    :class:`KnowledgeError` for a continuation without tokens and :class:`NumericalError` for NaN logits.
 
     Low values show that this wording is improbable here, not that the model lacks the knowledge.
     """
@@ -134,8 +133,7 @@ class _Table:
     def read(self, logits: Tensor, wanted: Sequence[tuple[int, int, int, int, int]]) -> None:
         """Read from ``logits`` [b, k, V]: (row, first column, continuation, its first token, how many)."""
         for moments in (False, True):
-            these = [one for one in wanted if self.marked[one[2]] == moments]
-            if these:
+            if these := [one for one in wanted if self.marked[one[2]] == moments]:
                 row, column, who, first, count = np.array(these).T
                 step = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
                 place = np.repeat(self.starts[who] + first, count) + step
