@@ -192,7 +192,7 @@ def _assembled(
                                "reference" if better == "reference" else "lower"))  # fmt: skip
     metrics += [metric.share(form, ch.right(questions, found)) for form, found in (cloze or {}).items()]
     if opened is not None:
-        metrics.append(metric.mean("open_answers", opened, "questions about 'the following' have no open form"))
+        metrics.append(metric.share("open_answers", opened, "questions about 'the following' have no open form"))
     counts = {"questions": float(len(questions)), "not_scored": float(np.isnan(hits).sum()), "chance": below.uniform,
               "accuracy_stderr": _stderr(hits), "p_against_chance": below.p_uniform,
               "p_against_letter_chance": below.p_letters, "top_letter_share": share,
