@@ -81,7 +81,9 @@ def test_differences_are_paired_by_item(tmp_path: Path) -> None:
     assert c.compare([paths[0], paths[0]])[0].lines[0].differences[0].verdict == ""
     assert lines["utility"].differences[0].value == pytest.approx(-0.02)
     assert math.isnan(lines["utility"].differences[0].low)
-    assert "not computed in one" in lines["quality"].differences[0].note
+    assert "not computed in one" in lines["quality"].differences[0].note and not lines["quality"].comparable
+    assert one.notes == ("a: measured <b>a</b>", "b: measured <b>b</b>")
+    assert c.compare([paths[0], paths[0]])[0].notes == ("every run: measured <b>a</b>",)
 
 
 @pytest.mark.parametrize(("other", "metric", "why"), [

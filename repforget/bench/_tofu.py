@@ -125,7 +125,7 @@ def forget_quality(mine: ItemScores, theirs: ItemScores, *, unpaired: bool = Fal
     left, right = mine.values[use], theirs.values[other]
     ids, ids_right, clusters = _where(mine.ids, use), _where(theirs.ids, other), _where(mine.clusters, use)
     if not ids or not ids_right:
-        return [not_computed(name, "no truth ratio could be scored") for name in QUALITY]
+        return no_quality("no truth ratio could be scored")
     test = ks_exact(left, right, ids_x=ids, ids_y=ids_right, unpaired=unpaired)
     count = len(set(clusters))
     said = f"KS h={test.h}, n={test.n}, m={test.m}{'' if paired else ', different questions'}"
@@ -133,7 +133,7 @@ def forget_quality(mine: ItemScores, theirs: ItemScores, *, unpaired: bool = Fal
         said += "; all truth ratios are equal, so that nothing can be told from them"
     quality = Metric(QUALITY[0], test.p, n_items=len(ids), n_clusters=count, note=said)
     if not paired:
-        return [quality, *(not_computed(name, "the reference answered other questions") for name in QUALITY[1:])]
+        return [quality, *no_quality("the reference answered other questions")[1:]]
     least = 2.0 ** (1 - count)  # swapping every cluster gives the same statistic as swapping none
     weak = f"; with so few clusters it cannot reach below {least:.2g}" if least > 0.01 else ""
     swap = swap_permutation(left, right, ids_x=ids, ids_y=ids_right, clusters=clusters, seed=seed)
@@ -145,6 +145,12 @@ def forget_quality(mine: ItemScores, theirs: ItemScores, *, unpaired: bool = Fal
         Metric(QUALITY[2], found.point, found.low, found.high, len(ids), count, "reference",
                ItemScores.of(ids, clusters, (left - right).tolist()), "ln R minus the reference's; 0 = like it"),
     ]  # fmt: skip
+
+
+def no_quality(why: str) -> list[Metric]:
+    """The three comparisons with a reference, none of which could be made."""
+    better: tuple[Better, ...] = ("higher", "higher", "reference")
+    return [not_computed(name, why, better=best) for name, best in zip(QUALITY, better, strict=True)]
 
 
 def _where(names: Sequence[str], use: NDArray[np.bool_]) -> list[str]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -61,7 +61,8 @@ def tofu(
     model: LoadedModel, *, data: Source, part: Part, reference: Reference | None = None, seed: int = 0,
     progress: Progress | None = None, split: str = "forget10", ds_size: int | None = None,
     template: str | None = None, separator: str | None = None, new_tokens: int | None = None,
-    truth_ratio: t.Mean = "geometric", holdout: str | None = None, compat: t.Compat = "none", unpaired: bool = False,
+    truth_ratio: Literal["geometric", "arithmetic"] = "geometric", holdout: str | None = None,
+    compat: Literal["none", "open-unlearning"] = "none", unpaired: bool = False,
 ) -> BenchResult:  # fmt: skip
     """Forgetting of one part of TOFU's authors, and what is left of everything else.
 
@@ -256,13 +257,12 @@ def _against(
     reference: Reference | None, ratio: ItemScores, model: LoadedModel, unpaired: bool, seed: int
 ) -> list[Metric]:
     if reference is None:
-        return [not_computed(n, "no reference was given: a model that never saw the forget set") for n in t.QUALITY]
+        return t.no_quality("no reference was given: a model that never saw the forget set")
     theirs = reference.result.metrics.get("forget.log_truth_ratio")
     if theirs is None or theirs.items is None:
-        return [not_computed(name, "the reference's row has no per-item truth ratios") for name in t.QUALITY]
+        return t.no_quality("the reference's row has no per-item truth ratios")
     if reference.tokenizer and reference.tokenizer != tokenizer_digest(model):
-        why = "the reference has another tokenizer, so that values per token are not of the same things"
-        return [not_computed(name, why) for name in t.QUALITY]
+        return t.no_quality("the reference has another tokenizer, so that values per token are not of the same things")
     return t.forget_quality(ratio, theirs.items, unpaired=unpaired, seed=seed)
 
 

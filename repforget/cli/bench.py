@@ -34,6 +34,7 @@ def command(
 ) -> None:
     """Measure a model on a published benchmark.
 
+    NAME is a benchmark; 'repforget methods bench' lists them.
     Writes row.json and items.json; the same command continues a run that was interrupted.
     """
     from repforget.bench import _run as b

@@ -52,6 +52,11 @@ class Line:
     values: tuple[Metric | None, ...]
     differences: tuple[Difference, ...]
 
+    @property
+    def comparable(self) -> bool:
+        """True when at least two runs have a number."""
+        return sum(metric is not None and not math.isnan(metric.value) for metric in self.values) > 1
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -119,7 +124,8 @@ def _of_verdict(path: Path, stated: Mapping[str, Any]) -> Run:
                            "lower", note=f"share {'left' if claim.kind == 'knowledge' else 'lost'}: {claim.status}")
         for claim in verdict.claims
     }  # fmt: skip
-    about = (("outcome", verdict.outcome), ("split", verdict.split), ("artifact", verdict.artifact))
+    about = (("outcome", verdict.outcome), ("split", verdict.split), ("artifact", verdict.artifact),
+             ("limits", "one-sided 95 %"))  # fmt: skip
     return Run(path.parent.name, "verify", metrics, about=about, notes=(verdict.sentence.rstrip("."),))
 
 
@@ -179,7 +185,9 @@ def _notes(runs: Sequence[Run]) -> list[str]:
             notes.append(f"{run.label}: {changed} differ from {first.label}")
         if run.tokenizer != first.tokenizer:
             notes.append(f"{run.label} has another tokenizer than {first.label}: per-token metrics are not paired")
-    return [*notes, *(f"{run.label}: {note}" for run in runs for note in run.notes)]
+    common = [note for note in first.notes if len(runs) > 1 and all(note in run.notes for run in runs)]
+    own = [f"{run.label}: {note}" for run in runs for note in run.notes if note not in common]
+    return [*notes, *(f"every run: {note}" for note in common), *own]
 
 
 def value_cell(metric: Metric | None) -> str:
@@ -209,8 +217,7 @@ def value_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 def difference_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the differences; metrics that no run has a number for are left out."""
-    rows = [[line.name, *map(difference_cell, line.differences)] for line in comparison.lines
-            if sum(metric is not None and not math.isnan(metric.value) for metric in line.values) > 1]  # fmt: skip
+    rows = [[line.name, *map(difference_cell, line.differences)] for line in comparison.lines if line.comparable]
     return ["metric", *(run.label for run in comparison.runs[1:])], rows
 
 
