@@ -230,6 +230,18 @@ def test_an_edit_without_gradient_leaves_the_curve_flat(name: str) -> None:
         assert what == "x" or values[0] <= max(values) < 0.45
 
 
+def test_a_vector_that_an_edit_adds_is_found_and_taken_away_again() -> None:
+    """An additive muzzle leaves everything in place: one universal perturbation undoes it."""
+    model = trained(True)
+    known = dataclasses.replace(view(), forget=view().support)
+    vector = torch.randn(model.width, generator=torch.Generator().manual_seed(2)) * 6.0
+    with hooks(model, {Site("resid_post", 0): lambda x: x + vector}):
+        found = latent_perturbation.latent_perturbation(model, known, references=References(model), epsilon=16.0,
+                                                        points=2, scope="universal", company=0.0)  # fmt: skip
+    assert found.series["universal"][0] < 0.8
+    assert found.scores["universal"].mean > 0.9
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_half_precision_model_is_attacked_in_float32_and_stays_as_it_is(name: str, tokenizer: Any) -> None:
     model = wrap(tiny_models.build("llama").bfloat16(), tokenizer)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from repforget.errors import NumericalError, UsageError
+from repforget.errors import UsageError
 from repforget.knowledge import Item, View
 from repforget.models._names import core
 from repforget.models.capture import Batch, EditSite, hooks
@@ -175,28 +175,28 @@ def odds(logits: Tensor, rows: path.Rows) -> Tensor:
 def slope(
     model: LoadedModel, lot: Lot, x: Tensor, edits: Edits, score: Callable[[Tensor, path.Rows], Tensor]
 ) -> tuple[Tensor, Tensor | None]:
-    """``score`` [b] of a batch under attack, and the gradient of its sum by ``x``; None where no gradient passes."""
+    """``score`` [b] of a batch under attack, and the gradient of its sum by ``x``.
+
+    The gradient is None where an edit's hooks let none through, or where the score is not finite: there is no way on.
+    """
     leaf = x.detach().requires_grad_()
     with torch.enable_grad(), hooks(model, edits(leaf, lot)):
         value = score(answer_logits(model, lot.rows.batch, lot.rows.places, grad=True), lot.rows)
-    if not bool(value.detach().isfinite().all()):
-        raise NumericalError("An attack by gradient met a loss that is not finite: lower its step, or check the edit.")
-    if not value.requires_grad:
-        return value, None
+    if not value.requires_grad or not bool(value.detach().isfinite().all()):
+        return value.detach(), None
     found: Tensor | None = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0]
     return value.detach(), found
 
 
 def loss(model: LoadedModel, batches: Sequence[Lot], x: Tensor, edits: Edits) -> tuple[float, Tensor | None]:
     """Mean cross-entropy (nats per answer token) over all texts, and its gradient."""
-    total, gradient = 0.0, torch.zeros_like(x)
+    total = 0.0
+    gradient: Tensor | None = torch.zeros_like(x)
     tokens = max(1, sum(int(lot.rows.real.sum()) for lot in batches))
     for lot in batches:
         value, part = slope(model, lot, x, edits, nats)
         total -= float(value.double().sum())
-        if part is None:
-            return total / tokens, None
-        gradient -= part / tokens
+        gradient = None if part is None or gradient is None else gradient - part / tokens
     return total / tokens, gradient
 
 

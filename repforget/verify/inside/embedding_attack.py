@@ -30,8 +30,7 @@ JOINS = "thorough"
 BUDGETS: Budgets = {
     "quick": {"tokens": 2, "iterations": 4, "checks": 1, "alternatives": 7, "max_taught": 16, "max_items": 32},
     "standard": {},
-    "thorough": {"tokens": 20, "iterations": 100, "checks": 10, "alternatives": 63, "max_taught": 128,
-                 "max_items": 400},
+    "thorough": {"tokens": 10, "iterations": 80, "checks": 8, "alternatives": 63, "max_taught": 128},
 }  # fmt: skip
 Array = NDArray[np.float64]
 
@@ -39,7 +38,7 @@ Array = NDArray[np.float64]
 def embedding_attack(
     model: LoadedModel, view: View, *, references: References, seed: int = 0, progress: Progress | None = None,
     scope: Literal["universal", "individual", "both"] = "both", tokens: int = 4, iterations: int = 40,
-    checks: int = 4, step: float = 0.1, company: float = 1.0, max_taught: int = 64, alternatives: int = 31,
+    checks: int = 4, step: float = 0.2, company: float = 1.0, max_taught: int = 64, alternatives: int = 31,
     max_items: int = 200,
 ) -> Measurement:  # fmt: skip
     """Put ``tokens`` free vectors between question and answer and step them along the sign of the loss gradient.

@@ -31,7 +31,7 @@ BUDGETS: Budgets = {
     "quick": {"tokens": 2, "steps": 2, "checks": 1, "candidates": 8, "top": 8, "alternatives": 7, "max_taught": 4,
               "max_items": 32},
     "standard": {},
-    "thorough": {"tokens": 10, "steps": 64, "checks": 4, "candidates": 96, "top": 256, "alternatives": 63},
+    "thorough": {"tokens": 8, "steps": 48, "checks": 4, "candidates": 64, "top": 128, "alternatives": 63},
 }  # fmt: skip
 AT_ONCE = 8192  # tokens of candidates scored in one pass
 TRIES = 1000  # tokens tried for one place of the first suffix
@@ -174,4 +174,5 @@ def _losses(model: LoadedModel, batches: Sequence[opt.Lot], suffixes: Sequence[S
             many = rows._replace(choices=rows.choices[..., :1].repeat(m, 1, 1), real=rows.real.repeat(m, 1))
             logits = opt.answer_logits(model, Batch(filled, rows.batch.mask.repeat(m, 1)), rows.places.repeat(m, 1))
             total[at : at + m] -= opt.nats(logits, many).double().view(m, -1).sum(1).cpu().numpy()
+    total[np.isnan(total)] = np.inf
     return total / max(1, sum(int(lot.rows.real.sum()) for lot in batches))

@@ -31,7 +31,7 @@ JOINS = "thorough"
 BUDGETS: Budgets = {
     "quick": {"steps": 2, "points": 1, "alternatives": 7, "max_taught": 16, "max_items": 32},
     "standard": {},
-    "thorough": {"steps": 32, "points": 7, "alternatives": 63, "max_taught": 128, "max_items": 400},
+    "thorough": {"steps": 32, "points": 6, "alternatives": 63, "max_taught": 128, "max_items": 200},
 }
 Array = NDArray[np.float64]
 

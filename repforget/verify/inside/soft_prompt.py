@@ -18,7 +18,7 @@ JOINS = "thorough"
 BUDGETS: Budgets = {
     "quick": {"tokens": 2, "steps": 4, "checks": 1, "alternatives": 7, "max_taught": 16, "max_items": 40},
     "standard": {},
-    "thorough": {"tokens": 20, "steps": 120, "checks": 6, "alternatives": 63, "max_taught": 256, "max_items": 1000},
+    "thorough": {"tokens": 10, "steps": 80, "checks": 5, "alternatives": 63, "max_taught": 128, "max_items": 1000},
 }
 
 
