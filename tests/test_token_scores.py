@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -201,6 +202,39 @@ class TestReading:
         assert np.abs(ours.mean_logprob - exact.mean_logprob).max() < 0.2
         z = metrics.min_k_plus_plus(ours.logprobs, ours.mu or (), ours.sigma2)
         assert np.isfinite(z).all()
+
+
+@pytest.mark.parametrize("where", ["all", "prompt", "last", "generated"])
+def test_edits_that_mind_the_prompt(where: str) -> None:
+    """They must act as in generation, where the prompt is one pass and each token of the answer another."""
+    edit = AddVector(Site("resid_post", 0), torch.randn(32, generator=torch.Generator().manual_seed(0)), 3.0,
+                     positions=where)  # type: ignore[arg-type]  # fmt: skip
+    exact = []
+    with ExitStack() as stack:
+        hook_operations(_LLAMA.module, [edit], stack)
+        for pair in PAIRS:
+            e = encode(_LLAMA.tokenizer, *pair)
+            with torch.no_grad():
+                first = _LLAMA.module(input_ids=torch.tensor([e.ids[: e.start]]), use_cache=True)
+                rows, past = [first.logits[0, -1:]], first.past_key_values
+                for token in e.answer[:-1]:
+                    step = _LLAMA.module(input_ids=torch.tensor([[token]]), past_key_values=past, use_cache=True)
+                    rows, past = [*rows, step.logits[0]], step.past_key_values
+            exact.append(torch.cat(rows).log_softmax(-1)[range(len(e.answer)), list(e.answer)].sum().item())
+        for scores in (token_scores(_LLAMA, PAIRS), answer_logprobs(_LLAMA, PAIRS)):
+            assert scores.sum_logprob == pytest.approx(exact, abs=5e-5)
+    assert np.abs(answer_logprobs(_LLAMA, PAIRS).sum_logprob - exact).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", tiny_models.ALL)
+def test_every_proven_architecture(name: str) -> None:
+    model = wrap(tiny_models.build(name), tiny_models.tiny_tokenizer())
+    words = tiny_models.WORDS
+    pairs = [(" ".join(words[k : k + k % 4 + 2]), " " + " ".join(words[k + j : k + 2 * j + 1]))
+             for k in range(6) for j in range(1, 5)]  # fmt: skip
+    scores = token_scores(model, pairs)
+    for k, pair in enumerate(pairs):
+        assert scores.logprobs[k] == pytest.approx(slow(model, *pair)[0], abs=5e-5)
 
 
 class TestGatedEdits:

@@ -33,6 +33,14 @@ def places_tokens(model: LoadedModel) -> bool:
     return "position_ids" in _accepted(type(core(model)).forward)
 
 
+def minds_prompts(model: LoadedModel) -> bool:
+    """True where an edit in place acts by where the prompt ends: then prompt and answer must be two passes.
+
+    :mod:`repforget.artifact.runtime` notes such edits on the module.
+    """
+    return bool(getattr(model.module, "_repforget_passes", ()))
+
+
 def forward(
     model: LoadedModel, ids: Tensor, mask: Tensor, positions: Tensor, keep: Tensor | int, *,
     past: Any = None, use_cache: bool = False,

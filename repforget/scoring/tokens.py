@@ -18,6 +18,7 @@ from repforget.scoring.forward import (
     CACHED_PER_TOKEN,
     LOGIT_ELEMENTS,
     forward,
+    minds_prompts,
     places_tokens,
     read_logits,
     select_rows,
@@ -101,16 +102,17 @@ def score_encoded(
     model: LoadedModel, encoded: Sequence[Encoded], *, share: bool, moments: Sequence[bool], eos: bool,
     token_budget: int,
 ) -> TokenScores:  # fmt: skip
-    """:func:`token_scores` of encoded pairs; ``share=False`` runs every sequence whole."""
+    """:func:`token_scores` of encoded pairs; ``share=False`` runs every sequence whole, unless an edit minds."""
     distinct = list(dict.fromkeys(e for e in encoded if e.valid))
     table = _Table(distinct, {e for e, marked in zip(encoded, moments, strict=True) if marked})
     groups: dict[Tail, list[int]] = {}  # what precedes the continuation -> who; joint tokenisation may differ
     for who, e in enumerate(distinct):
         groups.setdefault(e.ids[: e.start], []).append(who)
-    several = {ids: who for ids, who in groups.items() if len(who) > 1} if share and places_tokens(model) else {}
-    if several and not _score_shared(model, table, several, token_budget):
-        several = {}
-    _score_whole(model, table, [w for ids, who in groups.items() if ids not in several for w in who], token_budget)
+    apart = minds_prompts(model)
+    shared = {ids: who for ids, who in groups.items() if apart or (share and len(who) > 1)}
+    if shared and not (places_tokens(model) and _score_shared(model, table, shared, token_budget)):
+        shared = {}
+    _score_whole(model, table, [w for ids, who in groups.items() if ids not in shared for w in who], token_budget)
     index = {e: who for who, e in enumerate(distinct)}
     rows = [table.of(index.get(e)) for e in encoded]
     valid = np.array([e.valid for e in encoded], dtype=np.bool_)
