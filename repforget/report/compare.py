@@ -109,11 +109,10 @@ def read_run(path: str | Path) -> Run:
 
 
 def _of_row(row: Row) -> Run:
-    edited = f" + {Path(row.model['edit']).name}" if row.model.get("edit") else ""
-    about = (("model", f"{row.model['name']}{edited}"), ("data", str(row.data["where"])),
+    about = (("edit", str(row.model.get("edit") or "none")), ("data", str(row.data["where"])),
              ("dtype", str(row.model["dtype"])), ("seed", str(row.seed)),
              ("reference", str(row.reference["name"]) if row.reference else "none"))  # fmt: skip
-    return Run(f"{row.model['name']}{edited}", row.result.benchmark, row.result.metrics, row.model["tokenizer"], about,
+    return Run(row.model["name"], row.result.benchmark, row.result.metrics, row.model["tokenizer"], about,
                row.result.notes, row.settings, row.data["tables"])  # fmt: skip
 
 

@@ -54,7 +54,10 @@ def markdown(run: ReportData, pictures: Sequence[str], texts: Sequence[tuple[str
     """Render the report; ``pictures`` are the names of the SVG files below ``plots/``."""
     lines = [*_opening(run), *_claims(run, pictures)]
     if texts:
-        lines += ["## Forget items that stand out most", "", *table(("prompt", "answer", "value"), texts)]
+        lines += ["## Forget items that stand out most in the worst measure", "",
+                  *table(("prompt", "answer", "value"), texts)]  # fmt: skip
+    if worst := tables.standing_out(run.evidence):
+        lines += ["## Items that stand out most", "", *table(("item", "cluster", "share left", "by"), worst)]
     if "knowledge" in pictures:
         lines += ["## Where the knowledge was, and is", "", *_picture("knowledge", pictures)]
     curves = [name for name in pictures if name.startswith("curve-")]

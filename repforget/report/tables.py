@@ -47,6 +47,15 @@ def limits(claim: Claim) -> str:
     return f"{share(claim.rho_low)} … {share(claim.rho_high)}"
 
 
+def standing_out(evidence: Sequence[Evidence], most: int = 10) -> list[tuple[str, str, str, str]]:
+    """Items that stand out most above the floor of a model that never knew: id, cluster, share left, attack."""
+    from repforget.verify._claims import worst_items
+
+    if not evidence or any("edit" not in entry.arms for entry in evidence):
+        return []
+    return [(item.id, item.cluster, share(item.left), item.attack) for item in worst_items(evidence, most)]
+
+
 def counts(values: Mapping[str, Any]) -> str:
     """``steps 100, lr 0.0001``, or a dash."""
     listed = ", ".join(f"{k.replace('_', ' ')} {short(v)}" for k, v in sorted(values.items()))
