@@ -88,10 +88,9 @@ def relearn_grid(
     mean over items, the same maximum on every arm.  ``mean_point``: mean over the ways, at its best check; ``area``:
     the same, mean over the steps, whose share between twin and original is the area between recovery curves.  Facts:
     the best way, steps to half of the original, and in how many ways the training loss fell: where none did, nothing
-    was tried.
-    Source: Tamirisa et al. 2024, arXiv 2408.00761; Deeb and Roger 2024, arXiv 2410.08827; Hu et al. 2024, arXiv
-    2406.13356.  Cost: ways x ``seeds`` x ``steps`` training steps (twice that for facts and both), a float32 copy with
-    optimiser moments at a time.
+    was tried.  Source: Tamirisa et al. 2024, arXiv 2408.00761; Deeb and Roger 2024, arXiv 2410.08827; Hu et al. 2024,
+    arXiv 2406.13356.  Cost: ways x ``seeds`` x ``steps`` training steps (twice that for facts and both), a float32 copy
+    with optimiser moments at a time.
 
     No recovery does not show that other data, more steps or another optimiser would not bring the knowledge back.
     """
