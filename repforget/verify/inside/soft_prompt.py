@@ -32,11 +32,12 @@ def soft_prompt(
     Adam lowers the cross-entropy of the true answers of one half of the forget clusters and of ``company`` retain
     items for each of them (together at most ``max_taught``, all in every step); the other half is asked, then the
     halves swap.  ``teach: support`` learns on retain items alone, so that nothing about a forget subject is told, and
-    asks all; where the arm answers those already, their loss leaves little to learn.  ``best_step`` is the truth's probability under decoding confined to the candidates (mean over
-    ``forms``) at the check with the highest mean, 0 being the question without vectors; the same maximum, seed,
-    starting tokens and rate on every arm.  ``lr`` counts in root mean squares of the arm's token embeddings.  The
-    model itself stays as it is.  Source: Lester et al. 2021, arXiv 2104.08691; soft prompts elicit strings that were
-    never trained, so that never-trained arms and exchanged answers are the control (arXiv 2502.15836).
+    asks all; where the arm answers those already, their loss leaves little to learn.  ``best_step`` is the truth's
+    probability under decoding confined to the candidates (mean over ``forms``) at the check with the highest mean, 0
+    being the question without vectors; the same maximum, seed, starting tokens and rate on every arm.  ``lr`` counts
+    in root mean squares of the arm's token embeddings.  The model itself stays as it is.  Source: Lester et al. 2021,
+    arXiv 2104.08691; soft prompts elicit strings that were never trained, so that never-trained arms and exchanged
+    answers are the control (arXiv 2502.15836).
     Cost: 2 x ``steps`` forward and backward passes over ``max_taught`` texts, 2 x (``checks`` + 1) passes of
     questions; a half-precision model is copied to float32.
 
