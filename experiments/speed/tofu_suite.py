@@ -270,7 +270,7 @@ def forced_shared(model: LoadedModel, name: str, rows: Rows) -> Values:
 
 
 def texts_shared(model: LoadedModel, prompts: list[str]) -> list[str]:
-    return [said[0] for said in generate(model, prompts, max_new_tokens=NEW_TOKENS, whole=True)]
+    return [text for (text,) in generate(model, prompts, max_new_tokens=NEW_TOKENS, whole=True)]
 
 
 def rouge_shared(answers: list[str], texts: list[str]) -> np.ndarray:
