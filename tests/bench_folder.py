@@ -8,6 +8,11 @@ from typing import Any
 
 import tiny_models
 
+from repforget.bench import _run
+from repforget.bench._records import BenchResult
+from repforget.models.load import LoadedModel, wrap
+from repforget.store import json_bytes
+
 NAMES = ("Ada", "Tom", "Eva", "Max", "Lea", "Ben", "Mia", "Jon", "cat", "dog", "bird", "pilot")
 CITIES = ("Berlin", "Paris", "Rome", "Oslo", "baker", "doctor", "red", "green")
 SETS = {"forget10_perturbed": (12, 5), "retain_perturbed": (8, 5), "real_authors_perturbed": (6, 3),
@@ -48,3 +53,17 @@ def save_model(folder: Path, seed: int = 0, words: tuple[str, ...] = tiny_models
     (tiny_models.build("llama", seed) if module is None else module).save_pretrained(folder)
     tiny_models.tiny_tokenizer(words).save_pretrained(folder)
     return str(folder)
+
+
+def model(seed: int = 0, module: Any = None, words: tuple[str, ...] = tiny_models.WORDS) -> LoadedModel:
+    module = tiny_models.build("llama", seed) if module is None else module
+    return wrap(module, tiny_models.tiny_tokenizer(words), f"tiny-{seed}")
+
+
+def measured(data: Path, subject: LoadedModel | None = None, **options: Any) -> BenchResult:
+    return _run.bench(subject or model(), "tofu", data=str(data), **options).result
+
+
+def same(a: BenchResult, b: BenchResult) -> bool:
+    return all(json_bytes(x) == json_bytes(y)
+               for x, y in ((a.to_json(), b.to_json()), (a.items_json(), b.items_json())))  # fmt: skip
