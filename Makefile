@@ -6,7 +6,7 @@ WORKERS ?= 2
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test lint types contracts unit docs clean
+.PHONY: demo test lint types contracts unit docs calibration clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,11 @@ unit: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 docs: $(VENV)/.installed  ## regenerate the blocks that tests check
+	$(BIN)/python -m repforget.cli.docs
+
+calibration: $(VENV)/.installed  ## measure the judge again and bring table and picture of docs/calibration.md up to date
+	OMP_NUM_THREADS=1 $(BIN)/repforget calibrate --out runs/calibration --jobs $(WORKERS)
+	cp runs/calibration/calibration.json repforget/verify/calibration.json
 	$(BIN)/python -m repforget.cli.docs
 
 clean:

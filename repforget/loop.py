@@ -132,13 +132,15 @@ def _where_for(choice: Choice, found: list[Localization]) -> Localization | None
 
 def _climb(session: Session, choice: Choice, where: Localization | None, looks: int) -> Rung:
     """Make one edit, screen it on dev, and let it through to the gate unless the screen found knowledge left."""
+    from repforget.verify.statistics import spend_alpha
+
     folder = _edit(session, choice, where)
     level = session.recipe.verify
     screen = session.judge(folder, "dev", "quick" if isinstance(level, str) else level)
     session.echo(f"edit {choice.name}, screened on dev: {screen.outcome}. {screen.sentence}")
     if screen.outcome == "fail" or looks >= GATE_LOOKS:
         return Rung(choice, folder, (screen,))
-    gate = session.judge(folder, "gate", level, alpha=0.05 / 2 ** (looks + 1))
+    gate = session.judge(folder, "gate", level, alpha=spend_alpha(looks + 1))
     session.echo(f"edit {choice.name}, at the gate: {gate.outcome}. {gate.sentence}")
     return Rung(choice, folder, (screen, gate))
 

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from repforget._session import code_digest, versions
 from repforget.calibration.pool import Organism, asked, organisms
 from repforget.calibration.table import Row, table
 from repforget.discover import methods
+from repforget.knowledge import View
 from repforget.knowledge_files import load_knowledge
+from repforget.models.load import LoadedModel
 from repforget.progress import Progress, track
+from repforget.records import Measurement
 from repforget.store import Store, read_json, write_json
 
 KNOWLEDGE = "bios-people"
+BENCHMARK = "tofu"  # measured beside the verifiers; what a benchmark says never votes
 RESULT = "calibration.json"
 
 
@@ -31,18 +38,19 @@ class Plan:
     items: int = 96
     jobs: int = 1
     out: str = "runs/calibration"
+    code: str = field(default_factory=code_digest)  # the processes and the resumed run must be of the same code
 
 
 def chosen(names: Sequence[str] | None) -> tuple[str, ...]:
-    """The verifiers named, or all that measure knowledge."""
+    """What is named, or all verifiers that measure knowledge and the benchmark."""
     known = [m.name for m in methods("verify") if any(i.kind == "knowledge" for i in m.constant("MEASURES").values())]
-    return tuple(known if names is None else names)
+    return tuple([*known, BENCHMARK] if names is None else names)
 
 
 def calibrate(plan: Plan, progress: Progress | None = None) -> list[Row]:
     """Measure and write ``calibration.json`` into the plan's folder; the same call resumes.
 
-    Costs each verifier at the plan's budget on 23 models of the organism; nothing is read but the package itself.
+    Costs each verifier at the plan's budget on 27 models of the organism; nothing is read but the package itself.
     """
     store = Store(Path(plan.out))
     with store.locked():
@@ -71,7 +79,7 @@ def _side_by_side(plan: Plan, todo: Sequence[Organism], progress: Progress | Non
 
 def _key(plan: Plan, organism: Organism, verifier: str) -> dict[str, Any]:
     return {"organism": vars(organism), "verifier": verifier, "budget": plan.budget, "items": plan.items,
-            "versions": versions(), "code": code_digest()}  # fmt: skip
+            "versions": versions(), "code": plan.code}  # fmt: skip
 
 
 def measure(plan: Plan, organism: Organism) -> None:
@@ -93,14 +101,42 @@ def measure(plan: Plan, organism: Organism) -> None:
     original, *twins = (load(f"organism:bios{suffix}") for suffix in ("", "/twin-0", "/twin-1"))
     references = References(original, tuple(twins))
     with organism.open(knowledge) as model:
-        for task in tasks([{name: plan.budget} for name in missing]):
+        ask: dict[str, Callable[[], Measurement]] = {
+            task.name: partial(run, task, model, view, references)
+            for task in tasks([{name: plan.budget} for name in missing if name != BENCHMARK] or ["behaviour"])
+        }
+        ask[BENCHMARK] = partial(benchmarked, model, view)
+        for name in missing:
 
-            def build(folder: Path, task: Any = task) -> None:
+            def build(folder: Path, name: str = name) -> None:
                 started = time.process_time()
-                found = run(task, model, view, references)
+                found = ask[name]()
                 write_json(folder / "measurement.json", found.to_json() | {"seconds": time.process_time() - started})
 
-            store.stage("measure", _key(plan, organism, task.name), build)
+            store.stage("measure", _key(plan, organism, name), build)
+
+
+def benchmarked(model: LoadedModel, view: View) -> Measurement:
+    """The forget metrics of TOFU on the view's people, each turned so that higher means more knowledge."""
+    from repforget.bench._run import bench
+    from repforget.organism.tofu_files import write_tofu
+    from repforget.organism.world import make_world
+
+    asked = {item.cluster for item in view.forget}
+    with TemporaryDirectory() as name:
+        for path in write_tofu(make_world(0), Path(name)):
+            if path.name.endswith("_perturbed.json"):
+                lines = path.read_text("utf-8").splitlines(keepends=True)
+                if path.name.startswith("forget"):
+                    lines = [line for line in lines if json.loads(line)["cluster"] in asked]
+                path.write_text("".join(lines[: len(view.forget)]), encoding="utf-8")
+        metrics = bench(model, BENCHMARK, data=name).result.metrics
+    scores = {}
+    for name, metric in metrics.items():
+        if name.startswith("forget.") and metric.items is not None:
+            sign = 1.0 if metric.better == "lower" and name != "forget.loss" else -1.0
+            scores[name.removeprefix("forget.")] = replace(metric.items, values=sign * metric.items.values)
+    return Measurement(scores)
 
 
 def collected(plan: Plan, organism: Organism) -> Mapping[str, Mapping[str, Any]]:

@@ -8,23 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from repforget.calibration.pool import Organism
-from repforget.discover import Method, methods
+from repforget.discover import methods
 from repforget.records import ItemScores
 from repforget.verify import statistics as st
+from repforget.verify.arms import MeasureInfo
 
-Array = NDArray[np.float64]
 Found = Mapping[Organism, Mapping[str, Mapping[str, Any]]]
-DRAWS = 2000
 HIDDEN = "original, refusal training"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measure. ``auc``: chance that an organism that knows scores above one that never knew (limits: organisms
-    resampled within both groups); ``missed``: those that know and score no higher than the highest that never knew;
+    """One measure. ``auc``: chance that an organism that knows scores above one that never knew (95 % limits
+    over organisms); ``missed``: those that know and score no higher than the highest that never knew;
     ``relearning`` and ``rounding``: 1 where the measure moves alike on a model that hides and on one that never knew.
     """
 
@@ -49,40 +47,42 @@ class Row:
 
 def table(found: Found) -> list[Row]:
     """One row per knowledge measure, best first."""
-    rows = [row for method in methods("verify") for row in _rows(method, found)]
+    rows = [row for method in methods("verify")
+            for row in _rows(method.name, method.family, method.constant("MEASURES"), found)]  # fmt: skip
+    rows += _rows("tofu", "benchmark", _benchmark(found), found)
     return sorted(rows, key=lambda row: (-row.auc, row.name))
 
 
-def _rows(method: Method, found: Found) -> list[Row]:
-    per_organism = {organism: by[method.name] for organism, by in found.items() if method.name in by}
+def _benchmark(found: Found) -> dict[str, MeasureInfo]:
+    names = {name for by in found.values() for name in by.get("tofu", {}).get("scores", {})}
+    return {name: MeasureInfo("knowledge", "black-box" if "rouge" in name else "logits", votes=False)
+            for name in sorted(names)}  # fmt: skip
+
+
+def _rows(verifier: str, family: str, measures: Mapping[str, MeasureInfo], found: Found) -> list[Row]:
+    per_organism = {organism: by[verifier] for organism, by in found.items() if verifier in by}
     if not per_organism:
         return []
     seconds = float(np.mean([entry["seconds"] for entry in per_organism.values()]))
     rows = []
-    for measure, info in method.constant("MEASURES").items():
+    for measure, info in measures.items():
         if info.kind != "knowledge" or any(measure not in entry["scores"] for entry in per_organism.values()):
             continue
         values = {o: ItemScores.from_json(entry["scores"][measure]).mean for o, entry in per_organism.items()}
-        rows.append(_row(f"{method.name}.{measure}", method.family, info, values, seconds))
+        rows.append(_row(f"{verifier}.{measure}", family, info, values, seconds))
     return rows
 
 
-def _row(name: str, family: str, info: Any, values: Mapping[Organism, float], seconds: float) -> Row:
+def _row(name: str, family: str, info: MeasureInfo, values: Mapping[Organism, float], seconds: float) -> Row:
     pool = {o: v for o, v in values.items() if o.role == "pool"}
     knows = np.array([v for o, v in pool.items() if o.truth == "knows"])
     never = np.array([v for o, v in pool.items() if o.truth == "never knew"])
-    low, high = _limits(knows, never)
+    sure = st.auc_interval(knows, never, [f"k{k}" for k in range(len(knows))], [f"n{k}" for k in range(len(never))],
+                           alpha=0.025)  # fmt: skip
     missed = tuple(o.name for o, v in pool.items() if o.truth == "knows" and not v > never.max())
     plain = {o.name: v for o, v in values.items()}
-    return Row(name, family, info.access, info.votes, st.auc(knows, never), low, high, missed,
+    return Row(name, family, info.access, info.votes, sure.point, sure.low, sure.high, missed,
                _relearning(plain), _rounding(plain), seconds, plain)  # fmt: skip
-
-
-def _limits(knows: Array, never: Array) -> tuple[float, float]:
-    """Central 95 % of the AUC over resampled organisms."""
-    generator = np.random.default_rng(0)
-    draws = [st.auc(generator.choice(knows, len(knows)), generator.choice(never, len(never))) for _ in range(DRAWS)]
-    return float(np.quantile(draws, 0.025)), float(np.quantile(draws, 0.975))
 
 
 def _symmetric(a: float, b: float) -> float:
@@ -105,7 +105,7 @@ def _relearning(values: Mapping[str, float]) -> float:
 
 def _rounding(values: Mapping[str, float]) -> float:
     """Agreement before and after rounding to NF4, mean over a model that knows, one that hides, one that never knew."""
-    pairs = [(_at(values, n), _at(values, f"{n}, rounded")) for n in ("original", HIDDEN, "twin-0")]
+    pairs = [(_at(values, n), _at(values, f"{n}, rounded")) for n in ("original", HIDDEN, "twin-1")]
     return float(np.mean([_symmetric(a, b) for a, b in pairs]))
 
 

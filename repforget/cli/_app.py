@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from repforget import __version__
-from repforget.cli import bench, compare, edit, locate, methods, organism, plan, report, run, verify
+from repforget.cli import bench, calibrate, compare, edit, locate, methods, organism, plan, report, run, verify
 
 app = typer.Typer(
     name="repforget", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -15,7 +15,7 @@ app = typer.Typer(
     help="Find where a language model keeps a piece of knowledge, edit it away, and try to prove that wrong.\n\n"
          "Exit codes: 0 pass, 10 fail, 11 inconclusive, 1 runtime error, 2 usage error, 130 interrupted.",
 )  # fmt: skip
-for module in (run, plan, locate, edit, verify, bench, compare, report, methods):
+for module in (run, plan, locate, edit, verify, bench, compare, calibrate, report, methods):
     app.command(name=module.__name__.rpartition(".")[2])(module.command)
 app.add_typer(organism.app, name="organism")
 

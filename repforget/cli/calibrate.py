@@ -27,7 +27,7 @@ def command(
 
     Writes calibration.json; a measure below AUC 0.9 is descriptive and cannot carry a verdict.
     """
-    from repforget.calibration.run import Plan, calibrate, chosen
+    from repforget.calibration.run import BENCHMARK, Plan, calibrate, chosen
     from repforget.discover import LEVELS, method
     from repforget.errors import UsageError, nearest
     from repforget.verify._calibration import NEEDED
@@ -35,7 +35,8 @@ def command(
     if budget not in LEVELS:
         raise UsageError(f"There is no budget '{budget}': {nearest(budget, LEVELS)}")
     for name in verifier or ():
-        method("verify", name)
+        if name != BENCHMARK:
+            method("verify", name)
     context.obj.folder = out
     plan = Plan(chosen(verifier), budget, items, jobs, str(out))
     with display(as_json) as (progress, _):

@@ -1,7 +1,8 @@
 """Regenerate the blocks of the documentation that come from the code: ``python -m repforget.cli.docs [--check]``.
 
 A block lies between ``<!-- generated: NAME -->`` and ``<!-- end generated -->``; NAME is ``methods locate``,
-``methods edit``, ``methods verify``, ``help`` or ``quickstart`` (from the committed verdict of that experiment).
+``methods edit``, ``methods verify``, ``methods bench``, ``help``, ``attacks``, ``quickstart`` (from the committed verdict of that
+experiment) or ``calibration`` (from the shipped calibration, of which the picture in docs/ is drawn too).
 """
 
 from __future__ import annotations
@@ -53,11 +54,54 @@ def quickstart_block() -> str:
     return "\n".join(lines) + "\n"
 
 
+def attacks_block() -> str:
+    """Every verifier by family: where it takes part, who can do it, what it tells the model, and what votes."""
+    from repforget.discover import methods
+    from repforget.verify._calibration import may_vote
+    from repforget.verify.battery import FAMILIES
+
+    order = {family: place for place, family in enumerate(FAMILIES)}
+    lines = ["| family | verifier | from level | access | teaches | votes | describes |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    for method in sorted(methods("verify"), key=lambda m: (order.get(m.family, len(order)), m.name)):
+        measures = method.constant("MEASURES")
+        voting = [name for name, i in measures.items() if i.votes and may_vote(f"{method.name}.{name}")]
+        level = method.constant("JOINS") or "where named"
+        taught = dict.fromkeys(i.teaches for i in measures.values())
+        cells = (method.family if method.family in order else "", f"`{method.name}`",
+                 f"{level}, sealed split alone" if method.constant("HELD_OUT") else level,
+                 ", ".join(dict.fromkeys(i.access for i in measures.values())),
+                 "; ".join(t for t in taught if t != "nothing") or "nothing", ", ".join(voting) or "–",
+                 ", ".join(name for name in measures if name not in voting) or "–")  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def calibration_block() -> str:
+    """The table of ``calibration.json``, as shipped."""
+    from repforget.calibration.table import markdown
+    from repforget.verify._calibration import NEEDED, calibrated
+
+    found = calibrated()
+    head = f"Budget `{found['budget']}`, {found['items']} forget items, {len(found['organisms'])} models.\n\n"
+    return head + markdown(found["measures"], NEEDED)
+
+
+def calibration_picture() -> str:
+    from repforget.calibration.plot import picture
+    from repforget.verify._calibration import NEEDED, calibrated
+
+    return picture(calibrated()["measures"], calibrated()["organisms"], NEEDED)
+
+
+PICTURES: Mapping[str, Callable[[], str]] = {"docs/calibration.svg": calibration_picture}
+
+
 def makers() -> Mapping[str, Callable[[], str]]:
     from repforget.cli import _describe as d
 
     tables = {f"methods {room}": lambda room=room: d.markdown_table(room) for room in d.ROOMS}
-    return {**tables, "help": help_block, "quickstart": quickstart_block}
+    return {**tables, "help": help_block, "quickstart": quickstart_block, "attacks": attacks_block, "calibration": calibration_block}
 
 
 def regenerated(text: str) -> str:
@@ -75,7 +119,13 @@ def regenerated(text: str) -> str:
 
 def stale(root: Path) -> list[Path]:
     """Documents whose generated blocks differ from what the code says now."""
-    return [path for path in documents(root) if regenerated(path.read_text("utf-8")) != path.read_text("utf-8")]
+    texts = {path: path.read_text("utf-8") for path in documents(root)}
+    pictures = [root / name for name, draw in PICTURES.items() if _read(root / name) != draw()]
+    return [*(path for path, text in texts.items() if regenerated(text) != text), *pictures]
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text("utf-8") if path.is_file() else None
 
 
 def main() -> None:
@@ -84,7 +134,8 @@ def main() -> None:
     if "--check" in sys.argv[1:]:
         sys.exit(f"Outdated: {', '.join(map(str, outdated))}; run 'make docs'." if outdated else 0)
     for path in outdated:
-        path.write_text(regenerated(path.read_text("utf-8")), encoding="utf-8")
+        draw = PICTURES.get(path.relative_to(root).as_posix())
+        path.write_text(draw() if draw else regenerated(path.read_text("utf-8")), encoding="utf-8")
         print(f"updated {path.relative_to(root)}")
 
 
