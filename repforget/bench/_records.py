@@ -47,15 +47,19 @@ def mean_metric(
     name: str, items: ItemScores, *, better: Better = "higher", note: str = "", token_based: bool = False, seed: int = 0
 ) -> Metric:
     """The mean over the valid items with limits from resampled clusters; how many were not valid goes in the note."""
-    from repforget.verify.statistics import mean_interval
+    from repforget.verify.statistics import mean_interval, zero_event_limit
 
     lost = int((~items.valid).sum())
     if lost == len(items.ids):
         return not_computed(name, f"none of its {lost} items could be scored", better=better)
     clusters = [cluster for cluster, ok in zip(items.clusters, items.valid, strict=True) if ok]
     found = mean_interval(items.values[items.valid], clusters, alpha=LEVEL, seed=seed)
+    low, high = found.low, found.high
+    if low == high and low in (0.0, 1.0):  # no event among the clusters is not no spread
+        reach = zero_event_limit(found.n_clusters, LEVEL)
+        low, high = (0.0, reach) if low == 0.0 else (1.0 - reach, 1.0)
     said = f"{lost} of {len(items.ids)} items could not be scored and are left out" if lost else ""
-    return Metric(name, found.point, found.low, found.high, found.n_items, found.n_clusters, better, items,
+    return Metric(name, found.point, low, high, found.n_items, found.n_clusters, better, items,
                   "; ".join(filter(None, (note, said))), token_based)  # fmt: skip
 
 

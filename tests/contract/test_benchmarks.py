@@ -8,6 +8,8 @@ import re
 import pytest
 
 from repforget import discover
+from repforget.bench._records import mean_metric
+from repforget.records import ItemScores
 
 NAMES = discover.names("bench")
 
@@ -35,3 +37,11 @@ def test_settings_and_plan_agree(name: str) -> None:
             assert parameters[setting].default == value, f"{name}: work() has another default of {setting}"
     late = method.constant("AGGREGATION", ())
     assert set(late) <= set(settings)
+
+
+def test_a_mean_without_spread_has_the_limits_of_no_event() -> None:
+    names = [f"i{k}" for k in range(40)]
+    clusters = [f"c{k // 2}" for k in range(40)]
+    none, every = (mean_metric("m", ItemScores.of(names, clusters, [value] * 40)) for value in (0.0, 1.0))
+    assert (none.low, none.high) == (0.0, pytest.approx(1 - 0.025 ** (1 / 20)))
+    assert (every.low, every.high) == (pytest.approx(0.025 ** (1 / 20)), 1.0)
