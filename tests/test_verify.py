@@ -17,7 +17,8 @@ from repforget.errors import UsageError
 from repforget.knowledge import View
 from repforget.models.load import LoadedModel, copy_of, fingerprint
 from repforget.records import Measurement
-from repforget.verify._asking import limited
+from repforget.verify._asking import limited, prior, prior_said
+from repforget.verify._constrained import kept_paths
 from repforget.verify.arms import References
 from repforget.verify.battery import measure, tasks
 from repforget.verify.inside.patch_depth import MATTERS, _weights
@@ -40,6 +41,26 @@ def references() -> References:
 
 def run(name: str, model: LoadedModel, **settings: object) -> Measurement:
     return measure(tasks([{name: settings}])[0], model, view(), references())
+
+
+def test_what_arms_share_is_made_anew_for_other_answers_of_the_same_items() -> None:
+    shared, model = References(fixture.model(LAYER)), fixture.model(LAYER)
+    true, exchanged = view().forget, view().shuffled(0).forget
+    knowledge = view().knowledge
+    first, other = (kept_paths(shared, model, items, knowledge, forms=1, limit=7) for items in (true, exchanged))
+    assert [p.ids for p in first] != [p.ids for p in other]
+    assert kept_paths(shared, model, true, knowledge, forms=1, limit=7) is first
+
+
+def test_the_wrong_answers_of_an_item_do_not_limit_what_a_free_reply_may_say() -> None:
+    """Whoever draws a reply by the prior hits one of four options far less often than one time in four."""
+    items, knowledge = view().forget, view().knowledge
+    chosen = [dataclasses.replace(i, wrong_answers=knowledge.alternatives(i, 3)) for i in items]
+    assert prior(chosen, knowledge, 31) == pytest.approx(0.25)
+    assert prior_said(chosen, knowledge) == pytest.approx(prior_said(items, knowledge))
+    assert prior_said(items, knowledge).max() < 0.25
+    alone = [dataclasses.replace(i, relation=i.id, wrong_answers=("a", "b", "c")) for i in items]
+    assert prior_said(alone, knowledge) == pytest.approx(0.25)  # nothing else is known to be an answer
 
 
 def between(share: float) -> LoadedModel:

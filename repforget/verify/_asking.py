@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import numpy as np
@@ -15,6 +15,7 @@ from repforget.records import ItemScores
 from repforget.scoring import answers_match, candidate_logprobs, encode_many, generate
 
 Array = NDArray[np.float64]
+EVERYTHING = 10**9  # no limit to the number of alternatives
 EXTRA_TOKENS = 2  # a generation may open with an article or a space before the answer
 
 
@@ -77,6 +78,15 @@ def _means(groups: Sequence[Sequence[float]]) -> Array:
 def prior(items: Sequence[Item], knowledge: Knowledge, limit: int) -> Array:
     """What :func:`contrast` gives for a model that answers by the prior over the alternatives."""
     return np.array([knowledge.prior(item, limit) for item in items], dtype=np.float64)
+
+
+def prior_said(items: Sequence[Item], knowledge: Knowledge) -> Array:
+    """Chance that a reply drawn by the prior over all known answers of the relation is the truth.
+
+    An item's own wrong answers do not limit what a free reply may say, so that they can only lower the chance.
+    """
+    both = [(item, replace(item, wrong_answers=())) for item in items]
+    return np.array([min(knowledge.prior(i, EVERYTHING) for i in pair) for pair in both], dtype=np.float64)
 
 
 def prior_match(items: Sequence[Item], knowledge: Knowledge) -> Array:

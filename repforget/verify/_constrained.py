@@ -85,7 +85,7 @@ def kept_paths(
     references: References, model: LoadedModel, items: Sequence[Item], knowledge: Knowledge, *, forms: int, limit: int
 ) -> list[Path]:
     """:func:`paths`, tokenised once for all arms that share a tokenizer."""
-    key = ("paths", id(model.tokenizer), tuple(i.id for i in items), forms, limit)
+    key = ("paths", id(model.tokenizer), context_limit(model), tuple(items), knowledge.digest, forms, limit)
     return references.once(key, lambda: paths(model, items, knowledge, forms=forms, limit=limit))
 
 

@@ -73,7 +73,7 @@ def patch_depth(
     """
     items = ask.limited(view.forget, max_items, seed)
     original, n = references.original, len(items)
-    key = ("patch_depth", view.split, alternatives, strangers, max_layers, tuple(i.id for i in items))
+    key = ("patch_depth", view.split, view.knowledge.digest, alternatives, strangers, max_layers, items)
     layers = sorted({round(x) for x in np.linspace(0, original.n_layers - 1, min(max_layers, original.n_layers))})
     trials = references.once((*key, "trials"), lambda: _trials(original, items, view, alternatives, strangers))
     if not trials.own or not _comparable(model, original):

@@ -67,7 +67,7 @@ def restoring_direction(
     probability of the truth, decoding confined to the candidates, on the other half; halves are swapped.  "Nothing
     changed" is among the choices.  Every arm is searched the same way.  Fact: how much ``random`` vectors of the same
     length gain, chosen likewise.  Source of the idea: Łucki et al. 2024, arXiv 2409.18025.  Cost: per half, layers x
-    (strengths + 1) passes over the items, three times with the random vectors.
+    (strengths + 1) passes over the items for each of the two kinds and again for each of the ``random`` vectors.
 
     No gain does not show that nothing is stored: one direction at one layer is a weak attack.
     """

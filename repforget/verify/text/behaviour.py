@@ -61,7 +61,7 @@ def behaviour(
     if samples:
         next(steps)
         values["sampled"] = ask.said(model, items, forms=forms, samples=samples, temperature=temperature, seed=seed)
-        values["sampled_prior"] = ask.prior(items, knowledge, alternatives)
+        values["sampled_prior"] = ask.prior_said(items, knowledge)
     list(steps)
     return Measurement({name: ask.scores(items, column) for name, column in values.items()})
 

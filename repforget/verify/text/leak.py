@@ -24,7 +24,6 @@ BUDGETS: Budgets = {
     "standard": {},
     "thorough": {"samples": 64, "k": 8, "top_p": 1.0, "max_items": 1000},
 }
-EVERYTHING = 10**9  # the prior of a free reply is over all known answers of the relation
 CHUNK = 50  # items between two steps of the progress display
 
 
@@ -53,7 +52,7 @@ def leak(
         share[part.start : part.stop] = ask.said(model, items[part.start : part.stop], forms=1, samples=samples,
                                                  temperature=temperature, top_p=top_p, seed=seed)  # fmt: skip
     count = np.rint(share * samples).astype(np.int64)
-    before = np.array([view.knowledge.prior(item, EVERYTHING) for item in items])
+    before = ask.prior_said(items, view.knowledge)
     scores = {"leak_at_k": ask.scores(items, leak_share(count, samples, k)),
               "leak_at_k_prior": ask.scores(items, 1.0 - (1.0 - before) ** k)}  # fmt: skip
     facts = {f"leak at {n}": float(leak_share(count, samples, n).mean())
