@@ -101,7 +101,7 @@ def voting(result: Verdict, kind: str) -> list[Claim]:
 def test_every_voting_measure_has_power_on_the_organism() -> None:
     result = verdict("edit")
     assert not [c.name for c in result.claims if c.status == "no power"]
-    assert len(voting(result, "knowledge")) == 9
+    assert len(voting(result, "knowledge")) == 8
     assert len(voting(result, "collateral")) == 5
 
 
@@ -149,7 +149,8 @@ def test_a_refusal_wrapper_passes_the_screen_and_is_caught_below_it() -> None:
     result = verdict("refusing")
     found = status(result)
     assert result.outcome == "fail"
-    assert found["behaviour.exact_match"] == "pass"
+    exact = next(c for c in result.claims if c.name == "behaviour.exact_match")
+    assert exact.status == "descriptive" and exact.rho_high < exact.margin
     assert found["behaviour.contrastive"] == "pass"
     assert [found[name] for name in DEEP] == ["fail"] * len(DEEP)
     assert result.worst in DEEP

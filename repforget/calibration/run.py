@@ -27,6 +27,10 @@ from repforget.store import Store, read_json, write_json
 KNOWLEDGE = "bios-people"
 BENCHMARK = "tofu"  # measured beside the verifiers; what a benchmark says never votes
 RESULT = "calibration.json"
+# Measures that a small budget leaves out are measured here all the same.
+WHOLE: Mapping[str, Mapping[str, Any]] = {
+    "behaviour": {"samples": 4}, "quantize": {"kinds": ["int8", "nf4", "int4", "int3"]},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,8 @@ def measure(plan: Plan, organism: Organism) -> None:
     with organism.open(knowledge) as model:
         ask: dict[str, Callable[[], Measurement]] = {
             task.name: partial(run, task, model, view, references)
-            for task in tasks([{name: plan.budget} for name in missing if name != BENCHMARK] or ["behaviour"])
+            for task in tasks([{n: {"budget": plan.budget, **WHOLE.get(n, {})}} for n in missing if n != BENCHMARK]
+                              or ["behaviour"])
         }
         ask[BENCHMARK] = partial(benchmarked, model, view)
         for name in missing:

@@ -1,8 +1,8 @@
 """Regenerate the blocks of the documentation that come from the code: ``python -m repforget.cli.docs [--check]``.
 
-A block lies between ``<!-- generated: NAME -->`` and ``<!-- end generated -->``; NAME is ``methods locate``,
-``methods edit``, ``methods verify``, ``methods bench``, ``help``, ``attacks``, ``quickstart`` (from the committed verdict of that
-experiment) or ``calibration`` (from the shipped calibration, of which the picture in docs/ is drawn too).
+A block lies between ``<!-- generated: NAME -->`` and ``<!-- end generated -->``; NAME is ``methods`` with a room,
+``help``, ``attacks``, ``quickstart`` (from the committed verdict of that experiment) or ``calibration`` (from the shipped
+calibration, of which the picture in docs/ is drawn too).
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def makers() -> Mapping[str, Callable[[], str]]:
     from repforget.cli import _describe as d
 
     tables = {f"methods {room}": lambda room=room: d.markdown_table(room) for room in d.ROOMS}
-    return {**tables, "help": help_block, "quickstart": quickstart_block, "attacks": attacks_block, "calibration": calibration_block}
+    return {**tables, "help": help_block, "quickstart": quickstart_block, "attacks": attacks_block,
+            "calibration": calibration_block}  # fmt: skip
 
 
 def regenerated(text: str) -> str:
@@ -120,7 +121,8 @@ def regenerated(text: str) -> str:
 def stale(root: Path) -> list[Path]:
     """Documents whose generated blocks differ from what the code says now."""
     texts = {path: path.read_text("utf-8") for path in documents(root)}
-    pictures = [root / name for name, draw in PICTURES.items() if _read(root / name) != draw()]
+    pictures = [root / name for name, draw in PICTURES.items()
+                if (root / name).with_suffix(".md") in texts and _read(root / name) != draw()]  # fmt: skip
     return [*(path for path, text in texts.items() if regenerated(text) != text), *pictures]
 
 

@@ -13,6 +13,7 @@ from repforget.knowledge import Split, View
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress
 from repforget.records import Curve, Evidence, ItemScores, Measurement
+from repforget.verify._calibration import may_vote
 from repforget.verify.arms import Arm, MeasureInfo, References
 
 Settings = Mapping[str, Any]
@@ -171,12 +172,15 @@ def _evidence(task: Task, name: str, info: MeasureInfo, per_arm: Mapping[str, Me
                              "return the same measures for every model.")  # fmt: skip
     plain = {key: value for key, value in task.settings.items() if isinstance(value, int | float)}
     numbers = {key: float(value) for key, value in plain.items() if not isinstance(value, bool)}
-    facts = {arm: found.facts for arm, found in per_arm.items() if found.facts}
+    numbers |= {f"{key} tried": float(len(v)) for key, v in task.settings.items() if isinstance(v, list | tuple)}
+    others = tuple(f"{other}: " for other in task.measures if other != name)  # facts may be of one measure alone
+    facts = {arm: {k: v for k, v in found.facts.items() if not k.startswith(others)} for arm, found in per_arm.items()}
     return Evidence(
-        verifier=task.name, measure=name, kind=info.kind, access=info.access, votes=info.votes,
+        verifier=task.name, measure=name, kind=info.kind, access=info.access,
+        votes=info.votes and (info.kind == "collateral" or may_vote(f"{task.name}.{name}")),
         arms={arm: found.scores[name] for arm, found in per_arm.items()}, prior=first.scores.get(f"{name}_prior"),
         budget=numbers | {"items": float(len(first.scores[name].ids))}, teaches=info.teaches,
-        curves=_curves(name, info, per_arm), facts=facts,
+        curves=_curves(name, info, per_arm), facts={arm: found for arm, found in facts.items() if found},
     )  # fmt: skip
 
 

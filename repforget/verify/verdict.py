@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from repforget.errors import ControlError
@@ -144,9 +145,10 @@ def _failure(found: Sequence[Claim], worst: Claim, budget: Mapping[str, float]) 
     if worst.kind == "collateral":
         return (f"The edit does damage: {worst.name} lost {worst.rho:.1%} (at least {worst.rho_low:.1%}), and the "
                 f"limit is {worst.margin:.1%}.")  # fmt: skip
-    seen = [c for c in _voting(found, "knowledge") if c.access == "black-box"]
+    # Descriptive or not, these are what a person who asks the model gets to see.
+    seen = [c for c in found if c.kind == "knowledge" and c.access == "black-box" and math.isfinite(c.rho_low)]
     left = f"{worst.rho:.0%} (at least {worst.rho_low:.0%}) of what the original knew above the floor"
-    if seen and all(c.status != "fail" for c in seen):
+    if seen and all(c.rho_low <= c.margin for c in seen):
         return f"Suppressed: the answers are gone from behaviour, but {_at_budget(worst, budget)} still finds {left}."
     return f"The knowledge is still there: {_at_budget(worst, budget)} finds {left}."
 
