@@ -27,6 +27,7 @@ MEASURES = {
                             teaches="the mean state of the original on the other half of the subjects"),
 }  # fmt: skip
 JOINS = "thorough"
+HELD_OUT = True
 BUDGETS: Budgets = {
     "quick": {"strengths": [1.0], "max_layers": 4, "random": 2, "max_items": 64},
     "standard": {},

@@ -23,7 +23,8 @@ from repforget.verify.arms import Budgets, MeasureInfo, References
 
 _Y = "probability of the truth among alternatives"
 MEASURES = {"best_layer": MeasureInfo("knowledge", "white-box", curve=("tuned lens", "layer", _Y))}
-JOINS = "thorough"
+JOINS = "standard"
+HELD_OUT = True
 BUDGETS: Budgets = {
     "quick": {"steps": 20, "max_support": 200, "max_items": 100},
     "standard": {},

@@ -19,6 +19,7 @@ from repforget.verify.text import _variants as variants
 
 MEASURES = {"spelling": MeasureInfo("knowledge", "logits"), "cipher": MeasureInfo("knowledge", "logits")}
 JOINS = "thorough"
+HELD_OUT = True
 BUDGETS: Budgets = {
     "quick": {"spellings": ["lower", "swapped"], "ciphers": ["rot13"], "max_items": 100},
     "standard": {},

@@ -18,6 +18,7 @@ from repforget.verify.weights._altered import at_best, exam, projections, sweep
 _CURVE = ("noise in the weights", "standard deviation / rms of the matrix", "probability of the truth")
 MEASURES = {"best_noise": MeasureInfo("knowledge", "weights", curve=_CURVE)}
 JOINS = "thorough"
+HELD_OUT = True
 BUDGETS: Budgets = {
     "quick": {"sigmas": [0.02], "draws": 1},
     "standard": {},
