@@ -1,8 +1,8 @@
 """Regenerate the blocks of the documentation that come from the code: ``python -m repforget.cli.docs [--check]``.
 
 A block lies between ``<!-- generated: NAME -->`` and ``<!-- end generated -->``; NAME is ``methods`` with a room,
-``help``, ``attacks``, ``quickstart`` (from the committed verdict of that experiment) or ``calibration`` (from the shipped
-calibration, of which the picture in docs/ is drawn too).
+``help``, ``attacks``, ``quickstart`` (from the committed verdict of that experiment) or ``calibration`` (from the
+shipped calibration, of which the picture in docs/ is drawn too).
 """
 
 from __future__ import annotations
