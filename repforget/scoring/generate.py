@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from repforget.errors import KnowledgeError, NumericalError, UsageError
+from repforget.scoring.drafts import agreed
 from repforget.scoring.encode import context_limit, encode_prompts, pad_id, token_batches
 from repforget.scoring.forward import CACHED_PER_TOKEN, forward, places_tokens, select_rows, shareable
 
@@ -38,6 +39,7 @@ def generate(
     seed: int = 0,
     stop: Sequence[str] = (),
     whole: bool = False,
+    drafts: Sequence[str] | None = None,
     token_budget: int = 8192,
 ) -> list[list[str]]:
     """Continue each prompt ``samples`` times; ``temperature=0`` is greedy decoding.
@@ -50,15 +52,17 @@ def generate(
     longest text of a batch is complete; complete texts leave the batch. Raises :class:`KnowledgeError` for a
     prompt that leaves no room in the context.
 
+    ``drafts`` (greedy only, one per prompt, "" for none) are continuations that the model may well say, such as
+    the right answers. They change the cost, not the texts: one pass reads prompt and draft, what the model would
+    have said itself is kept, and decoding starts at the first other token. A model that says its draft and ends
+    takes no step at all; one that says something else reads its prompt twice.
+
     Greedy silence does not show absence of knowledge; sample and score as well.
     """
-    if samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise UsageError("generate needs samples, max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1, "
-                         f"got {samples}, {max_new_tokens}, {temperature} and {top_p}.")  # fmt: skip
-    if isinstance(stop, str) or not all(stop):
-        raise UsageError(f"generate got stop={stop!r}: give a list of strings that are not empty.")
-    if samples > 1 and temperature == 0:
-        raise UsageError(f"generate was asked for {samples} greedy samples, which are all equal: set a temperature.")
+    _check(samples, max_new_tokens, temperature, top_p, stop)
+    if drafts is not None and (temperature > 0 or len(drafts) != len(prompts)):
+        raise UsageError(f"generate got {len(drafts)} drafts for {len(prompts)} prompts at temperature {temperature}: "
+                         "give one per prompt, and only where decoding is greedy.")  # fmt: skip
     sequences = encode_prompts(model.tokenizer, prompts)
     room = context_limit(model) - max_new_tokens
     for prompt, ids in zip(prompts, sequences, strict=True):
@@ -66,18 +70,37 @@ def generate(
             raise KnowledgeError(f"The prompt '{prompt[:80]}' has {len(ids)} tokens, which leaves no room "
                                  f"for {max_new_tokens} new ones in the context: shorten it.")  # fmt: skip
     draws = _draws(prompts, samples, max_new_tokens, seed) if temperature > 0 else None
+    pick = partial(_choose, temperature=temperature, top_p=top_p)
+    ends = _Ends(model, stop, whole)
+    given: list[list[int]] = [[] for _ in prompts]
     texts: list[list[str]] = [[] for _ in prompts]
+    for row, tokens in agreed(model, prompts, sequences, drafts or (), max_new_tokens, token_budget):
+        if any(ends.after(given[row], token) for token in tokens) or len(given[row]) == max_new_tokens:
+            texts[row] = [ends.text(given[row])]
+    left = [row for row, text in enumerate(texts) if not text]
     batches = token_batches(
-        sequences, token_budget=max(1, token_budget // samples), pad_id=pad_id(model.tokenizer), side="left",
-        equal_length=not places_tokens(model), extra=max_new_tokens // CACHED_PER_TOKEN,
+        [(*sequences[row], *given[row]) for row in left], token_budget=max(1, token_budget // samples),
+        pad_id=pad_id(model.tokenizer), side="left", equal_length=not places_tokens(model),
+        extra=max_new_tokens // CACHED_PER_TOKEN,
     )  # fmt: skip
-    for rows, batch in batches:
+    for chosen, batch in batches:
+        rows = [left[k] for k in chosen]
         uniforms = None if draws is None else draws[rows].reshape(len(rows) * samples, max_new_tokens)
-        pick = partial(_choose, temperature=temperature, top_p=top_p)
-        said = _continue(model, batch, samples, max_new_tokens, pick, uniforms, _Ends(model, stop, whole))
+        begun = [list(given[row]) for row in rows for _ in range(samples)]
+        said = _continue(model, batch, begun, max_new_tokens, pick, uniforms, ends)
         for k, row in enumerate(rows):
             texts[row] = said[k * samples : (k + 1) * samples]
     return texts
+
+
+def _check(samples: int, max_new_tokens: int, temperature: float, top_p: float, stop: Sequence[str]) -> None:
+    if samples < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise UsageError("generate needs samples, max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1, "
+                         f"got {samples}, {max_new_tokens}, {temperature} and {top_p}.")  # fmt: skip
+    if isinstance(stop, str) or not all(stop):
+        raise UsageError(f"generate got stop={stop!r}: give a list of strings that are not empty.")
+    if samples > 1 and temperature == 0:
+        raise UsageError(f"generate was asked for {samples} greedy samples, which are all equal: set a temperature.")
 
 
 def _draws(prompts: Sequence[str], samples: int, steps: int, seed: int) -> NDArray[np.float64]:
@@ -95,23 +118,26 @@ def _draws(prompts: Sequence[str], samples: int, steps: int, seed: int) -> NDArr
 
 
 def _continue(
-    model: LoadedModel, batch: Batch, samples: int, steps: int, pick: Callable[..., Tensor],
+    model: LoadedModel, batch: Batch, said: list[list[int]], most: int, pick: Callable[..., Tensor],
     uniforms: NDArray[np.float64] | None, ends: _Ends,
 ) -> list[str]:  # fmt: skip
-    """Decode one batch; with a shareable cache each step reads one token, otherwise the whole sequence."""
-    rows = torch.arange(batch.ids.shape[0]).repeat_interleave(samples)
+    """Decode one batch until each text ends or has ``most`` tokens; ``said`` are those at the batch's end.
+
+    There may be several texts per row. With a shareable cache each step reads one token, otherwise all.
+    """
+    rows = torch.arange(batch.ids.shape[0]).repeat_interleave(len(said) // batch.ids.shape[0])
     cached = places_tokens(model)
     logits, past = forward(model, batch.ids, batch.mask, batch.position_ids, 1, use_cache=cached)
     past = select_rows(past, rows) if shareable(past) else None
     logits = logits[rows.to(logits.device), -1]
     ids, mask, positions = batch.ids[rows], batch.mask[rows], batch.position_ids[rows]
-    said: list[list[int]] = [[] for _ in rows]
     who = list(range(len(rows)))  # the text that each row of the batch continues
     done: set[int] = set()
-    for step in range(steps):
+    for step in range(most):
         token = pick(logits, uniforms=None if uniforms is None else uniforms[who, step])
-        done |= {k for row, k in enumerate(who) if k not in done and ends.after(said[k], int(token[row]))}
-        if len(done) == len(said) or step == steps - 1:
+        done |= {k for row, k in enumerate(who)
+                 if k not in done and (ends.after(said[k], int(token[row])) or len(said[k]) == most)}  # fmt: skip
+        if len(done) == len(said):
             break
         new = token[:, None]
         ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
