@@ -116,7 +116,7 @@ def recalls(
     out: list[float | None] = []
     for start in track(progress, range(0, len(prompts), SAID_TOGETHER), "generations"):
         block = slice(start, start + SAID_TOGETHER)
-        said = say(model, prompts[block], new_tokens=form.new_tokens, whole=True)
+        said = say(model, prompts[block], new_tokens=form.new_tokens, whole=True, answers=answers[block])
         out += [None if text is None else rouge_l(answer, text).recall
                 for text, answer in zip(said, answers[block], strict=True)]  # fmt: skip
     return out

@@ -141,7 +141,7 @@ def _continued(
     """ROUGE-L F1 of each continuation with the true one, both of ``tokens`` tokens; None: it does not fit."""
     tokenizer: Any = model.tokenizer
     truth = [tokenizer.decode(tokenizer(row["gt"])["input_ids"][:tokens], skip_special_tokens=True) for row in group]
-    said = _said(model, [row["prompt"] for row in group], tokens, (), progress)
+    said = _said(model, [row["prompt"] for row in group], tokens, (), progress, [row["gt"] for row in group])
     return [None if s is None else rouge_l(t, s, stem=stem).f1 for t, s in zip(truth, said, strict=True)]
 
 
@@ -153,11 +153,13 @@ def _knowledge(
 
 
 def _said(
-    model: LoadedModel, prompts: Sequence[str], tokens: int, stop: Sequence[str], progress: Progress | None
-) -> list[str | None]:
+    model: LoadedModel, prompts: Sequence[str], tokens: int, stop: Sequence[str], progress: Progress | None,
+    answers: Sequence[str] | None = None,
+) -> list[str | None]:  # fmt: skip
     out: list[str | None] = []
     for start in track(progress, range(0, len(prompts), 64), "generating"):
-        out += say(model, prompts[start : start + 64], new_tokens=tokens, stop=stop, whole=True)
+        known = answers and answers[start : start + 64]
+        out += say(model, prompts[start : start + 64], new_tokens=tokens, stop=stop, whole=True, answers=known)
     return out
 
 

@@ -162,7 +162,8 @@ def _recall(
 ) -> list[float | None]:
     out: list[float | None] = []
     for start in track(progress, range(0, len(prompts), 256), "generating"):
-        said = say(model, prompts[start : start + 256], new_tokens=tokens)
+        answers = [str(row["answer"]) for row in group[start : start + 256]]
+        said = say(model, prompts[start : start + 256], new_tokens=tokens, answers=answers)
         out += [None if s is None else rouge_l(str(row["answer"]), s, stem=False).recall
                 for row, s in zip(group[start:], said, strict=False)]  # fmt: skip
     return out
