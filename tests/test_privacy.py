@@ -332,6 +332,7 @@ def test_neighbours_are_other_texts_and_the_same_for_every_arm() -> None:
     around = near(known(), prompts, 5, 0.3, 8, seed=0)
     assert around == near(known(), prompts, 5, 0.3, 8, seed=0)
     assert around != near(known(), prompts, 5, 0.3, 8, seed=1)
+    assert around[::-1] == near(known(), prompts[::-1], 5, 0.3, 8, seed=0), "whatever the order"
     for prompt, group in zip(prompts, around, strict=True):
         assert len(group) == len(set(group)) == 5
         assert prompt not in group

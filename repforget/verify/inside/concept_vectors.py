@@ -12,7 +12,7 @@ from repforget.errors import UsageError
 from repforget.knowledge import Item, View
 from repforget.models.load import LoadedModel
 from repforget.models.readout import lens
-from repforget.models.weights import get_weight, writers
+from repforget.models.weights import WeightRef, get_weight, writers
 from repforget.progress import Progress, track
 from repforget.records import Measurement
 from repforget.scoring import encode_many
@@ -29,7 +29,7 @@ BUDGETS: Budgets = {
     "standard": {},
     "thorough": {"vectors": 10, "max_items": 2000},
 }
-COLUMNS = 4096  # value vectors read out at a time
+LOGIT_ELEMENTS = 2**26  # logits of the value vectors that are read out at a time
 
 
 def concept_vectors(
@@ -53,15 +53,15 @@ def concept_vectors(
     items = ask.limited(view.forget, max_items, seed)
     original = references.original
     nothing = ask.scores(items, np.full(len(items), np.nan))
-    own, theirs = _columns(model), _columns(original)
-    if not theirs or [c.shape for c in own] != [c.shape for c in theirs] or model.vocab_size != original.vocab_size:
+    own, theirs = _projections(model), _projections(original)
+    if not theirs or _shapes(model, own) != _shapes(original, theirs) or model.vocab_size != original.vocab_size:
         return Measurement({"jaccard": nothing, "cosine": nothing})
     wanted = _first_tokens(original, items)
     tokens = min(tokens, original.vocab_size // 2)
     key = ("concept_vectors", vectors, tuple(wanted))
     chosen: Tensor = references.once(key, lambda: _chosen(original, theirs, wanted, vectors, progress))
     index = {int(n): k for k, n in enumerate(sorted(set(chosen.flatten().tolist())))}
-    before, after = (torch.cat(columns, 1).T[sorted(index)] for columns in (theirs, own))
+    before, after = _vectors(original, theirs, sorted(index)), _vectors(model, own, sorted(index))
     overlap = _jaccard(_tokens(original, before, tokens), _tokens(original, after, tokens))
     angle = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
     place = [[index[int(n)] for n in row] for row in chosen]
@@ -71,11 +71,25 @@ def concept_vectors(
     })  # fmt: skip
 
 
-@torch.no_grad()
-def _columns(model: LoadedModel) -> list[Tensor]:
-    """The down projections [d, neurons], one per layer, in float32; empty where they are batched experts."""
+def _projections(model: LoadedModel) -> list[WeightRef]:
+    """The down projections [d, neurons], one per layer; none where they are batched experts."""
     refs = [ref for ref in writers(model.module) if ref.role == "mlp_out"]
-    return [] if any(ref.batched for ref in refs) else [get_weight(model.module, ref) for ref in refs]
+    return [] if any(ref.batched for ref in refs) else refs
+
+
+def _shapes(model: LoadedModel, refs: Sequence[WeightRef]) -> list[torch.Size]:
+    return [get_weight(model.module, ref).shape for ref in refs]
+
+
+def _vectors(model: LoadedModel, refs: Sequence[WeightRef], numbers: Sequence[int]) -> Tensor:
+    """The value vectors [n, d] of these rising numbers, in float32 on the CPU; one layer is copied at a time."""
+    parts, start = [], 0
+    for ref in refs:
+        columns = get_weight(model.module, ref)
+        end = start + columns.shape[1]
+        parts.append(columns[:, [n - start for n in numbers if start <= n < end]].T.cpu())
+        start = end
+    return torch.cat(parts)
 
 
 def _first_tokens(model: LoadedModel, items: Sequence[Item]) -> list[int]:
@@ -84,25 +98,35 @@ def _first_tokens(model: LoadedModel, items: Sequence[Item]) -> list[int]:
 
 @torch.no_grad()
 def _chosen(
-    model: LoadedModel, columns: Sequence[Tensor], wanted: Sequence[int], count: int, progress: Progress | None
+    model: LoadedModel, refs: Sequence[WeightRef], wanted: Sequence[int], count: int, progress: Progress | None
 ) -> Tensor:
     """Numbers of the value vectors (over all layers) that read out each token most strongly: [items, count]."""
-    whole = torch.cat(list(columns), 1).T
     distinct = sorted(set(wanted))
-    shares = []
-    for at in track(progress, range(0, len(whole), COLUMNS), "reading value vectors"):
-        shares.append(lens(model, whole[at : at + COLUMNS]).float().log_softmax(-1)[:, distinct].cpu())
-    best = torch.cat(shares).topk(min(count, len(whole)), dim=0).indices  # [count, distinct]
-    return torch.stack([best[:, distinct.index(token)] for token in wanted])
+    shares, numbers, start = [], [], 0
+    for ref in track(progress, refs, "reading value vectors", len(refs)):
+        for part in _parts(model, get_weight(model.module, ref).T):
+            share = lens(model, part).float().log_softmax(-1)[:, distinct].cpu()
+            highest = share.topk(min(count, len(share)), dim=0)
+            shares.append(highest.values)
+            numbers.append(highest.indices + start)
+            start += len(part)
+    best = torch.cat(shares)
+    rows = best.topk(min(count, len(best)), dim=0).indices
+    found = torch.cat(numbers).gather(0, rows)  # [count, distinct]
+    return torch.stack([found[:, distinct.index(token)] for token in wanted])
 
 
 @torch.no_grad()
 def _tokens(model: LoadedModel, vectors: Tensor, count: int) -> Tensor:
     """The ``count`` tokens that each vector [n, d] reads out most strongly [n, count]."""
-    return torch.cat([lens(model, part).topk(count, dim=-1).indices.cpu() for part in torch.split(vectors, COLUMNS)])
+    return torch.cat([lens(model, part).topk(count, dim=-1).indices.cpu() for part in _parts(model, vectors)])
+
+
+def _parts(model: LoadedModel, vectors: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(vectors, max(1, LOGIT_ELEMENTS // model.vocab_size))
 
 
 def _jaccard(a: Tensor, b: Tensor) -> Tensor:
     """|a & b| / |a | b| of token sets [n, k] row by row, in float64."""
-    common = (a[:, :, None] == b[:, None, :]).any(-1).sum(-1).double()
+    common = torch.stack([torch.isin(x, y).sum() for x, y in zip(a, b, strict=True)]).double()
     return common / (2 * a.shape[1] - common)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -88,8 +89,8 @@ def near(
     rows = [list(ids) for ids in encode_prompts(tokenizer, prompts)]
     table = _closest(model, sorted({t for ids in rows for t in ids} - special), nearest)
     out = []
-    for number, (prompt, ids) in enumerate(zip(prompts, rows, strict=True)):
-        generator = np.random.default_rng([seed, number])
+    for prompt, ids in zip(prompts, rows, strict=True):
+        generator = np.random.default_rng([seed, zlib.crc32(prompt.encode())])  # the same in any company
         places = [k for k, token in enumerate(ids) if table.get(token)]
         found: dict[str, None] = {}
         for _ in range(4 * count if places else 0):  # some draws repeat, or decode to the prompt itself
