@@ -13,6 +13,7 @@ from repforget.errors import KnowledgeError, MissingExtraError
 from repforget.store import digest
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
+SHOWN = 12  # names in a message
 CHARACTERS_PER_TOKEN = 4.0  # for estimates before a tokenizer is loaded
 
 
@@ -113,8 +114,11 @@ def _file(folder: Path, name: str) -> Path | None:
 def _file_rows(folder: Path, name: str) -> list[dict[str, Any]]:
     path = _file(folder, name)
     if path is None:
-        there = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix in SUFFIXES)
-        raise KnowledgeError(f"Folder '{folder}' has no {name}.json (or .jsonl, .parquet): found {_list(there[:20])}.")
+        there = sorted(f"{p.name}/" if p.is_dir() else p.name for p in folder.iterdir()
+                       if p.is_dir() or p.suffix in SUFFIXES)  # fmt: skip
+        more = f" and {len(there) - SHOWN} more" if len(there) > SHOWN else ""
+        raise KnowledgeError(f"Folder '{folder}' has no {name}.json (or .jsonl, .parquet): found "
+                             f"{_list(there[:SHOWN])}{more}.")  # fmt: skip
     if path.suffix == ".parquet":
         from pyarrow import parquet
 
