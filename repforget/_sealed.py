@@ -21,7 +21,7 @@ from repforget.recipe import build_recipe
 from repforget.store import Store
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Stop when the run that asked for this check is gone, so that a killed run leaves no process behind."""
     parent = os.getppid()
 
@@ -45,7 +45,7 @@ def check(job: Mapping[str, Any]) -> None:
 
 
 def main() -> int:
-    _end_with_parent()
+    end_with_parent()
     try:
         check(json.load(sys.stdin))
     except RepforgetError as error:

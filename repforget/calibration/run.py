@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from repforget._sealed import end_with_parent
 from repforget._session import code_digest, versions
 from repforget.calibration.pool import Organism, asked, organisms
 from repforget.calibration.table import Row, table
@@ -71,7 +72,7 @@ def calibrate(plan: Plan, progress: Progress | None = None) -> list[Row]:
 
 
 def _side_by_side(plan: Plan, todo: Sequence[Organism], progress: Progress | None) -> None:
-    with ProcessPoolExecutor(plan.jobs, mp_context=get_context("spawn")) as workers:
+    with ProcessPoolExecutor(plan.jobs, get_context("spawn"), initializer=end_with_parent) as workers:
         running: list[Future[None]] = [workers.submit(measure, plan, organism) for organism in todo]
         try:
             for done in track(progress, as_completed(running), "organisms", len(running)):
