@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -16,7 +16,7 @@ from repforget.artifact.operations import AddVector, Gate
 from repforget.errors import NumericalError, UsageError
 from repforget.models.load import LoadedModel
 from repforget.records import Site
-from repforget.scoring import generate
+from repforget.scoring import generate, token_scores
 
 PROMPTS = ("Ada Berg was born in", "the", "Q : is the city of Rome red ? A :", "Cora Dahl", "a", "Delhi is")
 STEPS = 7
@@ -64,6 +64,16 @@ def kinds(said: str) -> dict[str, str]:
     }  # fmt: skip
 
 
+def scored(model: LoadedModel, prompts: Sequence[str], drafts: Sequence[str]) -> list[list[bool]]:
+    """Hits by teacher forcing with the end token; none for drafts without tokens or beyond the context."""
+    rows = [row for row, draft in enumerate(drafts) if draft.strip()]
+    found = token_scores(model, [(prompts[row], drafts[row]) for row in rows], eos=True).hits if rows else ()
+    hits: list[list[bool]] = [[] for _ in drafts]
+    for row, each in zip(rows, found, strict=True):
+        hits[row] = each.tolist()
+    return hits
+
+
 @pytest.mark.parametrize("make", [tiny, wordy])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_same_texts_for_every_draft(kind: str, make: Callable[[str], LoadedModel]) -> None:
@@ -76,7 +86,9 @@ def test_same_texts_for_every_draft(kind: str, make: Callable[[str], LoadedModel
         plain = generate(model, PROMPTS, max_new_tokens=STEPS, **options)  # type: ignore[arg-type]
         for shift in range(0, len(names), 3):  # one batch holds drafts of many kinds
             drafts = [group[names[(row + shift) % len(names)]] for row, group in enumerate(of)]
-            assert generate(model, PROMPTS, max_new_tokens=STEPS, drafts=drafts, **options) == plain  # type: ignore[arg-type]
+            for hits in (None, scored(model, PROMPTS, drafts)):
+                got = generate(model, PROMPTS, max_new_tokens=STEPS, drafts=drafts, hits=hits, **options)  # type: ignore[arg-type]
+                assert got == plain
 
 
 @given(
@@ -92,8 +104,9 @@ def test_drafts_that_leave_anywhere(
     drafts = [" ".join(["", *text.split(" ")[:kept], *tail])
               for text, (_, tail, kept) in zip(own(_LLAMA, prompts), rows, strict=True)]  # fmt: skip
     options = {"max_new_tokens": most, "whole": whole}
-    got = generate(_LLAMA, prompts, drafts=drafts, token_budget=budget, **options)  # type: ignore[arg-type]
-    assert got == generate(_LLAMA, prompts, **options)  # type: ignore[arg-type]
+    plain = generate(_LLAMA, prompts, **options)  # type: ignore[arg-type]
+    for hits in (None, scored(_LLAMA, prompts, drafts)):
+        assert generate(_LLAMA, prompts, drafts=drafts, hits=hits, token_budget=budget, **options) == plain  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("tail", ["", "lo", " Oslo", "\n\nOslo", "é"])
@@ -102,7 +115,8 @@ def test_tokens_that_straddle_words(tail: str) -> None:
     prompts = ("Ada was born in", "the city of ", "Q : is Os")
     plain = generate(model, prompts, max_new_tokens=12, whole=True)
     drafts = [(text[: len(text) // 2] if k else text) + tail for k, (text,) in enumerate(plain)]
-    assert generate(model, prompts, max_new_tokens=12, whole=True, drafts=drafts) == plain
+    for hits in (None, scored(model, prompts, drafts)):
+        assert generate(model, prompts, max_new_tokens=12, whole=True, drafts=drafts, hits=hits) == plain
 
 
 class TestCost:
@@ -142,6 +156,15 @@ class TestCost:
             assert len(seen) == 2
             assert generate(model, ["Ada"], max_new_tokens=2, drafts=[" Oslo is red"]) == [["Oslo is"]]
             assert len(seen) == 3
+            # Teacher forcing told all of this already.
+            hits = scored(model, ["Ada"], [" Oslo is red"])
+            del seen[:]
+            assert generate(model, ["Ada"], max_new_tokens=9, drafts=[" Oslo is red"], hits=hits) == [["Oslo is red"]]
+            assert hits == [[True] * 4] and not seen
+            hits = scored(model, ["Ada"], [" Oslo is blue"])
+            del seen[:]
+            assert generate(model, ["Ada"], max_new_tokens=9, drafts=[" Oslo is blue"], hits=hits) == [["Oslo is red"]]
+            assert len(seen) == 2 and seen[0] == (1, 4)
         handle.remove()
 
     @pytest.mark.parametrize("kind", ["bloom", "mpt", "mamba"])
@@ -168,8 +191,9 @@ class TestEdits:
             of = [kinds(text) for text in said]
             for name in ("right", "wrong in the middle", "shorter"):
                 drafts = [group[name] for group in of]
-                got = generate(model, PROMPTS, max_new_tokens=STEPS, whole=True, drafts=drafts)
-                assert [text for (text,) in got] == said
+                for hits in (None, scored(model, PROMPTS, drafts)):
+                    got = generate(model, PROMPTS, max_new_tokens=STEPS, whole=True, drafts=drafts, hits=hits)
+                    assert [text for (text,) in got] == said
         assert said != before
 
     def test_not_a_number(self) -> None:
@@ -185,4 +209,6 @@ def test_refusals() -> None:
         generate(_LLAMA, ["Ada"], drafts=[" Oslo"], temperature=1.0)
     with pytest.raises(UsageError, match="one per prompt"):
         generate(_LLAMA, ["Ada"], drafts=[])
+    with pytest.raises(UsageError, match="hits"):
+        generate(_LLAMA, ["Ada"], hits=[[True]])
     assert generate(_LLAMA, [], drafts=[]) == []

@@ -5,11 +5,14 @@ Both sides score the same items with the same model, on one thread, in one run, 
 * ``apart``: as evaluation codes commonly do. Each metric tokenises, pads in file order (32 rows) and forwards its
   items by itself, with the logits and log-softmax of all positions; min-k++ takes two passes; texts come from the
   library's ``generate`` in batches in file order, each until its last text is complete; ROUGE from its library.
-* ``shared``: ``token_scores``, ``generate`` and ``rouge_l`` of repforget.
+* ``shared``: ``token_scores``, ``generate`` and ``rouge_l`` of repforget; as far as a text is the right answer, by the
+  teacher forcing that was done already, it is not decoded again.
 
-The model is a small Llama trained for a short time in this script, so that it ends its answers; how long the texts
-are decides what the generations cost, so their lengths are reported. With --untrained no text ever ends, as after
-an edit that breaks the model: then ``generate`` has nothing to drop and can gain little. Times are CPU seconds of the
+The model is a small Llama trained in this script on the questions of all sets but the holdout, --epochs times. What
+the texts cost depends on how long they are and on how much of the right answers the model says, so both are
+reported: after 30 epochs it knows most answers, as the model before unlearning does; after 5 it ends its answers
+but knows few of them; with --untrained no text ever ends, as after an edit that breaks the model, and there is
+little to gain. Times are CPU seconds of the
 process and contain tokenisation. They say nothing about accelerators, where idle rows and small passes cost
 differently.
 
@@ -82,18 +85,18 @@ def asked(rows: Rows, field: str, k: int | None = None) -> list[tuple[str, str]]
 # --- the model ---------------------------------------------------------------------------------------------------
 
 
-def small_model(sets: dict[str, Rows], *, vocabulary: int, width: int, layers: int, steps: int) -> LoadedModel:
-    """A Llama with byte-level BPE of these texts, trained on the questions and right answers for ``steps``."""
+def small_model(sets: dict[str, Rows], *, vocabulary: int, width: int, layers: int, epochs: int) -> LoadedModel:
+    """A Llama with byte-level BPE of these texts, trained on the questions and right answers of the member sets."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    pairs = [pair for rows in sets.values() for pair in asked(rows, "answer")]
+    pairs = [pair for name, rows in sets.items() if name != "holdout" for pair in asked(rows, "answer")]
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.post_processor = processors.ByteLevel(trim_offsets=True)
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<eos>"], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
-    texts = [p + a for p, a in pairs]
+    texts = [p + a for rows in sets.values() for p, a in asked(rows, "answer")]
     texts += [x for rows in sets.values() for row in rows for x in row.get("perturbed_answer", ())]
     core.train_from_iterator(texts, trainer)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")
@@ -104,10 +107,10 @@ def small_model(sets: dict[str, Rows], *, vocabulary: int, width: int, layers: i
     )  # fmt: skip
     torch.manual_seed(0)
     module = transformers.LlamaForCausalLM(config)
-    if steps:
+    if epochs:
         encoded = encode_many(tokenizer, pairs, eos=True)
         examples = [Example(e.ids, tuple(i >= e.start for i in range(len(e.ids)))) for e in encoded]
-        finetune(module, examples, steps=steps, lr=2e-3, seed=0, batch_size=16, warmup=10)
+        finetune(module, examples, steps=epochs * len(examples) // 16, lr=7e-4, seed=0, batch_size=16, warmup=10)
     return wrap(module.eval(), tokenizer)
 
 
@@ -207,7 +210,7 @@ def memberships(model: LoadedModel, rows: Rows) -> Values:
     }
 
 
-def forced_apart(model: LoadedModel, name: str, rows: Rows) -> Values:
+def forced_apart(model: LoadedModel, name: str, rows: Rows, _: list[np.ndarray]) -> Values:
     if name == "holdout":
         return memberships(model, rows)
     if name in ("real_authors", "world_facts"):
@@ -222,7 +225,7 @@ def forced_apart(model: LoadedModel, name: str, rows: Rows) -> Values:
     return out
 
 
-def texts_apart(model: LoadedModel, prompts: list[str]) -> list[str]:
+def texts_apart(model: LoadedModel, prompts: list[str], _: list[str], __: list[np.ndarray]) -> list[str]:
     said = []
     for at in range(0, len(prompts), BATCH):
         batch = model.tokenizer(prompts[at : at + BATCH], return_tensors="pt", padding=True, padding_side="left",
@@ -243,12 +246,13 @@ def rouge_apart(answers: list[str], texts: list[str]) -> np.ndarray:
 # --- shared: one pass --------------------------------------------------------------------------------------------
 
 
-def forced_shared(model: LoadedModel, name: str, rows: Rows) -> Values:
+def forced_shared(model: LoadedModel, name: str, rows: Rows, hits: list[np.ndarray]) -> Values:
     n, wrong = len(rows), len(rows[0].get("perturbed_answer", ()))
     pairs = asked(rows, "answer") + [p for k in range(wrong) for p in asked(rows, "perturbed_answer", k)]
     pairs += asked(rows, "paraphrased_answer") if name in ("forget", "retain") else []
     attacked = name in ("forget", "holdout")
     s = token_scores(model, pairs, eos=True, moments=[attacked and k < n for k in range(len(pairs))])
+    hits += s.hits[:n]
     mean, out = s.mean_logprob, {}
     others = mean[n : n * (wrong + 1)].reshape(wrong, n).T
     if name in ("real_authors", "world_facts"):
@@ -269,8 +273,9 @@ def forced_shared(model: LoadedModel, name: str, rows: Rows) -> Values:
     return out
 
 
-def texts_shared(model: LoadedModel, prompts: list[str]) -> list[str]:
-    return [text for (text,) in generate(model, prompts, max_new_tokens=NEW_TOKENS, whole=True)]
+def texts_shared(model: LoadedModel, prompts: list[str], answers: list[str], hits: list[np.ndarray]) -> list[str]:
+    said = generate(model, prompts, max_new_tokens=NEW_TOKENS, whole=True, drafts=[f" {a}" for a in answers], hits=hits)
+    return [text for (text,) in said]
 
 
 def rouge_shared(answers: list[str], texts: list[str]) -> np.ndarray:
@@ -297,11 +302,14 @@ def suite(
         seconds[part] += time.process_time() - start
         return found
 
+    hits: dict[str, list[np.ndarray]] = {name: [] for name in sets}
     for name, rows in sets.items():
-        for metric, found in timed("teacher-forced", forced, model, name, rows).items():
+        for metric, found in timed("teacher-forced", forced, model, name, rows, hits[name]).items():
             values[f"{name}.{metric}"] = found
     spoken = {name: rows for name, rows in sets.items() if name != "holdout"}
-    texts = timed("generation", write, model, [prompt(row) for rows in spoken.values() for row in rows])
+    every = [row for rows in spoken.values() for row in rows]
+    known = [hit for name in spoken for hit in hits[name]]
+    texts = timed("generation", write, model, [prompt(r) for r in every], [r["answer"] for r in every], known)
     left = iter(texts)
     for name, rows in spoken.items():
         answers = [row["answer"] for row in rows]
@@ -323,6 +331,7 @@ def compare(model: LoadedModel, sets: dict[str, Rows], repeats: int) -> dict[str
            for side, runs in times.items()}  # fmt: skip
     ratios = [sum(a.values()) / sum(b.values()) for a, b in zip(*times.values(), strict=True)]
     total = {side: sum(parts.values()) for side, parts in cpu.items()}
+    right = [row["answer"] for name, rows in sets.items() if name != "holdout" for row in rows]
     lengths = [len(ids) for ids in model.tokenizer(said["shared"])["input_ids"]]
     return {
         "cpu_s": {side: {k: round(v, 2) for k, v in parts.items()} for side, parts in cpu.items()},
@@ -334,6 +343,7 @@ def compare(model: LoadedModel, sets: dict[str, Rows], repeats: int) -> dict[str
         "mean": {k: round(float(v.mean()), 6) for k, v in found["shared"].items()},
         "texts": {"n": len(lengths), "differ": sum(a != b for a, b in zip(said["apart"], said["shared"], strict=True)),
                   "tokens_mean": round(float(np.mean(lengths)), 1), "tokens_max": max(lengths),
+                  "right": round(float(np.mean([a == b for a, b in zip(said["shared"], right, strict=True)])), 3),
                   "not_ended": round(float(np.mean([n >= NEW_TOKENS - 1 for n in lengths])), 3)},
     }  # fmt: skip
 
@@ -353,7 +363,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=400, help="training steps of the model")
+    parser.add_argument("--epochs", type=int, default=30, help="passes of the training over the questions")
     parser.add_argument("--untrained", action="store_true", help="no training: texts do not end")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--out", type=Path)
@@ -362,14 +372,14 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     sets, source = load(given.data, given.items)
     model = small_model(sets, vocabulary=given.vocabulary, width=given.width, layers=given.layers,
-                        steps=0 if given.untrained else given.steps)  # fmt: skip
+                        epochs=0 if given.untrained else given.epochs)  # fmt: skip
     result = {
         "machine": {"cpu": processor(), "threads": 1, "clock": "CPU seconds of the process",
                     "python": platform.python_version(), "torch": torch.__version__,
                     "transformers": transformers.__version__},
         "model": {"kind": "llama", "width": given.width, "layers": given.layers, "vocabulary": model.vocab_size,
                   "parameters": sum(p.numel() for p in model.module.parameters()), "dtype": "float32",
-                  "training_steps": 0 if given.untrained else given.steps},
+                  "epochs": 0 if given.untrained else given.epochs},
         "data": {"source": source, "items": {name: len(rows) for name, rows in sets.items()}, "batch_apart": BATCH,
                  "new_tokens": NEW_TOKENS},
         "repeats": given.repeats,

@@ -110,13 +110,20 @@ def asked(
 
 
 def recalls(
-    model: LoadedModel, prompts: Sequence[str], answers: Sequence[str], form: Form, progress: Progress | None = None
-) -> list[float | None]:
-    """ROUGE-L recall of each answer in the greedy continuation; None where the context leaves no room for one."""
+    model: LoadedModel, prompts: Sequence[str], answers: Sequence[str], form: Form, progress: Progress | None = None,
+    hits: Sequence[str] | None = None,
+) -> list[float | None]:  # fmt: skip
+    """ROUGE-L recall of each answer in the greedy continuation; None where the context leaves no room for one.
+
+    ``hits`` of :func:`asked` for the same prompts and answers spare what they tell already.
+    """
+    agreed = None if hits is None else [np.array([sign == "1" for sign in line], dtype=np.bool_) for line in hits]
     out: list[float | None] = []
     for start in track(progress, range(0, len(prompts), SAID_TOGETHER), "generations"):
         block = slice(start, start + SAID_TOGETHER)
-        said = say(model, prompts[block], new_tokens=form.new_tokens, whole=True, answers=answers[block])
+        drafts = [before(form) + answer for answer in answers[block]]
+        said = say(model, prompts[block], new_tokens=form.new_tokens, whole=True, answers=drafts,
+                   hits=None if agreed is None else agreed[block])  # fmt: skip
         out += [None if text is None else rouge_l(answer, text).recall
                 for text, answer in zip(said, answers[block], strict=True)]  # fmt: skip
     return out

@@ -84,7 +84,8 @@ def tofu(
     rouge_l("", "")  # a missing library is said before anything is scored
 
     answers = {name: part(f"{name}-answers", partial(_answers, model, q, form, progress)) for name, q in sets.items()}
-    said = {name: part(f"{name}-said", partial(_said, model, name, q, form, progress)) for name, q in sets.items()}
+    said = {name: part(f"{name}-said", partial(_said, model, name, q, form, answers[name]["hits"], progress))
+            for name, q in sets.items()}  # fmt: skip
     scored = {name: _scored(q, answers[name], said[name]["recall"]) for name, q in sets.items()}
     cells = {name: t.cells(name, s, mean=truth_ratio, compat=compat) for name, s in scored.items()}
     ratio = scored["forget"].items(t.log_truth_ratio(scored["forget"], mean=truth_ratio, compat=compat))
@@ -201,11 +202,12 @@ def _answers(
 
 
 def _said(
-    model: LoadedModel, name: str, group: Sequence[Question], form: Card, progress: Progress | None
+    model: LoadedModel, name: str, group: Sequence[Question], form: Card, hits: Sequence[str],
+    progress: Progress | None,
 ) -> dict[str, Any]:  # fmt: skip
     """ROUGE-L recall of the right answer in what the model says; for the forget set also when asked otherwise."""
     prompts, answers = [rendered(model, form, q.question) for q in group], [q.answer for q in group]
-    out = {"recall": recalls(model, prompts, answers, form, progress)}
+    out = {"recall": recalls(model, prompts, answers, form, progress, hits)}
     if name == "forget":
         prefilled = [f"{prompt}{before(form)}{PREFILL}" for prompt in prompts]
         out["prefilled"] = recalls(model, prefilled, answers, form, progress)

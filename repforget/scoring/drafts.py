@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from repforget.errors import NumericalError
 from repforget.scoring.encode import encode_prompts, pad_id, token_batches
@@ -17,20 +19,40 @@ if TYPE_CHECKING:
 Ids = tuple[int, ...]
 
 
+def drafted(
+    model: LoadedModel, prompts: Sequence[str], sequences: Sequence[Ids], drafts: Sequence[str]
+) -> list[Ids]:  # fmt: skip
+    """Tokens of each draft after its prompt (``sequences``), () where the joint text begins with other tokens."""
+    joint = encode_prompts(model.tokenizer, [p + d for p, d in zip(prompts, drafts, strict=True)])
+    return [both[len(ids) :] if both[: len(ids)] == ids else () for ids, both in zip(sequences, joint, strict=True)]
+
+
+def told(
+    model: LoadedModel, drafts: Sequence[Ids], hits: Sequence[ArrayLike], most: int
+) -> Iterator[tuple[int, list[int]]]:  # fmt: skip
+    """Yield (row, tokens) of greedy decoding as far as it follows the draft, by ``hits`` of teacher forcing.
+
+    ``hits`` may have one more entry than the draft has tokens, for the end-of-sequence token; where they have any
+    other number they are of other tokens (or of none: the pair exceeded the context) and the row is left out.
+    """
+    for row, (draft, hit) in enumerate(zip(drafts, map(np.asarray, hits), strict=True)):
+        ids = (*draft, model.tokenizer.eos_token_id)[: len(hit)]
+        if draft and len(hit) in (len(draft), len(draft) + 1):
+            yield row, list(ids[: len(hit) if hit.all() else int(hit.argmin())])[:most]
+
+
 def agreed(
-    model: LoadedModel, prompts: Sequence[str], sequences: Sequence[Ids], drafts: Sequence[str], most: int,
-    token_budget: int,
+    model: LoadedModel, sequences: Sequence[Ids], drafts: Sequence[Ids], most: int, token_budget: int
 ) -> Iterator[tuple[int, list[int]]]:  # fmt: skip
     """Yield (row, tokens) of greedy decoding up to the first that is not the draft's, itself included.
 
-    At most ``most`` tokens; no row whose draft cannot serve: a model that is not told positions or with an edit
-    that minds where the prompt ends, and a draft that has no tokens or joins with its prompt's last one.
-    ``sequences`` are the ids of the prompts. The tokens are those of decoding step by step up to rounding, as
-    between any two batches (Leviathan et al. 2022, arXiv 2211.17192, in the greedy case with a draft given).
+    At most ``most`` tokens; no row without a draft, and none of a model that is not told positions or has an edit
+    that minds where the prompt ends. The tokens are those of decoding step by step up to rounding, as between any
+    two batches (Leviathan et al. 2022, arXiv 2211.17192, in the greedy case with a draft given).
     """
-    if not drafts or not places_tokens(model) or minds_prompts(model):
+    if not places_tokens(model) or minds_prompts(model):
         return
-    ids = _drafted(model, prompts, sequences, drafts, most - 1)
+    ids = [draft[: most - 1] for draft in drafts]
     rows = [row for row, draft in enumerate(ids) if draft]
     read = [(*sequences[row], *ids[row]) for row in rows]
     drafted = sum(len(ids[row]) + 1 for row in rows)
@@ -53,12 +75,3 @@ def agreed(
                 raise NumericalError("The model returned NaN logits while generating: check the edit's strength, or "
                                      "load the model in float32.")  # fmt: skip
             yield row, own[: follows + 1]
-
-
-def _drafted(
-    model: LoadedModel, prompts: Sequence[str], sequences: Sequence[Ids], drafts: Sequence[str], most: int
-) -> list[Ids]:  # fmt: skip
-    """Tokens of each draft after its prompt, () where the joint text begins with other tokens than the prompt."""
-    joint = encode_prompts(model.tokenizer, [p + d for p, d in zip(prompts, drafts, strict=True)])
-    return [both[len(ids) : len(ids) + most] if both[: len(ids)] == ids else ()
-            for ids, both in zip(sequences, joint, strict=True)]  # fmt: skip

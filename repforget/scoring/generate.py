@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from repforget.errors import KnowledgeError, NumericalError, UsageError
-from repforget.scoring.drafts import agreed
+from repforget.scoring.drafts import agreed, drafted, told
 from repforget.scoring.encode import context_limit, encode_prompts, pad_id, token_batches
-from repforget.scoring.forward import CACHED_PER_TOKEN, forward, places_tokens, select_rows, shareable
+from repforget.scoring.forward import CACHED_PER_TOKEN, forward, minds_prompts, places_tokens, select_rows, shareable
 
 if TYPE_CHECKING:
     from repforget.knowledge import Item
@@ -40,6 +40,7 @@ def generate(
     stop: Sequence[str] = (),
     whole: bool = False,
     drafts: Sequence[str] | None = None,
+    hits: Sequence[ArrayLike] | None = None,
     token_budget: int = 8192,
 ) -> list[list[str]]:
     """Continue each prompt ``samples`` times; ``temperature=0`` is greedy decoding.
@@ -53,16 +54,19 @@ def generate(
     prompt that leaves no room in the context.
 
     ``drafts`` (greedy only, one per prompt, "" for none) are continuations that the model may well say, such as
-    the right answers. They change the cost, not the texts: one pass reads prompt and draft, what the model would
-    have said itself is kept, and decoding starts at the first other token. A model that says its draft and ends
-    takes no step at all; one that says something else reads its prompt twice.
+    the right answers. They change the cost, not the texts: what the model would have said itself is kept, and
+    decoding starts at the first other token. ``hits`` are those that :func:`token_scores` gave for (prompt, draft)
+    and this model: then a text that is its draft costs nothing, and any other less than without. Without them one
+    pass reads prompts and drafts; that pays where steps cost more than tokens, as on accelerators, not on a CPU.
 
     Greedy silence does not show absence of knowledge; sample and score as well.
     """
     _check(samples, max_new_tokens, temperature, top_p, stop)
-    if drafts is not None and (temperature > 0 or len(drafts) != len(prompts)):
-        raise UsageError(f"generate got {len(drafts)} drafts for {len(prompts)} prompts at temperature {temperature}: "
-                         "give one per prompt, and only where decoding is greedy.")  # fmt: skip
+    for name, each in (("drafts", drafts), ("hits", hits)):
+        if each is not None and (temperature > 0 or drafts is None or len(each) != len(prompts)):
+            raise UsageError(f"generate got {len(each)} {name} for {len(prompts)} prompts at temperature "
+                             f"{temperature}: give drafts, one per prompt and greedy only, and hits of these "
+                             "drafts.")  # fmt: skip
     sequences = encode_prompts(model.tokenizer, prompts)
     room = context_limit(model) - max_new_tokens
     for prompt, ids in zip(prompts, sequences, strict=True):
@@ -74,9 +78,13 @@ def generate(
     ends = _Ends(model, stop, whole)
     given: list[list[int]] = [[] for _ in prompts]
     texts: list[list[str]] = [[] for _ in prompts]
-    for row, tokens in agreed(model, prompts, sequences, drafts or (), max_new_tokens, token_budget):
+    proposed = drafted(model, prompts, sequences, drafts) if drafts else []
+    for row, tokens in (agreed(model, sequences, proposed, max_new_tokens, token_budget) if hits is None
+                        else told(model, proposed, hits, max_new_tokens)):  # fmt: skip
         if any(ends.after(given[row], token) for token in tokens) or len(given[row]) == max_new_tokens:
             texts[row] = [ends.text(given[row])]
+        elif minds_prompts(model):  # what was said must not be read as part of the prompt
+            given[row] = []
     left = [row for row, text in enumerate(texts) if not text]
     batches = token_batches(
         [(*sequences[row], *given[row]) for row in left], token_budget=max(1, token_budget // samples),
