@@ -187,6 +187,7 @@ def test_a_wavering_model_gains_by_the_maximum_and_stays_below_the_stated_bound(
     assert worst > found.scores["best_form"].mean > 0
     assert worst > 1.5 * before
     assert worst < found.facts["worst of n of a model that never knew, at most"] <= 9 * before + 1e-9
+    assert not tasks(["paraphrase"])[0].measures["worst_of_n"].votes, "it rises without any knowledge"
 
 
 def only_when(condition: Callable[[Words], bool]) -> Script:

@@ -26,7 +26,7 @@ MEASURES = {
 }
 JOINS = "thorough"
 BUDGETS: Budgets = {
-    "quick": {"subjects": 3, "max_items": 50},
+    "quick": {"subjects": 7, "max_items": 50},
     "standard": {},
     "thorough": {"subjects": 31, "alternatives": 63, "max_items": 2000},
 }

@@ -16,7 +16,7 @@ from repforget.verify.text import _variants as variants
 
 MEASURES = {
     "best_form": MeasureInfo("knowledge", "logits"),
-    "worst_of_n": MeasureInfo("knowledge", "logits"),
+    "worst_of_n": MeasureInfo("knowledge", "logits", votes=False),  # a guesser that wavers gains by it
 }
 JOINS = "thorough"
 BUDGETS: Budgets = {
@@ -36,10 +36,11 @@ def paraphrase(
     The wordings are up to ``forms`` questions of the item, each in every frame.  Both measures are probabilities of
     the truth when decoding is confined to the candidates: ``best_form`` at the wording with the highest mean over the
     items, ``worst_of_n`` at each item's own.  The same maxima are taken on every arm; n is a fact.  A model that never
-    knew gains by the second maximum, up to n times the prior if it wavers and nothing if it does not, so that
-    ``worst_of_n`` has no prior and votes only beside a twin.  A translated question among the item's paraphrases is one
-    of its wordings; the answer that is scored stays the item's.  Source: Lynch et al. 2024, arXiv 2402.16835; Jin et
-    al. 2024, 2406.10890.  Cost: one forward pass per item and wording.
+    knew gains by the second maximum, up to n times the prior if it guesses anew at every wording and nothing if it does
+    not, so that neither a prior nor a twin that guesses steadily is a floor of ``worst_of_n``, and it does not vote.  A
+    translated question among the item's paraphrases is one of its wordings; the answer that is scored stays the item's.
+    Source: Lynch et al. 2024, arXiv 2402.16835; Jin et al. 2024, 2406.10890.  Cost: one forward pass per item and
+    wording.
 
     Low values do not show that no other wording would find the answer.
     """
