@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from repforget.errors import UsageError
 from repforget.knowledge import Item, Knowledge, View
 from repforget.models.capture import Batch, hooks
 from repforget.models.load import LoadedModel, fingerprint, wrap
@@ -107,6 +108,9 @@ def test_what_retain_items_teach_is_nothing_about_a_forgotten_one() -> None:
     assert len(found.scores["best_step"].ids) == len(FORGET)
     part = opt.crossed("x", view(), seed=0, teach="support", company=1.0, max_taught=8, max_items=99)[0]
     assert {i.subject for i in part.taught} <= set(RETAIN)
+    bare = dataclasses.replace(view(), support=())
+    with pytest.raises(UsageError, match="no retain items"):
+        opt.crossed("x", bare, seed=0, teach="support", company=1.0, max_taught=8, max_items=99)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -296,6 +296,8 @@ def crossed(
 ) -> list[Asked]:  # fmt: skip
     """What is taught and what is asked: each half of the forget clusters in turn, or retain items and everything."""
     if teach == "support":
+        if not view.support:
+            raise UsageError(f"Verifier '{name}' has no retain items to learn on: add some, or set teach: halves.")
         return [Asked(ask.limited(view.support, max_taught, seed), ask.limited(view.forget, max_items, seed))]
     halves = view.halves(seed)
     if not all(halves):

@@ -46,7 +46,8 @@ def tuned_lens(
     unembedding decode.  What is silenced late on the forget subjects alone is then read earlier, in the basis the layer
     uses.  ``best_layer``: probability of the truth when decoding is confined to the candidates, at the layer with the
     highest mean over items, the same maximum on every arm.  Source: Belrose et al. 2023, arXiv 2303.08112.  Cost: one
-    pass over support and questions, layers x steps unembeddings of 256 states forward and backward, d^2 numbers.
+    pass over support and questions, layers x steps unembeddings of 256 states forward and backward; the states of all
+    layers at the answers of support and questions are kept, and d^2 numbers.
 
     A low value does not show absence: the translator is affine and knows retained relations only.
     """
