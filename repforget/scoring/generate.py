@@ -6,7 +6,7 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,20 +29,10 @@ DROP = 0.75  # complete texts leave the batch when no more than this share of it
 
 
 def generate(
-    model: LoadedModel,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int = 16,
-    samples: int = 1,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop: Sequence[str] = (),
-    whole: bool = False,
-    drafts: Sequence[str] | None = None,
-    hits: Sequence[ArrayLike] | None = None,
-    token_budget: int = 8192,
-) -> list[list[str]]:
+    model: LoadedModel, prompts: Sequence[str], *, max_new_tokens: int = 16, samples: int = 1,
+    temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop: Sequence[str] = (), whole: bool = False,
+    drafts: Sequence[str] | None = None, hits: Sequence[ArrayLike] | None = None, token_budget: int = 8192,
+) -> list[list[str]]:  # fmt: skip
     """Continue each prompt ``samples`` times; ``temperature=0`` is greedy decoding.
 
     A text ends at the end-of-sequence token, before the first of the ``stop`` strings, at the first line break
@@ -62,29 +52,19 @@ def generate(
     Greedy silence does not show absence of knowledge; sample and score as well.
     """
     _check(samples, max_new_tokens, temperature, top_p, stop)
-    for name, each in (("drafts", drafts), ("hits", hits)):
-        if each is not None and (temperature > 0 or drafts is None or len(each) != len(prompts)):
-            raise UsageError(f"generate got {len(each)} {name} for {len(prompts)} prompts at temperature "
-                             f"{temperature}: give drafts, one per prompt and greedy only, and hits of these "
-                             "drafts.")  # fmt: skip
+    _check_drafts(len(prompts), drafts, hits, temperature)
     sequences = encode_prompts(model.tokenizer, prompts)
-    room = context_limit(model) - max_new_tokens
-    for prompt, ids in zip(prompts, sequences, strict=True):
-        if len(ids) > room:
-            raise KnowledgeError(f"The prompt '{prompt[:80]}' has {len(ids)} tokens, which leaves no room "
-                                 f"for {max_new_tokens} new ones in the context: shorten it.")  # fmt: skip
+    _check_room(model, prompts, sequences, max_new_tokens)
     draws = _draws(prompts, samples, max_new_tokens, seed) if temperature > 0 else None
     pick = partial(_choose, temperature=temperature, top_p=top_p)
     ends = _Ends(model, stop, whole)
     given: list[list[int]] = [[] for _ in prompts]
     texts: list[list[str]] = [[] for _ in prompts]
-    proposed = drafted(model, prompts, sequences, drafts) if drafts else []
-    for row, tokens in (agreed(model, sequences, proposed, max_new_tokens, token_budget) if hits is None
-                        else told(model, proposed, hits, max_new_tokens)):  # fmt: skip
-        if any(ends.after(given[row], token) for token in tokens) or len(given[row]) == max_new_tokens:
-            texts[row] = [ends.text(given[row])]
-        elif minds_prompts(model):  # what was said must not be read as part of the prompt
-            given[row] = []
+    if drafts:
+        proposed = drafted(model, prompts, sequences, drafts)
+        known = (agreed(model, sequences, proposed, max_new_tokens, token_budget) if hits is None
+                 else told(model, proposed, hits, max_new_tokens))  # fmt: skip
+        _begin(model, known, given, texts, max_new_tokens, ends)
     left = [row for row, text in enumerate(texts) if not text]
     batches = token_batches(
         [(*sequences[row], *given[row]) for row in left], token_budget=max(1, token_budget // samples),
@@ -99,6 +79,37 @@ def generate(
         for k, row in enumerate(rows):
             texts[row] = said[k * samples : (k + 1) * samples]
     return texts
+
+
+def _begin(
+    model: LoadedModel, known: Iterable[tuple[int, Sequence[int]]], given: list[list[int]], texts: list[list[str]],
+    most: int, ends: _Ends,
+) -> None:  # fmt: skip
+    """Put what each row is known to say into ``given``, and texts that are complete with it into ``texts``."""
+    for row, tokens in known:
+        if any(ends.after(given[row], token) for token in tokens) or len(given[row]) == most:
+            texts[row] = [ends.text(given[row])]
+        elif minds_prompts(model):  # what was said must not be read as part of the prompt
+            given[row] = []
+
+
+def _check_drafts(
+    count: int, drafts: Sequence[str] | None, hits: Sequence[ArrayLike] | None, temperature: float
+) -> None:
+    for name, each in (("drafts", drafts), ("hits", hits)):
+        if each is not None and (temperature > 0 or drafts is None or len(each) != count):
+            raise UsageError(f"generate got {len(each)} {name} for {count} prompts at temperature {temperature}: give "
+                             "drafts, one per prompt and greedy only, and hits of these drafts.")  # fmt: skip
+
+
+def _check_room(
+    model: LoadedModel, prompts: Sequence[str], sequences: Sequence[Sequence[int]], new_tokens: int
+) -> None:
+    room = context_limit(model) - new_tokens
+    for prompt, ids in zip(prompts, sequences, strict=True):
+        if len(ids) > room:
+            raise KnowledgeError(f"The prompt '{prompt[:80]}' has {len(ids)} tokens, which leaves no room "
+                                 f"for {new_tokens} new ones in the context: shorten it.")  # fmt: skip
 
 
 def _check(samples: int, max_new_tokens: int, temperature: float, top_p: float, stop: Sequence[str]) -> None:

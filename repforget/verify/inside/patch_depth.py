@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from random import Random
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,7 +132,7 @@ def _trials(original: LoadedModel, items: Sequence[Item], view: View, alternativ
     by_relation: dict[str, list[Item]] = {}
     for other in pool:
         by_relation.setdefault(other.relation, []).append(other)
-    chosen = [_strangers(item, by_relation.get(item.relation, []), pool, strangers, k) for k, item in enumerate(items)]
+    chosen = [_strangers(item, by_relation.get(item.relation, []), pool, strangers) for item in items]
     without = [frozenset(s.answer for s in group) for group in chosen]
     own, rest = [], []
     for one in path.paths(original, items, view.knowledge, forms=1, limit=alternatives, without=without):
@@ -145,13 +146,13 @@ def _trials(original: LoadedModel, items: Sequence[Item], view: View, alternativ
     return _Trials(tuple(own), tuple(zip(*rest, strict=True)))
 
 
-def _strangers(item: Item, near: Sequence[Item], far: Sequence[Item], count: int, turn: int) -> list[Item]:
-    """``count`` other subjects with another answer, different ones for different items."""
+def _strangers(item: Item, near: Sequence[Item], far: Sequence[Item], count: int) -> list[Item]:
+    """``count`` other subjects with another answer, drawn by the item's id: the same in any company."""
     known = {item.answer, *item.aliases}
     for pool in (near, far):
         fit = [s for s in pool if s.cluster != item.cluster and s.answer not in known]
         if len(fit) >= count:
-            return [fit[(turn * count + s) * 7 % len(fit)] for s in range(count)]
+            return Random(f"strangers-{item.id}").sample(fit, count)
     return []
 
 

@@ -71,7 +71,7 @@ def membership(
     after = [(fronts[kind] + p, c) for (p, c), kind in zip(found.pairs, found.kinds, strict=True)]
     raw["recall"] = matched.log_loss(matched.confidence(model, after)) - loss
     if references.twins:
-        raw["reference"] = raw["loss"] - _untrained(model, references, found)
+        raw["reference"] = raw["loss"] - _untrained(model, references, found, raw["loss"])
     list(steps)
     before = matched.prior_standing(items, view.knowledge, alternatives, holdout)
     scores, facts = {}, dict[str, float]()
@@ -92,9 +92,11 @@ def _shared(model: LoadedModel, found: matched.Texts, k: float) -> dict[str, Arr
     return {"loss": loss, "min_k": worst, "min_k_plus_plus": standard, "zlib": squeezed}
 
 
-def _untrained(model: LoadedModel, references: References, found: matched.Texts) -> Array:
-    """Mean log-probability per answer token of the twins [rows], mean over twins."""
-    rows = [matched.kept_confidence(references, twin, found) for twin in matched.outsiders(model, references)]
+def _untrained(model: LoadedModel, references: References, found: matched.Texts, own: Array) -> Array:
+    """Mean log-probability per answer token of the twins [rows], mean over twins; ``own`` is that of the model."""
+    # A model is compared with itself by the same numbers: another pass would differ in the last bit and break ties.
+    rows = [own if twin is model else matched.kept_confidence(references, twin, found)
+            for twin in matched.outsiders(model, references)]  # fmt: skip
     return np.mean(rows, axis=0)  # type: ignore[no-any-return]
 
 
