@@ -42,7 +42,7 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         plain = {k: v for k, v in vars(self).items() if k not in ("name", "values", "missed")}
         rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in plain.items()}
-        return {**rounded, "missed": list(self.missed), "values": {k: round(v, 4) for k, v in self.values.items()}}
+        return {**rounded, "missed": list(self.missed), "values": {k: float(f"{v:.6g}") for k, v in self.values.items()}}
 
 
 def table(found: Found) -> list[Row]:
