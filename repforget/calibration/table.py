@@ -42,7 +42,7 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         plain = {k: v for k, v in vars(self).items() if k not in ("name", "values", "missed")}
         rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in plain.items()}
-        return {**rounded, "missed": list(self.missed), "values": {k: float(f"{v:.6g}") for k, v in self.values.items()}}
+        return {**rounded, "missed": list(self.missed), "values": dict(self.values)}
 
 
 def table(found: Found) -> list[Row]:
@@ -68,7 +68,8 @@ def _rows(verifier: str, family: str, measures: Mapping[str, MeasureInfo], found
     for measure, info in measures.items():
         if info.kind != "knowledge" or any(measure not in entry["scores"] for entry in per_organism.values()):
             continue
-        values = {o: ItemScores.from_json(entry["scores"][measure]).mean for o, entry in per_organism.items()}
+        means = {o: ItemScores.from_json(entry["scores"][measure]).mean for o, entry in per_organism.items()}
+        values = {o: float(f"{mean:.6g}") for o, mean in means.items()}  # rounding noise is a tie, not a difference
         rows.append(_row(f"{verifier}.{measure}", family, info, values, seconds))
     return rows
 
