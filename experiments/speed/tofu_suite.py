@@ -340,6 +340,10 @@ def compare(model: LoadedModel, sets: dict[str, Rows], repeats: int) -> dict[str
         "ratio_by_part": {part: round(cpu["apart"][part] / max(cpu["shared"][part], 1e-9), 2) for part in cpu["apart"]},
         "ratio_range": [round(min(ratios), 2), round(max(ratios), 2)],
         "max_difference": {k: float(np.abs(found["apart"][k] - found["shared"][k]).max()) for k in found["apart"]},
+        # Ratios and standardised values can be large: their float32 rounding grows with them.
+        "max_relative_difference": {k: float((np.abs(found["apart"][k] - found["shared"][k])
+                                              / np.maximum(1.0, np.abs(found["apart"][k]))).max())
+                                    for k in found["apart"]},
         "mean": {k: round(float(v.mean()), 6) for k, v in found["shared"].items()},
         "texts": {"n": len(lengths), "differ": sum(a != b for a, b in zip(said["apart"], said["shared"], strict=True)),
                   "tokens_mean": round(float(np.mean(lengths)), 1), "tokens_max": max(lengths),
