@@ -128,7 +128,7 @@ def _uds(
 
 def _trials(original: LoadedModel, items: Sequence[Item], view: View, alternatives: int, strangers: int) -> _Trials:
     """Paths of the items that have strangers: other subjects, of the same relation where there are enough."""
-    pool = [*view.support, *view.retain, *view.neighbours]
+    pool = [*view.support, *view.retain]  # no near misses: their states may point to the subject itself
     by_relation: dict[str, list[Item]] = {}
     for other in pool:
         by_relation.setdefault(other.relation, []).append(other)
