@@ -17,7 +17,6 @@ from bench_folder import measured, model
 
 from repforget.bench import tofu
 from repforget.bench._data import Source, rows
-from repforget.cli._guard import guarded
 from repforget.errors import KnowledgeError, NumericalError, UsageError
 from repforget.organism.tofu_files import CARD, tables, write_tofu
 from repforget.organism.world import make_world
@@ -29,18 +28,6 @@ Cli = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return bench_folder.write(tmp_path / "data")
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        code = guarded(arguments)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def refused(data: Path, cli: Cli, *more: str) -> str:

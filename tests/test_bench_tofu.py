@@ -20,7 +20,6 @@ from repforget.bench import _run, _tofu, tofu
 from repforget.bench._asking import rendered
 from repforget.bench._records import BenchResult, Metric, mean_metric
 from repforget.bench._run import load_row
-from repforget.cli._guard import guarded
 from repforget.errors import KnowledgeError, RepforgetError, UsageError
 from repforget.models.load import LoadedModel
 from repforget.records import ItemScores
@@ -33,18 +32,6 @@ Cli = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return bench_folder.write(tmp_path / "data")
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        code = guarded(arguments)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def plain_loss(subject: LoadedModel, prompt: str, answer: str) -> tuple[float, list[bool]]:

@@ -16,7 +16,6 @@ import synthetic_run
 
 from repforget import report
 from repforget.cli import docs, main
-from repforget.cli._guard import guarded
 from repforget.cli._progress import display, plain_progress
 from repforget.errors import ControlError, MissingExtraError, ResourceError, SiteError
 from repforget.recipe import Recipe
@@ -25,19 +24,6 @@ from repforget.records import Verdict
 Run = Callable[..., tuple[int, str, str]]
 HEAVY = {"torch", "transformers", "numpy", "sklearn", "scipy", "datasets", "plotly", "peft", "nnsight",
          "transformer_lens"}  # fmt: skip
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Run one command in an empty folder; returns exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        code = guarded(arguments)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @dataclass(frozen=True)

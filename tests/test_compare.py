@@ -16,7 +16,6 @@ import synthetic_run
 
 from repforget.bench._records import BenchResult, Metric, mean_metric, not_computed
 from repforget.bench._run import Row
-from repforget.cli._guard import guarded
 from repforget.errors import UsageError
 from repforget.records import ItemScores
 from repforget.report import compare as c
@@ -25,18 +24,6 @@ from repforget.verify.statistics import mean_interval
 
 Cli = Callable[..., tuple[int, str, str]]
 CLUSTERS = [f"c{k // 5}" for k in range(60)]
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        code = guarded(arguments)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def items(seed: int, shift: float = 0.0, prefix: str = "q") -> ItemScores:
