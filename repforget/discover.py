@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -173,9 +172,3 @@ def method(room: str, name: str) -> Method:
 def methods(room: str) -> tuple[Method, ...]:
     """Every method of a room, imported."""
     return tuple(method(room, name) for name in names(room))
-
-
-def walk_modules(package: str) -> tuple[str, ...]:
-    """All module names below a package, for tests that import everything."""
-    root = importlib.import_module(package)
-    return tuple(info.name for info in pkgutil.walk_packages(root.__path__, prefix=f"{package}."))

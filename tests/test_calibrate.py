@@ -18,7 +18,7 @@ from repforget.knowledge_files import load_knowledge
 from repforget.models.load import fingerprint, load
 from repforget.records import ItemScores, Measurement
 from repforget.verify import _calibration
-from repforget.verify.battery import level, tasks
+from repforget.verify.battery import assemble, level, tasks
 
 ITEMS = 20
 
@@ -125,4 +125,10 @@ def test_a_measure_below_the_bar_describes_and_does_not_vote(monkeypatch: pytest
     monkeypatch.setattr(_calibration, "calibrated", lambda: {"measures": entries})
     assert not _calibration.may_vote("logit_lens.best_layer")
     assert _calibration.may_vote("behaviour.contrastive")
-    assert tasks("standard")
+    names = ("i0", "i1")
+    made = {name: ItemScores.of(names, names, [0.5, 0.6]) for name in ("best_layer", "own_decoder")}
+    arms = {arm: {"logit_lens": Measurement(made)} for arm in ("original", "edit", "twin-0")}
+    evidence = {e.measure: e.votes for e in assemble(arms, tasks(["logit_lens"]))}
+    assert evidence == {"best_layer": False, "own_decoder": False}
+    entries["logit_lens.best_layer"]["auc"] = 0.95
+    assert {e.measure: e.votes for e in assemble(arms, tasks(["logit_lens"]))}["best_layer"]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -106,17 +105,15 @@ def measure(plan: Plan, organism: Organism) -> None:
     original, *twins = (load(f"organism:bios{suffix}") for suffix in ("", "/twin-0", "/twin-1"))
     references = References(original, tuple(twins))
     with organism.open(knowledge) as model:
-        ask: dict[str, Callable[[], Measurement]] = {
-            task.name: partial(run, task, model, view, references)
-            for task in tasks([{n: {"budget": plan.budget, **WHOLE.get(n, {})}} for n in missing if n != BENCHMARK]
-                              or ["behaviour"])
-        }
-        ask[BENCHMARK] = partial(benchmarked, model, view)
         for name in missing:
 
             def build(folder: Path, name: str = name) -> None:
                 started = time.process_time()
-                found = ask[name]()
+                if name == BENCHMARK:
+                    found = benchmarked(model, view)
+                else:
+                    task = tasks([{name: {"budget": plan.budget, **WHOLE.get(name, {})}}])[0]
+                    found = run(task, model, view, references)
                 write_json(folder / "measurement.json", found.to_json() | {"seconds": time.process_time() - started})
 
             store.stage("measure", _key(plan, organism, name), build)
@@ -129,18 +126,18 @@ def benchmarked(model: LoadedModel, view: View) -> Measurement:
     from repforget.organism.world import make_world
 
     asked = {item.cluster for item in view.forget}
-    with TemporaryDirectory() as name:
-        for path in write_tofu(make_world(0), Path(name)):
+    with TemporaryDirectory() as folder:
+        for path in write_tofu(make_world(0), Path(folder)):
             if path.name.endswith("_perturbed.json"):
                 lines = path.read_text("utf-8").splitlines(keepends=True)
                 if path.name.startswith("forget"):
                     lines = [line for line in lines if json.loads(line)["cluster"] in asked]
                 path.write_text("".join(lines[: len(view.forget)]), encoding="utf-8")
-        metrics = bench(model, BENCHMARK, data=name).result.metrics
+        metrics = bench(model, BENCHMARK, data=folder).result.metrics
     scores = {}
     for name, metric in metrics.items():
         if name.startswith("forget.") and metric.items is not None:
-            sign = 1.0 if metric.better == "lower" and name != "forget.loss" else -1.0
+            sign = 1.0 if metric.better == "lower" else -1.0
             scores[name.removeprefix("forget.")] = replace(metric.items, values=sign * metric.items.values)
     return Measurement(scores)
 

@@ -114,7 +114,7 @@ def markdown(measures: Mapping[str, Mapping[str, Any]], needed: float) -> str:
     """The table of the documentation from the entries of ``calibration.json``."""
     lines = ["| measure | access | AUC (95 %) | says | missed | relearning | rounding | CPU s |",
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
-    for name, m in sorted(measures.items(), key=lambda entry: (-entry[1]["auc"], entry[0])):
+    for name, m in ranked(measures):
         says = "votes" if m["declared"] and m["auc"] >= needed else "descriptive"
         missed = ", ".join(m["missed"]) or "none"
         cells = (f"`{name}`", m["access"], f"{m['auc']:.2f} ({m['low']:.2f} to {m['high']:.2f})", says, missed,
@@ -128,4 +128,5 @@ def _number(value: float | None) -> str:
 
 
 def ranked(measures: Mapping[str, Mapping[str, Any]]) -> Sequence[tuple[str, Mapping[str, Any]]]:
+    """The entries, best first."""
     return sorted(measures.items(), key=lambda entry: (-entry[1]["auc"], entry[0]))

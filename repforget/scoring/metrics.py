@@ -137,11 +137,6 @@ def zlib_score(mean_logprob: ArrayLike, texts: Sequence[str]) -> Floats:
     return scores / np.array([len(zlib.compress(text.encode())) for text in texts], dtype=np.float64)
 
 
-def lowercase_score(mean_logprob: ArrayLike, mean_logprob_lower: ArrayLike) -> Floats:
-    """Membership score -loss / loss of the lower-cased text [n], higher = rather a member (MUSE, arXiv 2407.06460)."""
-    return -_floats(mean_logprob) / _floats(mean_logprob_lower)
-
-
 def min_k(logprobs: Iterable[ArrayLike], k: float = 0.4, *, drop_last: bool = False, muse_compat: bool = False
           ) -> Floats:  # fmt: skip
     """Membership score: mean of the lowest max(1, floor(k T)) token log-probabilities of each text [n].

@@ -12,7 +12,7 @@ from repforget.errors import RecipeError, RepforgetError, UsageError, nearest
 from repforget.knowledge import Split, View
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress
-from repforget.records import Curve, Evidence, ItemScores, Measurement
+from repforget.records import Curve, Evidence, Measurement
 from repforget.verify._calibration import may_vote
 from repforget.verify.arms import Arm, MeasureInfo, References
 
@@ -208,11 +208,3 @@ def run_battery(
         raise UsageError(f"Two arms have the same name ({', '.join(names)}): name each once.")
     measured = {arm.name: measure_arm(arm, view, requested, references, seed=seed, progress=progress) for arm in arms}
     return assemble(measured, requested)
-
-
-def scores_of(evidence: Sequence[Evidence], name: str, arm: str) -> ItemScores:
-    """Per-item values of the measure ``verifier.measure`` on one arm."""
-    names = [entry.name for entry in evidence]
-    if name not in names:
-        raise UsageError(f"There is no evidence '{name}': {nearest(name, names)}")
-    return evidence[names.index(name)].arms[arm]

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from repforget.errors import UsageError
 from repforget.knowledge import Item, View
-from repforget.models.capture import capture, hooks
+from repforget.models.capture import hooks
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress, track
 from repforget.records import Measurement, Site
 from repforget.verify import _asking as ask
 from repforget.verify import _constrained as path
 from repforget.verify.arms import Budgets, MeasureInfo, References
+from repforget.verify.inside.representation_similarity import states
 
 MEASURES = {
     "own": MeasureInfo("knowledge", "white-box", teaches="which direction helps on the other half of the subjects"),
@@ -154,17 +155,8 @@ def _vectors(
 
 def _means(model: LoadedModel, items: Sequence[Item], layers: Sequence[int]) -> dict[int, Tensor]:
     """Mean state before the answer over the items' first questions, per layer [d] in float64 on the CPU."""
-    from repforget.scoring import encode_prompts, token_batches
-    from repforget.scoring.encode import pad_id
-
-    sites = [Site("resid_post", layer) for layer in layers]
-    total = {layer: torch.zeros(model.width, dtype=torch.float64) for layer in layers}
-    prompts = encode_prompts(model.tokenizer, [item.questions[0] for item in items])
-    for _, batch in token_batches(prompts, pad_id=pad_id(model.tokenizer)):
-        values = capture(model, sites, batch, gather="last")
-        for site in sites:
-            total[site.layer] += values[site].double().cpu().sum(0)
-    return {layer: whole / len(items) for layer, whole in total.items()}
+    found = states(model, [item.questions[0] for item in items])
+    return {layer: found[layer].mean(0) for layer in layers}
 
 
 def _random(vectors: Sequence[tuple[int, Tensor]], count: int, seed: int) -> list[tuple[int, Tensor]]:

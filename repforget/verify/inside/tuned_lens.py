@@ -76,13 +76,13 @@ def _table(
 ) -> Array:  # fmt: skip
     """Constrained probability of the truth [layers, paths], one translator per layer."""
     sites = [Site("resid_post", layer) for layer in range(model.n_layers)]
-    states = [capture(model, sites, rows.batch, gather=rows.places) for rows in path.batches(model, lessons)]
-    real = [rows.real for rows in path.batches(model, lessons)]
+    taught = list(path.batches(model, lessons))
+    states = [capture(model, sites, rows.batch, gather=rows.places) for rows in taught]
     rows_of = list(path.batches(model, asked))
     seen = [capture(model, sites, rows.batch, gather=rows.places) for rows in rows_of]
 
     def flat(site: Site) -> Tensor:
-        return torch.cat([s[site][mask.to(s[site].device)] for s, mask in zip(states, real, strict=True)])
+        return torch.cat([s[site][rows.real.to(s[site].device)] for s, rows in zip(states, taught, strict=True)])
 
     last = flat(sites[-1])
     out = np.zeros((len(sites), len(asked)))
