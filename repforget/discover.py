@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 ROOMS = {"locate": "repforget.locators", "edit": "repforget.editors", "verify": "repforget.verifiers",
          "bench": "repforget.benchmarks"}  # fmt: skip
 LEVELS = ("quick", "standard", "thorough")  # names of the budgets a method may offer
-CONTEXT = frozenset({"seed", "where", "twins", "references", "progress"})  # given by the caller, never by a recipe
+CONTEXT = frozenset({"seed", "where", "twins", "references", "progress", "checkpoint"})  # given by the caller, never by a recipe
 BENCH_CONTEXT = CONTEXT | {"data", "reference", "part"}
-PRIVATE_MODULES = frozenset({"verdict", "battery", "arms", "statistics"})  # parts of a room that are no method
+# Parts of a room that are no method.
+PRIVATE_MODULES = frozenset({"verdict", "battery", "arms", "statistics", "retain", "combine", "robust"})
 
 
 @dataclass(frozen=True)

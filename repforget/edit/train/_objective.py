@@ -1,0 +1,187 @@
+"""An objective is a pure function whose parameter names say what it reads; the decorator makes it an editor."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_type_hints
+
+import torch
+from torch import Tensor
+
+from repforget import discover
+from repforget.artifact import Edit
+from repforget.edit.train._settings import Settings
+from repforget.errors import RepforgetError, UnknownNameError, nearest
+from repforget.knowledge import EditData
+from repforget.models.load import LoadedModel
+from repforget.progress import Progress
+from repforget.records import Localization
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+Reduction = Literal["token_mean", "seq_sum_batch_mean", "seq_mean_batch_mean", "whole"]
+Role = Literal["forget", "retain"]
+Answers = Literal["refusal", "alternative", "fresh"]
+READABLE = frozenset({"own", "instead", "reference", "instead_reference", "logits", "labels", "place", "teacher",
+                      "hidden", "original", "drift", "importance"})  # fmt: skip
+GIVEN = frozenset({"seed"})  # keyword-only parameters that the trainer fills in
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Log-probabilities (nats) of the answer tokens of ``n`` sequences: ``logprob`` [m], ``row`` [m] in 0..n-1."""
+
+    logprob: Tensor
+    row: Tensor
+    n: int
+
+    @functools.cached_property
+    def counts(self) -> Tensor:
+        """Answer tokens of each sequence [n]."""
+        return torch.bincount(self.row, minlength=self.n).to(self.logprob.dtype)
+
+    @functools.cached_property
+    def sums(self) -> Tensor:
+        """Log-probability of each sequence's answer [n]."""
+        return self.logprob.new_zeros(self.n).index_add(0, self.row, self.logprob)
+
+    @functools.cached_property
+    def means(self) -> Tensor:
+        """Mean log-probability per answer token of each sequence [n]."""
+        return self.sums / self.counts
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss as declared: the pure ``function``, what it ``reads``, and how its values are reduced.
+
+    ``bounded`` is False where training can lower the loss for ever; the trainer then watches the retained facts
+    more closely.  ``layers`` chooses the layers of an objective on hidden states for a model of a given depth;
+    ``targets`` names what is trained by default ("mlp_down": the MLP output projections of the ``span`` layers that
+    end at the deepest of them).
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    reduction: Reduction
+    role: Role = "forget"
+    instead: Answers | None = None
+    bounded: bool = True
+    layers: Callable[[int], tuple[int, ...]] | None = None
+    targets: Literal["mlp_down"] | None = None
+    span: int | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def reads(self) -> tuple[str, ...]:
+        parameters = inspect.signature(self.function).parameters.values()
+        return tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
+
+    @functools.cached_property
+    def settings(self) -> Mapping[str, inspect.Parameter]:
+        parameters = inspect.signature(self.function).parameters.values()
+        return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in GIVEN}
+
+    def bound(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """``settings`` over the defaults; names are checked, values were checked where the recipe was read."""
+        unknown = sorted(set(settings) - set(self.settings))
+        if unknown:
+            hint = nearest(unknown[0], self.settings) if self.settings else "it has none"
+            raise UnknownNameError(f"Objective '{self.name}' has no setting '{unknown[0]}': {hint}")
+        return {name: settings.get(name, p.default) for name, p in self.settings.items()}
+
+
+class TrainedEditor(Protocol):
+    """The editor that the decorator makes of an objective."""
+
+    objective: Objective
+
+    def __call__(self, model: LoadedModel, data: EditData, **settings: Any) -> Edit: ...
+
+
+def objective(
+    reduction: Reduction, *, role: Role = "forget", instead: Answers | None = None, bounded: bool = True,
+    layers: Callable[[int], tuple[int, ...]] | None = None, targets: Literal["mlp_down"] | None = None,
+    span: int | None = None, defaults: Mapping[str, Any] | None = None,
+) -> Callable[[Callable[..., Tensor]], TrainedEditor]:  # fmt: skip
+    """Declare an objective: the result is an editor of its name, with ``.objective`` the declaration itself.
+
+    The editor's settings are the objective's own followed by the common ones (:class:`Settings`), some of them with
+    other ``defaults``.
+    """
+
+    def declare(function: Callable[..., Tensor]) -> TrainedEditor:
+        made = Objective(function.__name__, function, reduction, role, instead, bounded, layers, targets, span,
+                         dict(defaults or {}))  # fmt: skip
+        strange = sorted(set(made.reads) - READABLE)
+        if strange:
+            raise RepforgetError(f"Objective '{made.name}' reads '{strange[0]}', which the trainer does not offer: "
+                                 f"{nearest(strange[0], READABLE)}")  # fmt: skip
+        return _editor(made)
+
+    return declare
+
+
+def _editor(made: Objective) -> TrainedEditor:
+    @functools.wraps(made.function)
+    def run(
+        model: LoadedModel, data: EditData, *, where: Localization | None = None, seed: int = 0,
+        progress: Progress | None = None, checkpoint: Path | None = None, **settings: Any,
+    ) -> Edit:  # fmt: skip
+        from repforget.edit.train._trainer import train_objective
+
+        return train_objective(model, data, made, settings, where=where, seed=seed, progress=progress,
+                               checkpoint=checkpoint)  # fmt: skip
+
+    shared = {f.name: _common(f.name, made.defaults.get(f.name, f.default)) for f in fields(Settings)}
+    own = [p for name, p in made.settings.items() if name not in shared]
+    given = [p for p in inspect.signature(run, follow_wrapped=False).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    run.__signature__ = inspect.Signature([*given, *own, *shared.values()], return_annotation=Edit)  # type: ignore[attr-defined]
+    hints = get_type_hints(made.function)
+    run.__annotations__ = {
+        "model": LoadedModel, "data": EditData, "where": Localization | None, "seed": int, "progress": Any,
+        "checkpoint": Path | None, **{p.name: hints[p.name] for p in own}, **get_type_hints(Settings), "return": Edit,
+    }  # fmt: skip
+    run.objective = made  # type: ignore[attr-defined]
+    return run  # type: ignore[return-value]
+
+
+def _common(name: str, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+
+
+def find(name: str, role: Role = "forget") -> Objective:
+    """The objective of a name; one to retain with is looked up in ``retain/`` first, one to forget with as an editor."""
+    folders = ("retain", "objectives") if role == "retain" else ("objectives", "retain")
+    for folder in folders:
+        if name in part_names(folder):
+            made: Objective = load_part(folder, name).objective
+            return made
+    if name in discover.names("edit"):
+        own = getattr(discover.method("edit", name).function, "objective", None)
+        if isinstance(own, Objective):
+            return own
+    known = {*part_names("objectives"), *part_names("retain")}
+    raise UnknownNameError(f"There is no objective '{name}': {nearest(name, known)}")
+
+
+def part_names(folder: str) -> tuple[str, ...]:
+    """Names of the files in one of the folders of this room (objectives, retain, combine, robust)."""
+    spec = importlib.util.find_spec(f"repforget.edit.train.{folder}")
+    roots: Iterable[str] = (spec and spec.submodule_search_locations) or ()
+    return tuple(sorted(p.stem for root in roots for p in Path(root).glob("*.py") if not p.stem.startswith("_")))
+
+
+def load_part(folder: str, name: str) -> Any:
+    """The function of a file in one of the folders of this room."""
+    if name not in part_names(folder):
+        what = {"combine": "way of combining gradients", "robust": "robust wrapper"}.get(folder, "objective")
+        raise UnknownNameError(f"There is no {what} '{name}': {nearest(name, part_names(folder))}")
+    return getattr(importlib.import_module(f"repforget.edit.train.{folder}.{name}"), name)
