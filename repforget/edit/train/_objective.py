@@ -31,7 +31,9 @@ Role = Literal["forget", "retain"]
 Answers = Literal["refusal", "alternative", "fresh"]
 READABLE = frozenset({"own", "instead", "reference", "instead_reference", "logits", "labels", "place", "teacher",
                       "hidden", "original", "drift", "importance"})  # fmt: skip
-GIVEN = frozenset({"seed"})  # keyword-only parameters that the trainer fills in
+# Keyword-only parameters that the trainer fills in: ``done``, the share of training behind (0..1), and ``norms`` [l],
+# the mean length of the untouched model's states at each of the layers over (some hundred of) the forget rows.
+GIVEN = frozenset({"seed", "done", "norms"})
 
 
 @dataclass(frozen=True, eq=False)
