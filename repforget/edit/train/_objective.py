@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Reduction = Literal["token_mean", "seq_sum_batch_mean", "seq_mean_batch_mean", "whole"]
 Role = Literal["forget", "retain"]
 Answers = Literal["refusal", "alternative", "fresh"]
-READABLE = frozenset({"own", "instead", "reference", "instead_reference", "logits", "labels", "place", "teacher",
+READABLE = frozenset({"own", "instead", "reference", "instead_reference", "logits", "labels", "place", "pattern", "teacher",
                       "hidden", "original", "drift", "importance"})  # fmt: skip
 # Keyword-only parameters that the trainer fills in: ``done``, the share of training behind (0..1), and ``norms`` [l],
 # the mean length of the untouched model's states at each of the layers over (some hundred of) the forget rows.
@@ -90,6 +90,11 @@ class Objective:
     def settings(self) -> Mapping[str, inspect.Parameter]:
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in GIVEN}
+
+    @functools.cached_property
+    def given(self) -> tuple[str, ...]:
+        """Keyword-only parameters that the trainer fills in."""
+        return tuple(name for name in inspect.signature(self.function).parameters if name in GIVEN)
 
     def bound(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """``settings`` over the defaults; names are checked, values were checked where the recipe was read."""
