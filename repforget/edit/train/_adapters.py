@@ -22,14 +22,15 @@ from repforget.artifact import BiasDelta, DenseDelta, LowRankDelta, Operation
 from repforget.artifact.weights import is_conv1d, owner_of
 from repforget.errors import UnknownNameError, UsageError, nearest
 
-# Tuners that start as the model itself, train by a loss alone, switch off bit for bit and merge into the weights: each
-# is held to it by tests/test_adapters.py.  Of the others, some have no weight form (prompts, bottlenecks, routers), some
-# start elsewhere, adalora needs a rank schedule of its own, and boft compiles code when it is first used.
+# Tuners that start as the model itself, train by a loss alone, switch off bit for bit and merge into the weights: tests
+# hold each to it.  Of the others, some have no weight form (prompts, bottlenecks, routers), some start elsewhere,
+# adalora needs a rank schedule of its own, and boft compiles code when it is first used.
 KINDS = (
     "adamss", "c3a", "deft", "delora", "fourierft", "frod", "glora", "gralora", "hira", "hra", "ia3", "ln_tuning",
     "loha", "lokr", "lora", "miss", "oft", "osf", "peanut", "psoft", "randlora", "road", "shira", "supertuning",
     "tinylora", "vera", "waveft",
 )  # fmt: skip
+PAIRED = ("gralora", "hra")  # start as the identity at even ranks only
 LARGE = 1_000_000_000  # parameters from which "auto" means lora
 NAME, START = "default", "start"  # of the trained adapter, and of what FILA subtracts
 BLOCKS = ("oft_block_size", "block_size", "group_size")  # settings of peft that must divide the sizes of a matrix
@@ -89,7 +90,7 @@ def adapted(
     Raises UnknownNameError for a kind or weight that does not exist, UsageError for one that cannot be adapted.
     Memory: the adapter; nothing of the base is copied.
     """
-    _check_kind(kind)
+    _check_kind(kind, rank)
     _check_names(module, kind, names)
     alpha = 2.0 * rank if alpha == "auto" else alpha
     devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
@@ -129,10 +130,12 @@ def _obstacle(module: nn.Module, name: str) -> str | None:
     return None
 
 
-def _check_kind(kind: str) -> None:
+def _check_kind(kind: str, rank: int) -> None:
     if kind not in KINDS:
         raise UnknownNameError(f"There is no adapter '{kind}' that trains by a loss alone and merges exactly into the "
                                f"weights: {nearest(kind, KINDS)} All of them: {', '.join(KINDS)}.")  # fmt: skip
+    if kind in PAIRED and rank % 2:
+        raise UsageError(f"Adapter '{kind}' needs an even rank: {rank} was given.")
 
 
 def _check_names(module: nn.Module, kind: str, names: Sequence[str]) -> None:
@@ -158,7 +161,7 @@ def _config(module: nn.Module, kind: str, names: Sequence[str], rank: int, alpha
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     made = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind.upper())]
-    known = {field.name: field.default for field in dataclasses.fields(made)}
+    known: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(made)}
     owners = {name: owner_of(module, name) for name in names}
     paths = [name.rpartition(".")[0] for name, (_, attribute) in owners.items() if attribute == "weight"]
     sizes = [size for owner, a in owners.values() if a == "weight" for size in owner._parameters[a].shape]  # type: ignore[union-attr]
@@ -169,7 +172,7 @@ def _config(module: nn.Module, kind: str, names: Sequence[str], rank: int, alpha
         "n_frequency": min(known.get("n_frequency", 1), math.prod(sorted(sizes)[:2])), "progressbar": False,
         "feedforward_modules": _inward(module, paths) if kind == "ia3" else [],
         **{name: math.gcd(known[name], *sizes) for name in BLOCKS if name in known},
-        **{name: seed for name in SEEDS},
+        **dict.fromkeys(SEEDS, seed),
     }  # fmt: skip
     if kind in ("c3a", "fourierft"):
         wanted["init_weights"] = True  # zeros, unlike their defaults
@@ -270,7 +273,7 @@ def _fila(tuner: Any, layers: Mapping[str, Any], importance: Importance) -> None
         if name not in importance:
             raise UsageError(f"FILA needs squared gradients of '{name}': give its importance on forget and retain.")
         if not hasattr(layer, "lora_A") or hasattr(layer, "parameter_name"):
-            raise UsageError(f"FILA starts LoRA on matrices of linear layers, and '{name}' is none: use init 'default'.")
+            raise UsageError(f"FILA starts LoRA on linear layers, and '{name}' is none: use init 'default'.")
     tuner.peft_config[START] = tuner.peft_config[NAME]
     tuner.inject_adapter(tuner.model, START)
     tuner.set_adapter([NAME, START])
