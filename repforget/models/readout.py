@@ -33,10 +33,15 @@ def lens(model: Any, resid: Tensor) -> Tensor:
 
 def cap(model: Any, logits: Tensor) -> Tensor:
     """Apply what the model does to its logits after the unembedding: a scale, a soft cap, or nothing."""
-    module = core(model)
-    limit = getattr(text_config(module), "final_logit_softcapping", None)
-    logits = logits * _logit_scale(module)
+    scale, limit = logit_cap(model)
+    logits = logits * scale
     return logits if limit is None else torch.tanh(logits / limit) * limit
+
+
+def logit_cap(model: Any) -> tuple[float, float | None]:
+    """Return (scale, soft cap or None) of what :func:`cap` does."""
+    module = core(model)
+    return _logit_scale(module), getattr(text_config(module), "final_logit_softcapping", None)
 
 
 @dataclass(frozen=True)
