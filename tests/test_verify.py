@@ -16,13 +16,14 @@ from scipy import stats as scipy_stats
 from repforget.errors import UsageError
 from repforget.knowledge import View
 from repforget.models.load import LoadedModel, copy_of, fingerprint
+from repforget.quantizers import NF4, round_trip
 from repforget.records import Measurement
 from repforget.verify._asking import limited, prior, prior_said
 from repforget.verify._constrained import kept_paths
 from repforget.verify.arms import References
 from repforget.verify.battery import measure, tasks
 from repforget.verify.inside.patch_depth import MATTERS, _weights
-from repforget.verify.weights.quantize import NF4, projections, round_trip, round_weights
+from repforget.verify.weights.quantize import projections, round_weights
 
 LAYER = 1
 

@@ -19,6 +19,7 @@ from repforget.errors import UsageError
 from repforget.knowledge import View
 from repforget.models.capture import Batch, capture
 from repforget.models.load import LoadedModel, copy_of, fingerprint
+from repforget.quantizers import GRIDS, round_trip, to_nearest
 from repforget.records import Measurement, Site
 from repforget.scoring import encode_many
 from repforget.training import ADAPTER, collate, finetune, label_loss, low_rank_adapters
@@ -30,7 +31,7 @@ from repforget.verify.weights.delta_directions import strongest, take_out
 from repforget.verify.weights.merge import move
 from repforget.verify.weights.noise import add_noise
 from repforget.verify.weights.prune import drop_smallest, input_norms
-from repforget.verify.weights.quantize import GRIDS, round_trip, round_weights, to_nearest
+from repforget.verify.weights.quantize import round_weights
 from repforget.verify.weights.relearn_grid import USUAL
 
 Bounds = Mapping[str, tuple[Tensor, Tensor]]

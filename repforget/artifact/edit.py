@@ -115,7 +115,7 @@ class Edit:
         manifest = EditManifest(
             method=method, settings=plain(dict(settings)), model=model.name,
             base_fingerprint=model.fingerprint, architecture=type(model.module).__name__,
-            knowledge=data_digest, sites=_sites(own), weights=_weights(own), versions=_versions(),
+            knowledge=data_digest, sites=_sites(own), weights=parameter_names(own), versions=_versions(),
             artifact="weights+hook" if hooked else "weights", notes=tuple(notes),
         )  # fmt: skip
         return cls(manifest, own)
@@ -215,7 +215,7 @@ class Edit:
             first, method=f"{first.method}+{second.method}",
             settings={"first": dict(first.settings), "second": dict(second.settings)},
             knowledge="+".join(dict.fromkeys((first.knowledge, second.knowledge))),
-            sites=_sites(both), weights=_weights(both), artifact="weights+hook" if hooked else "weights",
+            sites=_sites(both), weights=parameter_names(both), artifact="weights+hook" if hooked else "weights",
             strength=1.0, notes=(*first.notes, *second.notes),
         )  # fmt: skip
         return Edit(manifest, both)
@@ -237,7 +237,7 @@ def _sites(operations: Sequence[Operation]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(target(op) for op in site_operations(operations)))
 
 
-def _weights(operations: Sequence[Operation]) -> tuple[str, ...]:
+def parameter_names(operations: Sequence[Operation]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(target(op) for op in weight_operations(operations) if target(op)))
 
 

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from repforget import quantizers
 from repforget.errors import UsageError
 from repforget.knowledge import Item, View
 from repforget.models.load import LoadedModel, copy_of
@@ -56,20 +57,8 @@ def wide_copy(model: LoadedModel) -> LoadedModel:
 
 
 def projections(module: nn.Module) -> dict[str, Tensor]:
-    """Parameter name -> matrix [.., out, in] (a view) of every projection except embedding and unembedding.
-
-    Counts linear layers, transposed Conv1D and stacked expert weights; not convolutions, norms or tables.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    head = module.get_output_embeddings()  # type: ignore[operator]
-    found: dict[str, Tensor] = {}
-    for place, part in module.named_modules():
-        if part is head or isinstance(part, nn.Embedding | nn.Conv1d | nn.Conv2d):
-            continue
-        for name, parameter in part.named_parameters(recurse=False):
-            if parameter.ndim in (2, 3) and parameter.is_floating_point():
-                found[f"{place}.{name}"] = parameter.data.mT if isinstance(part, Conv1D) else parameter.data
+    """Every projection of :func:`repforget.quantizers.projections`; a model without any is an error."""
+    found = quantizers.projections(module)
     if not found:
         raise UsageError("This model has no projection whose weights could be attacked: leave the verifiers of family "
                          "'weights' out of the list.")  # fmt: skip

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from repforget.errors import UsageError
 from repforget.knowledge import View
 from repforget.models.load import LoadedModel, copy_of
 from repforget.progress import Progress, track
+from repforget.quantizers import GRIDS, Form, round_trip, scales
 from repforget.records import ItemScores, Measurement
 from repforget.verify import _asking as ask
 from repforget.verify import _constrained as path
 from repforget.verify.arms import Budgets, MeasureInfo, References
 from repforget.verify.weights._altered import projections
 
-Form = Literal["int8", "nf4", "int4", "int3"]
 MEASURES = {kind: MeasureInfo("knowledge", "weights") for kind in ("int8", "nf4", "int4", "int3")}
 JOINS = "standard"
 BUDGETS: Budgets = {
@@ -26,14 +25,6 @@ BUDGETS: Budgets = {
     "standard": {},
     "thorough": {"kinds": ["int8", "nf4", "int4", "int3"], "forms": 4, "alternatives": 63, "max_items": 2000},
 }
-BLOCK = 64
-GRIDS: dict[str, tuple[int, int | None]] = {"int8": (8, None), "int4": (4, 128), "int3": (3, 128)}  # bits, group
-# Dettmers et al. 2023, arXiv 2305.14314: quantiles of a normal scaled to [-1, 1], with an exact zero.
-NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
 
 
 def quantize(
@@ -91,41 +82,8 @@ def median_change(module: nn.Module, original: nn.Module, kind: Form) -> float:
         other = theirs.get(name)
         if other is None or other.shape != weight.shape:
             continue
-        blocks, scale = _grouped(other.float(), BLOCK if kind == "nf4" else GRIDS[kind][1] or other.shape[-1])
-        step = scale / (7.5 if kind == "nf4" else 2 ** (GRIDS[kind][0] - 1) - 1)  # NF4: the mean distance of its levels
-        steps = step.expand_as(blocks).flatten(-2)[..., : weight.shape[-1]]
+        steps = scales(other, kind) / (7.5 if kind == "nf4" else 2 ** (GRIDS[kind][0] - 1) - 1)  # NF4: on average
         change = (weight.float() - other.to(weight.device).float()).abs() / steps.to(weight.device)
         total += weight.numel() * float(change.median())
         count += weight.numel()
     return total / count
-
-
-def round_trip(weight: Tensor, kind: Form) -> tuple[Tensor, Tensor]:
-    """Codes (as int8) and rounded values, both in the shape of ``weight`` [.., out, in]."""
-    wide = weight.detach().float()
-    if kind != "nf4":
-        codes, values = to_nearest(wide, *GRIDS[kind])
-        return codes.to(torch.int8), values.to(weight.dtype)
-    width = wide.shape[-1]
-    padded, scale = _grouped(wide, BLOCK)
-    book = torch.tensor(NF4, device=wide.device)
-    middle = (book[1:] + book[:-1]) / 2
-    codes = torch.bucketize((padded / scale).contiguous(), middle)
-    values = (book[codes] * scale).flatten(-2)[..., :width]
-    return codes.flatten(-2)[..., :width].to(torch.int8), values.to(weight.dtype)
-
-
-def to_nearest(weight: Tensor, bits: int, group: int | None = None) -> tuple[Tensor, Tensor]:
-    """Integer codes and rounded values of [.., out, in], scaled per output and ``group`` (None: all) inputs."""
-    width, highest = weight.shape[-1], 2 ** (bits - 1) - 1
-    padded, scale = _grouped(weight, group or width)
-    step = scale / highest
-    codes = (padded / step).round().clamp(-highest, highest)
-    return codes.flatten(-2)[..., :width], (codes * step).flatten(-2)[..., :width]
-
-
-def _grouped(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """The last axis in zero-padded groups [.., groups, group], and the largest size in each [.., groups, 1]."""
-    padded = nn.functional.pad(weight, (0, -weight.shape[-1] % group))
-    padded = padded.reshape(*padded.shape[:-1], -1, group)
-    return padded, padded.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
