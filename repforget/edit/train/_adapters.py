@@ -20,23 +20,24 @@ from torch import Tensor, nn
 
 from repforget.artifact import BiasDelta, DenseDelta, LowRankDelta, Operation
 from repforget.artifact.weights import is_conv1d, owner_of
+from repforget.edit.train._fila import start_at
 from repforget.errors import UnknownNameError, UsageError, nearest
 
-# Tuners that start as the model itself, train by a loss alone, switch off bit for bit and merge into the weights: tests
-# hold each to it.  Of the others, some have no weight form (prompts, bottlenecks, routers), some start elsewhere,
-# adalora needs a rank schedule of its own, and boft compiles code when it is first used.
+# Tuners of peft that start as the model itself, train by a loss alone, switch off bit for bit and merge into the
+# weights: tests hold each to it.  Of the others, some have no weight form (prompts, bottlenecks, routers), some start
+# elsewhere, adalora needs a rank schedule of its own, boft compiles code on first use, and ln_tuning is plain training.
 KINDS = (
-    "adamss", "c3a", "deft", "delora", "fourierft", "frod", "glora", "gralora", "hira", "hra", "ia3", "ln_tuning",
-    "loha", "lokr", "lora", "miss", "oft", "osf", "peanut", "psoft", "randlora", "road", "shira", "supertuning",
-    "tinylora", "vera", "waveft",
+    "adamss", "c3a", "deft", "delora", "fila", "fourierft", "frod", "glora", "gralora", "hira", "hra", "ia3", "loha",
+    "lokr", "lora", "miss", "oft", "osf", "peanut", "psoft", "randlora", "road", "shira", "supertuning", "tinylora",
+    "vera", "waveft",
 )  # fmt: skip
 PAIRED = ("gralora", "hra")  # start as the identity at even ranks only
 LARGE = 1_000_000_000  # parameters from which "auto" means lora
-NAME, START = "default", "start"  # of the trained adapter, and of what FILA subtracts
+LOW_RANK = ("lora", "fila")
+NAME = "default"
 BLOCKS = ("oft_block_size", "block_size", "group_size")  # settings of peft that must divide the sizes of a matrix
 SEEDS = ("projection_prng_key", "projection_seed", "random_loc_seed", "random_seed", "rng_seed")
 TABLES = ("_parameters", "_buffers", "_modules")
-Init = Literal["default", "fila"]
 Importance = Mapping[str, tuple[Tensor, Tensor]]  # parameter -> mean squared gradients on (forget, retain) tokens
 
 
@@ -51,17 +52,14 @@ class Adapter:
     @contextmanager
     def off(self) -> Iterator[None]:
         """Inside, the module computes what it did without the adapter, bit for bit; no flag of a parameter changes."""
-        before = [(layer, layer.__dict__.get("_disable_adapters")) for layer in self.layers.values()]
+        before = [(layer, layer.disable_adapters) for layer in self.layers.values()]
         for layer, _ in before:
-            layer._disable_adapters = True
+            layer._disable_adapters = True  # peft's own switch would freeze the adapter
         try:
             yield
         finally:
             for layer, value in before:
-                if value is None:
-                    del layer._disable_adapters
-                else:
-                    layer._disable_adapters = value
+                layer._disable_adapters = value
 
     def operations(self) -> list[Operation]:
         """What the adapter adds to the weights: low-rank deltas of LoRA (exact), dense ones of any other kind.
@@ -70,22 +68,21 @@ class Adapter:
         """
         found: list[Operation] = []
         for name, layer in self.layers.items():
-            found += [_low_rank(name, layer)] if self.kind == "lora" else _merged(name, layer)
+            found += [_low_rank(name, layer)] if self.kind in LOW_RANK else _merged(name, layer)
         return found
 
 
 @contextmanager
 def adapted(
     module: nn.Module, kind: str, names: Sequence[str], *, rank: int = 16, alpha: float | Literal["auto"] = "auto",
-    seed: int = 0, init: Init = "default", importance: Importance | None = None,
+    seed: int = 0, importance: Importance | None = None,
 ) -> Iterator[Adapter]:  # fmt: skip
     """Put an adapter of peft on the named weights ("model.layers.0.mlp.down_proj.weight") while inside ``with``.
 
     ``rank`` and ``alpha`` (auto: twice the rank) reach the kinds that have them; block sizes are the largest that
     divide the matrices, up to peft's own; dropout is 0.  The model computes at first what it did before: bit for bit
     for "lora", up to rounding for kinds that decompose the weights.  Adapters of half-precision models are float32.
-    ``init="fila"`` (lora) starts at the leading singular directions of the weights scaled by ``importance`` and
-    subtracts that start again (Cha et al. 2024, LoKU, arXiv 2408.06621), so that the base keeps its bits.
+    "fila" is "lora" started where ``importance`` points (:mod:`repforget.edit.train._fila`).
 
     Raises UnknownNameError for a kind or weight that does not exist, UsageError for one that cannot be adapted.
     Memory: the adapter; nothing of the base is copied.
@@ -102,9 +99,9 @@ def adapted(
         layers = _layers(module)
         if missed := sorted(set(names) - set(layers)):
             raise UsageError(f"Adapter '{kind}' did not take {missed[0]}: train other targets, or use 'lora'.")
-        if init == "fila":
-            _fila(tuner, layers, importance or {})
-        own = {id(p): (name, p) for name, p in (*module.named_parameters(), *tuner.named_parameters())}
+        if kind == "fila":
+            start_at(tuner, layers, importance or {}, NAME)
+        own = {id(p): (name, p) for name, p in (*tuner.named_parameters(), *module.named_parameters())}
         yield Adapter(kind, {name: p for name, p in own.values() if p.requires_grad}, layers)
 
 
@@ -147,20 +144,18 @@ def _check_names(module: nn.Module, kind: str, names: Sequence[str]) -> None:
         raise UsageError(f"Adapter '{kind}' has no weight to train: give targets that match the model's parameters.")
     for name in names:
         obstacle = _obstacle(module, name)
-        norm = kind == "ln_tuning" and owner_of(module, name)[1] == "weight" and obstacle and "tied" not in obstacle
-        stack = owner_of(module, name)[1] != "weight" and kind != "lora"
-        if (obstacle and not norm) or stack:
-            why = obstacle or "is a stack of experts, which 'lora' alone takes"
-            raise UsageError(f"Adapter '{kind}' cannot be put on '{name}', which {why}: choose other targets, or "
+        if obstacle is None and kind != "lora" and owner_of(module, name)[1] != "weight":
+            obstacle = "is a stack of experts, which 'lora' alone takes"
+        if obstacle is not None:
+            raise UsageError(f"Adapter '{kind}' cannot be put on '{name}', which {obstacle}: choose other targets, or "
                              "train the weights themselves (adapter: none).")  # fmt: skip
 
 
 def _config(module: nn.Module, kind: str, names: Sequence[str], rank: int, alpha: float, seed: int) -> Any:
     """The configuration of a kind: only settings that its class knows are given."""
-    import peft
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    made = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind.upper())]
+    made = PEFT_TYPE_TO_CONFIG_MAPPING[_type(kind)]
     known: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(made)}
     owners = {name: owner_of(module, name) for name in names}
     paths = [name.rpartition(".")[0] for name, (_, attribute) in owners.items() if attribute == "weight"]
@@ -179,6 +174,12 @@ def _config(module: nn.Module, kind: str, names: Sequence[str], rank: int, alpha
     return made(**{name: value for name, value in wanted.items() if name in known})
 
 
+def _type(kind: str) -> Any:
+    from peft import PeftType
+
+    return PeftType("LORA" if kind in LOW_RANK else kind.upper())
+
+
 def _inward(module: nn.Module, paths: Sequence[str]) -> list[str]:
     """Modules whose inputs IA3 scales: the MLP output projections."""
     from repforget.models.weights import writers
@@ -188,11 +189,10 @@ def _inward(module: nn.Module, paths: Sequence[str]) -> list[str]:
 
 
 def _inject(module: nn.Module, kind: str, config: Any) -> Any:
-    import peft
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     try:
-        return PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType(kind.upper())](module, config, NAME)
+        return PEFT_TYPE_TO_TUNER_MAPPING[_type(kind)](module, config, NAME)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UsageError(f"Adapter '{kind}' cannot be put on these weights ({str(error).splitlines()[0]}): choose "
                          "other targets or another rank, or use 'lora'.") from error  # fmt: skip
@@ -261,35 +261,3 @@ def _merged(name: str, layer: Any) -> list[Operation]:
             path = f"{name.rpartition('.')[0]}.{attribute}"
             found.append(BiasDelta(path, delta) if attribute == "bias" else DenseDelta(path, delta))
     return found
-
-
-def _fila(tuner: Any, layers: Mapping[str, Any], importance: Importance) -> None:
-    """Start at ``B0 A0``, the best rank-r part of the weights that matter to forgetting, and subtract it again.
-
-    Row weights sqrt(sum_j F_ij / (R_ij + 1e-5)) scale W; U S V' is the leading part of the scaled matrix;
-    A0 = sqrt(S / s) V', B0 = U sqrt(S / s) / (weights + 1e-5).  The subtraction is a second, frozen adapter.
-    """
-    for name, layer in layers.items():
-        if name not in importance:
-            raise UsageError(f"FILA needs squared gradients of '{name}': give its importance on forget and retain.")
-        if not hasattr(layer, "lora_A") or hasattr(layer, "parameter_name"):
-            raise UsageError(f"FILA starts LoRA on linear layers, and '{name}' is none: use init 'default'.")
-    tuner.peft_config[START] = tuner.peft_config[NAME]
-    tuner.inject_adapter(tuner.model, START)
-    tuner.set_adapter([NAME, START])
-    tuner.set_requires_grad(START, False)
-    for name, layer in layers.items():
-        weight = layer.get_base_layer().weight.detach().double()
-        forget, retain = (part.to(weight) for part in importance[name])
-        ratio = forget / (retain + 1e-5)
-        if is_conv1d(layer.get_base_layer()):
-            weight, ratio = weight.T, ratio.T
-        rows, scale = ratio.sum(1).sqrt(), layer.scaling[NAME]
-        u, s, vh = torch.linalg.svd(rows[:, None] * weight, full_matrices=False)
-        size = len(layer.lora_A[NAME].weight)
-        root = (s[:size] / scale).sqrt()
-        a, b = root[:, None] * vh[:size], u[:, :size] * root / (rows[:, None] + 1e-5)
-        with torch.no_grad():
-            for adapter, sign in ((NAME, 1), (START, -1)):
-                layer.lora_A[adapter].weight.copy_(a)
-                layer.lora_B[adapter].weight.copy_(sign * b)
