@@ -70,7 +70,7 @@ def test_npo_nears_ascent_in_proportion_to_beta() -> None:
     assert apart[0] / apart[1] == pytest.approx(10, rel=0.1) and apart[1] / apart[2] == pytest.approx(10, rel=0.01)
 
 
-def losses(name: str, steps: int = 800, **given: float) -> list[float]:
+def losses(name: str, steps: int = 801, **given: float) -> list[float]:
     """Forget loss of one memorised token after every step of gradient descent on its logits."""
     logits = torch.tensor([[3.0, 0, 0, 0, 0]], dtype=torch.float64)
     before = scores(logits, FIRST, FIRST)
@@ -86,9 +86,10 @@ def losses(name: str, steps: int = 800, **given: float) -> list[float]:
 
 def test_ascent_grows_linearly_in_time_npo_with_its_logarithm() -> None:
     ascent, npo = losses("grad_ascent"), losses("npo", beta=1.0)
-    for t in (100, 200, 399):
+    for t in (100, 200, 400):
         assert ascent[2 * t] - ascent[t] == pytest.approx(1.25 * t, rel=1e-6)  # squared gradient 1 + 4 / 4^2
-        assert npo[2 * t] - npo[t] == pytest.approx(math.log(2), rel=0.03)
+    assert npo[800] - npo[400] == pytest.approx(math.log(2), rel=0.02)
+    assert npo[800] - npo[400] < npo[400] - npo[200] < npo[200] - npo[100] < 0.8
 
 
 def test_simnpo_is_blind_to_length_npo_is_not() -> None:
@@ -242,7 +243,7 @@ def test_max_entropy_pulls_towards_uniform(seed: int) -> None:
     torch.testing.assert_close(grad, c.logits.softmax(-1) - 1 / 7)
     assert float(grad.norm(dim=-1).max()) <= math.sqrt(2)
     flat = torch.full((1, 7), 3.0, dtype=torch.float64)
-    assert float(forget("max_entropy", flat)) == pytest.approx(0, abs=1e-15) and float(loss.min()) > 0
+    assert float(forget("max_entropy", flat)) == pytest.approx(0, abs=1e-15) and float(loss.detach().min()) > 0
 
 
 def test_pdu_is_the_squared_gap_and_zero_only_where_flat() -> None:
