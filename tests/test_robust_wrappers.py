@@ -1,0 +1,151 @@
+"""Robust wrappers on a step of known losses: where they take gradients, and that every bit comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from repforget.edit.train._objective import load_part
+from repforget.edit.train.combine._flat import norm
+from repforget.errors import UsageError
+
+Loss = Callable[[Sequence[Tensor]], Tensor]
+WIDE = torch.float64
+
+
+@dataclass
+class Step:
+    """A step whose losses are given functions of its parameters; it notes where its gradients were taken."""
+
+    parameters: list[Tensor]
+    forget: Loss
+    retain: Loss
+    index: int = 0
+    visited: list[tuple[str, list[Tensor]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.index)
+
+    def gradients(self, sides: Sequence[str] = ("forget", "retain")) -> dict[str, list[Tensor]]:
+        out = {}
+        for side in sides:
+            self.visited.append((side, [p.detach().clone() for p in self.parameters]))
+            leaves = [p.detach().to(WIDE).requires_grad_() for p in self.parameters]
+            out[side] = list(torch.autograd.grad(getattr(self, side)(leaves), leaves))
+        return out
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        saved = [p.detach().clone() for p in self.parameters]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, s in zip(self.parameters, saved, strict=True):
+                    p.copy_(s)
+
+
+def draw(seed: int, dtype: torch.dtype = WIDE) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=WIDE).to(dtype) for shape in ((4, 3), (5,))]
+
+
+def quartic(parameters: Sequence[Tensor]) -> Tensor:
+    return sum((p**4).sum() for p in parameters) / 4 + parameters[0].sum() * parameters[1].sum()
+
+
+def square(parameters: Sequence[Tensor]) -> Tensor:
+    return sum((p**2).sum() for p in parameters) / 2
+
+
+def wrapper(name: str) -> Any:
+    return load_part("robust", name)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10**6), st.floats(1e-3, 1.0))
+def test_sam_steps_up_by_rho_over_all_parameters_together(seed: int, rho: float) -> None:
+    step = Step(draw(seed), quartic, square)
+    plain = step.gradients()
+    step.visited.clear()
+    found = wrapper("sam")(step, rho=rho)
+    start, worst = (where for side, where in step.visited if side == "forget")
+    moved = [b - a for a, b in zip(start, worst, strict=True)]
+    assert norm(moved) == pytest.approx(rho)
+    scaled = [rho * g / norm(plain["forget"]) for g in plain["forget"]]
+    torch.testing.assert_close(moved, scaled)
+    torch.testing.assert_close(found["forget"], Step(worst, quartic, square).gradients()["forget"])
+    assert all(torch.equal(a, b) for a, b in zip(found["retain"], plain["retain"], strict=True))
+    assert float(quartic(worst)) > float(quartic(start))
+
+
+def test_sam_of_no_radius_is_the_plain_gradient() -> None:
+    step = Step(draw(1), quartic, square)
+    plain = step.gradients()
+    for rho, tolerance in ((1e-9, 1e-6), (0.0, 0.0)):
+        torch.testing.assert_close(wrapper("sam")(step, rho=rho), plain, rtol=tolerance, atol=tolerance)
+    flat = Step(draw(1), lambda p: 0 * square(p), square)
+    assert all(not g.any() for g in wrapper("sam")(flat)["forget"])
+    with pytest.raises(UsageError, match="radius"):
+        wrapper("sam")(step, rho=-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["sam", "smoothing"])
+def test_every_bit_comes_back(name: str, dtype: torch.dtype) -> None:
+    parameters = draw(2, dtype)
+    before = [p.clone() for p in parameters]
+    step = Step(parameters, quartic, square)
+    first = wrapper(name)(step)
+    assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
+    assert any(not torch.equal(w, b) for _, where in step.visited for w, b in zip(where, before, strict=True))
+    again = wrapper(name)(Step(parameters, quartic, square))
+    assert all(torch.equal(a, b) for a, b in zip(first["forget"], again["forget"], strict=True)), "by the step alone"
+
+    def broken(p: Sequence[Tensor]) -> Tensor:
+        if not torch.equal(p[0].to(dtype), before[0]):
+            raise RuntimeError("no gradient here")
+        return quartic(p)
+
+    with pytest.raises(RuntimeError, match="no gradient here"):
+        wrapper(name)(Step(parameters, broken, square))
+    assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
+
+
+def test_half_precision_takes_moves_below_its_grid_in_the_mean() -> None:
+    parameters = [torch.ones(20_000, dtype=torch.bfloat16)]
+    step = Step(parameters, lambda p: -p[0].sum(), square)
+    wrapper("sam")(step, rho=0.1)
+    (moved,) = step.visited[1][1]
+    expected = -0.1 / 20_000**0.5
+    assert float((moved.double() - 1).mean()) == pytest.approx(expected, rel=0.35)
+    assert torch.equal((parameters[0] + expected), parameters[0]), "rounded to the nearest, nothing would move"
+
+
+def test_smoothing_is_the_gradient_of_the_mean_loss_under_noise() -> None:
+    """E (p + s e)³ = p³ + 3 p s², s = sigma times the root mean square of the tensor."""
+    parameters = [torch.tensor([1.0, -2.0, 0.5], dtype=WIDE), torch.zeros(2, dtype=WIDE)]
+    cube = Step(parameters, lambda p: sum((x**4).sum() for x in p) / 4, square)
+    found = wrapper("smoothing")(cube, sigma=0.3, samples=4000)["forget"]
+    p = parameters[0]
+    expected = p**3 + 3 * p * 0.09 * p.square().mean()
+    assert float(((found[0] - expected) / expected).abs().max()) < 0.1
+    assert float(((p**3 - expected) / expected).abs().max()) > 0.3, "the plain gradient is another one"
+    assert torch.equal(found[1], torch.zeros(2, dtype=WIDE)), "a tensor of zeros has no scale"
+
+
+def test_smoothing_without_noise_is_the_plain_gradient() -> None:
+    step = Step(draw(3), quartic, square)
+    torch.testing.assert_close(wrapper("smoothing")(step, sigma=0.0, samples=2), step.gradients())
+    other = [wrapper("smoothing")(Step(draw(3), quartic, square, index)) for index in (0, 1)]
+    assert not torch.equal(other[0]["forget"][0], other[1]["forget"][0]), "the next step draws other noise"
+    with pytest.raises(UsageError, match="samples"):
+        wrapper("smoothing")(step, samples=0)
