@@ -53,12 +53,12 @@ class Stepper:
 
     @property
     def metric(self) -> list[Tensor] | None:
-        """What the optimiser divides by, per parameter (None before its first step, or without second moments)."""
+        """The diagonal of the inverse preconditioner, per parameter (None before the first step or without one)."""
         state = self.optimizer.state
         found = [state[m].get("exp_avg_sq") if m in state else None for m in self.masters]
         if any(v is None for v in found):
             return None
-        return [v.sqrt().add_(1e-8) for v in found if v is not None]
+        return [v.sqrt().add_(1e-8).reciprocal_() for v in found if v is not None]
 
     def step(self, index: int, gradients: Sequence[Tensor | None]) -> float:
         """Take 0-based step ``index`` against ``gradients``, clipped to a global norm; returns the norm before."""

@@ -34,7 +34,10 @@ VALUES = {"born in": ("Berlin", "Paris", "Rome", "Oslo"), "job": ("baker", "pilo
 # Budgets for a model of two layers: applied to whichever of these settings an editor has.
 SMALL: dict[str, Any] = {"steps": 3, "epochs": 1, "max_steps": 3, "batch_size": 8}
 # Two layers hardly tell forget people from others, so that a gate has to open for some of them.
-OF_METHOD: dict[str, dict[str, Any]] = {"steering": {"false_open": 0.25}}
+OF_METHOD: dict[str, dict[str, Any]] = {
+    "steering": {"false_open": 0.25},
+    "trained": {"terms": [{"objective": "npo"}, {"objective": "nll", "data": "retain"}]},
+}
 
 
 def _items(prefix: str, surnames: range) -> list[Item]:

@@ -6,7 +6,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_type_hints
@@ -147,25 +147,52 @@ def _editor(made: Objective) -> TrainedEditor:
         return train_objective(model, data, made, settings, where=where, seed=seed, progress=progress,
                                checkpoint=checkpoint)  # fmt: skip
 
-    shared = {f.name: _common(f.name, made.defaults.get(f.name, f.default)) for f in fields(Settings)}
-    own = [p for name, p in made.settings.items() if name not in shared]
-    given = [p for p in inspect.signature(run, follow_wrapped=False).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    run.__signature__ = inspect.Signature([*given, *own, *shared.values()], return_annotation=Edit)  # type: ignore[attr-defined]
+    own = {name: p for name, p in made.settings.items() if name not in _names()}
     hints = get_type_hints(made.function)
-    run.__annotations__ = {
-        "model": LoadedModel, "data": EditData, "where": Localization | None, "seed": int, "progress": Any,
-        "checkpoint": Path | None, **{p.name: hints[p.name] for p in own}, **get_type_hints(Settings), "return": Edit,
-    }  # fmt: skip
+    _describe(run, own, {name: hints[name] for name in own}, made.defaults)
     run.objective = made  # type: ignore[attr-defined]
     return run  # type: ignore[return-value]
 
 
-def _common(name: str, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+def _names() -> frozenset[str]:
+    return frozenset(f.name for f in fields(Settings))
+
+
+def _describe(
+    run: Callable[..., Edit], own: Mapping[str, inspect.Parameter], hints: Mapping[str, Any],
+    defaults: Mapping[str, Any], left_out: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Give an editor that takes ``**settings`` the signature, hints and docstring of what it really takes."""
+    shared = {f.name: inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(f.name, f.default))
+              for f in fields(Settings) if f.name not in left_out}  # fmt: skip
+    plain = inspect.signature(run, follow_wrapped=False).parameters.values()
+    given = [p for p in plain if p.kind is not p.VAR_KEYWORD and p.name not in own]
+    run.__signature__ = inspect.Signature([*given, *own.values(), *shared.values()], return_annotation=Edit)  # type: ignore[attr-defined]
+    types = {name: hint for name, hint in get_type_hints(Settings).items() if name in shared}
+    run.__annotations__ = {
+        "model": LoadedModel, "data": EditData, "where": Localization | None, "seed": int, "progress": Any,
+        "checkpoint": Path | None, **hints, **types, "return": Edit,
+    }  # fmt: skip
+    texts = (run.__doc__ or "", Settings.__doc__ or "")
+    run.__doc__ = "\n\n".join(inspect.cleandoc(text) for text in texts)
+
+
+def shared_signature(*, left_out: Sequence[str] = ()) -> Callable[[Callable[..., Edit]], Callable[..., Edit]]:
+    """Give an editor written with ``**shared`` the shared settings in its signature, but for those ``left_out``."""
+
+    def declare(function: Callable[..., Edit]) -> Callable[..., Edit]:
+        kept = {"where", "seed", "progress", "checkpoint"}
+        parameters = inspect.signature(function).parameters.values()
+        own = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in kept}
+        hints = get_type_hints(function)
+        _describe(function, own, {name: hints[name] for name in own}, {}, left_out)
+        return function
+
+    return declare
 
 
 def find(name: str, role: Role = "forget") -> Objective:
-    """The objective of a name; one to retain with is looked up in ``retain/`` first, one to forget with as an editor."""
+    """The objective of a name; one to retain with is looked up in ``retain/`` first, others as editors."""
     folders = ("retain", "objectives") if role == "retain" else ("objectives", "retain")
     for folder in folders:
         if name in part_names(folder):

@@ -13,19 +13,26 @@ Named = str | dict[str, Any]  # "kl" or {kl: {settings}}
 
 @dataclass(frozen=True)
 class Settings:
-    """How a trained editor trains: what is trained, on how much, against what, and when it stops.
+    """Shared settings: what is trained, on how much, against what, and when it stops.
 
-    Steps: ``steps`` optimiser steps on ``batch_size`` forget rows each (and ``retain_batch`` retain rows, None: as
-    many), in ``accumulate`` parts.  ``lr`` "auto" is 0.1 / width for full weights and ten times that for adapters.
-    Loss: ``forget_weight`` x objective + ``retain_weight`` x ``retain`` (a retain term, "none" for none), their
-    gradients joined by ``combine`` and taken through the wrappers ``robust``.
-    What is trained: ``adapter`` ("auto": weights below 1 B parameters, LoRA of ``rank`` and ``alpha`` above; or any
-    tuner of peft), on ``targets`` (regular expressions over parameter names; "auto": the layers of the localisation,
-    else everything), only its units with ``mask``.
-    ``answers``: what is put in the place of the true answers, where the objective reads another one ("auto": as it
-    declares; or a JSON-lines file).
-    Stops: forget probability at or below ``stop_probability``; retain loss more than ``max_retain_rise`` nats per
-    token above its start (the last good state is kept); both are looked at every ``check_every`` steps.
+    ``steps`` optimiser steps on ``batch_size`` forget rows each and ``retain_batch`` retain rows (None: as many), in
+    ``accumulate`` parts; at most ``max_facts`` facts per set.  ``optimizer``, ``schedule``, ``warmup`` (steps),
+    ``weight_decay``, ``clip`` (global gradient norm, 0: none); ``lr`` "auto" is 0.04 / width for weights and five times
+    that for adapters.  The loss is ``forget_weight`` x the objective + ``retain_weight`` x the term ``retain`` ("none":
+    no term), gradients joined by ``combine`` and taken through the wrappers ``robust``; ``clamp`` bounds the loss per
+    token or sequence from below.  Trained are the weights below 1 B parameters and LoRA of ``rank`` and ``alpha``
+    (auto: twice the rank) above, or what ``adapter`` says ("none", or a tuner of peft), on ``targets`` (regular
+    expressions over parameter names; auto: the best ``top_layers`` of the localisation, else everything), with
+    ``mask`` its units only.  ``answers`` are put in the place of the true ones where the objective reads others
+    ("refusal", "alternative", "fresh" or a JSON-lines file).  The untouched model is asked once (``teacher``
+    "cached") or at every step ("live").  Half-precision weights have float32 ``precision`` masters, or are rounded at
+    random ("stochastic"); ``checkpointing`` computes activations again to save memory.  Every ``check_every`` steps it
+    stops where the mean probability of forget answers is at most ``stop_probability``, or where the retain loss has
+    risen by more than ``max_retain_rise`` nats per token, which keeps the last good state.
+
+    Raises KnowledgeError and UsageError for data and settings that do not fit, NumericalError where nothing good
+    was reached, NoEffectError where nothing changed.  Memory: weights, gradients and two moments of what is trained;
+    no copy of the model.  A low probability on the training rows does not show that nothing is left inside.
     """
 
     steps: int = 150
@@ -55,7 +62,7 @@ class Settings:
     checkpointing: bool = False
     clamp: float | None = None
     stop_probability: float = 0.0
-    max_retain_rise: float = 1.0
+    max_retain_rise: float = 2.0
     check_every: int = 25
     max_facts: int = 20000
 

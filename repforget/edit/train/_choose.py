@@ -1,0 +1,128 @@
+"""Which parameters a trained editor trains: named, located, or all; as weights, under masks, or through an adapter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repforget.artifact import DenseDelta, Operation, SparseDelta
+from repforget.edit.train._adapters import adaptable, adapted, model_size_default
+from repforget.edit.train._masks import masks, reproject
+from repforget.edit.train._pass import Term, swapped
+from repforget.edit.train._settings import Settings
+from repforget.errors import SiteError, UsageError, nearest
+from repforget.models.load import LoadedModel
+from repforget.models.sites import site_map
+from repforget.records import Localization
+from repforget.training import only
+
+SPARSE = 1 / 3  # share of changed entries below which a delta is stored by index
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What is trained: tensors, their values at the start, how to see the untouched model, and the finished change."""
+
+    parameters: list[nn.Parameter]
+    originals: list[Tensor]
+    untouched: Callable[[], AbstractContextManager[Any]]
+    operations: Callable[[], list[Operation]]
+    kind: str
+    notes: tuple[str, ...] = ()
+    masks: tuple[Tensor | None, ...] = ()
+
+    @torch.no_grad()
+    def keep_outside(self) -> None:
+        """Put everything outside the masks back to its bits."""
+        for parameter, start, mask in zip(self.parameters, self.originals, self.masks, strict=False):
+            if mask is not None:
+                reproject(parameter, start, mask)
+
+
+@contextmanager
+def trainable(
+    model: LoadedModel, shared: Settings, terms: Sequence[Term], where: Localization | None, seed: int
+) -> Iterator[Trainable]:
+    """Open the chosen parameters for training; afterwards the model is bit for bit what it was."""
+    kind = model_size_default(model.module) if shared.adapter == "auto" else shared.adapter
+    chosen = masks(model, where) if shared.mask and where is not None else None
+    if shared.mask and where is None:
+        raise UsageError("A mask needs a localisation: give 'where' (or 'locate' in the recipe), or set mask: false.")
+    if chosen is not None and kind != "none":
+        raise UsageError(f"A mask holds single units and adapter '{kind}' changes whole matrices: set adapter: none.")
+    names = _names(model, shared, terms, where) if chosen is None else tuple(chosen.masks)
+    module = model.module
+    if kind != "none":
+        names = adaptable(module, names)
+        if not names:
+            raise UsageError(f"None of the targets can carry an adapter '{kind}': name matrices, or set adapter: none.")
+        with adapted(module, kind, names, rank=shared.rank, alpha=shared.alpha, seed=seed) as adapter:
+            own = list(adapter.parameters.values())
+            with only(module, own):
+                yield Trainable(own, [p.detach().clone() for p in own], adapter.off, adapter.operations, kind)
+        return
+    table = dict(module.named_parameters())
+    own = [table[name] for name in names]
+    start = [p.detach().clone() for p in own]
+    try:
+        with only(module, own):
+            yield Trainable(
+                own, start, lambda: swapped(own, start), lambda: _deltas(names, own, start), kind,
+                () if chosen is None else chosen.notes,
+                () if chosen is None else tuple(chosen.masks[name].to(model.device) for name in names),
+            )  # fmt: skip
+    finally:
+        with torch.no_grad():
+            for parameter, original in zip(own, start, strict=True):
+                parameter.copy_(original)
+
+
+def _names(
+    model: LoadedModel, shared: Settings, terms: Sequence[Term], where: Localization | None
+) -> tuple[str, ...]:
+    """Names of the parameters to train."""
+    known = [name for name, _ in model.module.named_parameters()]
+    if shared.targets != "auto":
+        found: list[str] = []
+        for target in shared.targets:
+            matched = [name for name in known if re.search(target, name)]
+            if not matched:
+                raise UsageError(f"No parameter of '{model.name}' matches the target '{target}': "
+                                 f"{nearest(target, known)}")  # fmt: skip
+            found += matched
+        return tuple(dict.fromkeys(found))
+    deepest = max((layer for term in terms for layer in term.layers), default=None)
+    fixed = next((t.objective for t in terms if t.side == "forget" and t.objective.targets == "mlp_down"), None)
+    paths = site_map(model.module).anatomy.layers
+    if fixed is not None and deepest is not None:
+        downs = [paths[layer].down for layer in range(max(0, deepest + 1 - (fixed.span or 1)), deepest + 1)]
+        if any(down is None for down in downs):
+            raise SiteError(f"'{fixed.name}' trains MLP output projections and a layer has batched experts: give "
+                            "'targets'.")  # fmt: skip
+        return tuple(f"{down}.weight" for down in downs)
+    layers = set(where.layers()[: shared.top_layers]) if where is not None else set()
+    if all(term.reads("hidden") for term in terms) and deepest is not None:  # layers above get no gradient
+        layers = {layer for layer in layers or range(deepest + 1) if layer <= deepest} or set(range(deepest + 1))
+    prefixes = tuple(f"{paths[layer].path}." for layer in sorted(layers))
+    return tuple(name for name in known if name.startswith(prefixes)) if prefixes else tuple(known)
+
+
+def _deltas(names: Sequence[str], trained: Sequence[Tensor], start: Sequence[Tensor]) -> list[Operation]:
+    """What changed, by parameter; stored by index where little of it did."""
+    found: list[Operation] = []
+    for name, now, before in zip(names, trained, start, strict=True):
+        delta = now.detach().float().cpu() - before.float().cpu()
+        changed = delta.flatten().nonzero()[:, 0]
+        if len(changed) == 0:
+            continue
+        if len(changed) < SPARSE * delta.numel():
+            found.append(SparseDelta(name, changed, delta.flatten()[changed]))
+        else:
+            found.append(DenseDelta(name, delta))
+    return found

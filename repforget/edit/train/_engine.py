@@ -1,0 +1,303 @@
+"""The gradients of one step: terms read from one forward, compared with what the untouched model says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repforget.edit.train._data import Row, step_plan
+from repforget.edit.train._head import head_of, topk_teacher
+from repforget.edit.train._objective import Role, Scores
+from repforget.edit.train._pass import HIDDEN, LABELS, STATES, Known, Reading, Request, Term, read, request_of, values
+from repforget.edit.train._processes import Processes
+from repforget.models.load import LoadedModel
+
+Gradients = dict[str, list[Tensor]]
+TEACHER_BYTES = 1 << 30  # of full teacher distributions held; beyond, the most likely outcomes only
+OUTCOMES = 64
+READ_ROWS = 64  # rows per forward of the untouched model
+NORM_ROWS = 256  # forget rows whose states measure their usual length
+
+
+@dataclass
+class Engine:
+    """Everything a step needs; ``untouched`` puts the original model in the place of the trained one while inside."""
+
+    model: LoadedModel
+    terms: tuple[Term, ...]
+    parameters: list[Tensor]
+    originals: list[Tensor]
+    untouched: Callable[[], AbstractContextManager[Any]]
+    sizes: tuple[int, ...]
+    steps: int
+    seed: int
+    accumulate: int = 1
+    teacher: str = "auto"
+    clamp: float | None = None
+    processes: Processes = field(default_factory=Processes.launched)
+    losses: dict[str, float] = field(default_factory=dict)  # of the last gradients, by side
+    _cache: dict[tuple[int, str, int], Any] = field(default_factory=dict)
+
+    @cached_property
+    def plan(self) -> list[tuple[tuple[int, ...], ...]]:
+        lengths = [[len(row.ids) for row in term.data.own] for term in self.terms]
+        return step_plan(lengths, self.sizes, self.steps, self.seed)
+
+    @cached_property
+    def sides(self) -> tuple[Role, ...]:
+        return tuple(dict.fromkeys(term.side for term in self.terms))
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Ask the untouched model, once, about every row that a step will compare with it."""
+        for k, term in enumerate(self.terms):
+            visited = sorted({i for step in self.plan for i in step[k]})
+            for side, names in (("own", ("reference", "teacher", "original")), ("instead", ("instead_reference",))):
+                if not term.reads(*names) or self._live(term, side):
+                    continue
+                rows = [term.data.own[i] if side == "own" else term.data.instead(0, i) for i in visited]  # type: ignore[misc]
+                for at in range(0, len(rows), READ_ROWS):
+                    self._ask(k, term, side, rows[at : at + READ_ROWS], visited[at : at + READ_ROWS])
+
+    def _live(self, term: Term, side: str) -> bool:
+        """True where the untouched model is asked at every step: for answers that change, or where that was chosen."""
+        if side == "instead":
+            return not term.data.fixed
+        return self.teacher == "live" and term.reads("teacher", "original")
+
+    def _ask(self, k: int, term: Term, side: str, rows: Sequence[Row], numbers: Sequence[int]) -> None:
+        (found,) = read(self.model, [_about(term, rows, side)])
+        counts = [row.labels for row in rows]
+        if found.scores is not None:
+            name = "reference" if side == "own" else "instead_reference"
+            for number, part in zip(numbers, torch.split(found.scores.logprob, counts), strict=True):
+                self._cache[k, name, number] = part.cpu()
+        if found.hidden is not None:
+            for number, part in zip(numbers, torch.split(found.hidden, [len(r.ids) - 1 for r in rows]), strict=True):
+                self._cache[k, "original", number] = part.cpu()
+        if found.states is not None and term.reads("teacher"):
+            self._keep_teacher(k, term, found, counts, numbers)
+
+    def _keep_teacher(
+        self, k: int, term: Term, found: Reading, counts: Sequence[int], numbers: Sequence[int]
+    ) -> None:
+        head = head_of(self.model.module)
+        tokens = sum(row.labels for row in term.data.own)
+        states = found.states
+        assert states is not None  # the request asked for them
+        if 4 * tokens * head.size <= TEACHER_BYTES:
+            parts: list[Any] = list(torch.split(head.logits(states).log_softmax(-1).cpu(), counts))
+        else:
+            kept = topk_teacher(states, head, found.labels, OUTCOMES)
+            pieces = (torch.split(x.cpu(), counts) for x in (kept.indices, kept.logp))
+            parts = list(zip(*pieces, strict=True))
+        for number, part in zip(numbers, parts, strict=True):
+            self._cache[k, "teacher", number] = part
+
+    def known(self, k: int, term: Term, own: Sequence[Row], instead: Sequence[Row], numbers: Sequence[int]) -> Known:
+        """What the untouched model says about these rows: remembered, or asked now."""
+        device = self.model.device
+        reference = other = teacher = outcomes = original = None
+        if self._live(term, "own") or (term.reads("instead_reference") and self._live(term, "instead")):
+            with torch.no_grad(), self.untouched():
+                for side, rows in (("own", own), ("instead", instead)):
+                    if self._live(term, side) and rows:
+                        self._ask(k, term, side, rows, numbers)
+
+        def joined(name: str) -> Tensor:
+            return torch.cat([self._cache[k, name, i] for i in numbers]).to(device)
+
+        if term.reads("reference"):
+            reference = Scores(joined("reference"), _rows_of(own, device), len(own))
+        if term.reads("instead_reference"):
+            other = Scores(joined("instead_reference"), _rows_of(instead, device), len(instead))
+        if term.reads("original"):
+            original = joined("original")
+        if term.reads("teacher"):
+            parts = [self._cache[k, "teacher", i] for i in numbers]
+            if isinstance(parts[0], tuple):
+                outcomes, teacher = (torch.cat([p[j] for p in parts]).to(device) for j in (0, 1))
+            else:
+                teacher = torch.cat(parts).to(device)
+        return Known(reference, other, teacher, outcomes, original)
+
+    def rows(self, index: int, k: int) -> tuple[list[int], list[Row], list[Row]]:
+        """The rows that step ``index`` takes of term ``k``: their numbers, themselves, with another answer."""
+        numbers, data = list(self.plan[index][k]), self.terms[k].data
+        instead = [data.instead(index, i) for i in numbers] if data.instead is not None else []
+        return numbers, [data.own[i] for i in numbers], instead
+
+    def gradients(self, index: int, sides: Sequence[str]) -> Gradients:
+        """Gradients of the weighted losses of step ``index``, per side; "all" is the sum of both.
+
+        Values are summed over parts and processes and divided by the counts of the whole step, so that the result
+        does not depend on how the step was cut.
+        """
+        found: Gradients = {side: [torch.zeros_like(p, dtype=_wide(p)) for p in self.parameters] for side in sides}
+        losses: dict[str, float] = dict.fromkeys(self.sides, 0.0)
+        whole = [self.rows(index, k) for k in range(len(self.terms))]
+        counts = [max(1, term.count(own, instead)) for term, (_, own, instead) in zip(self.terms, whole, strict=True)]
+        for part in range(self.accumulate):
+            own_part = [tuple(self.processes.share(x[part :: self.accumulate]) for x in rows) for rows in whole]
+            with torch.enable_grad():
+                by_side = self._losses(index, own_part, counts, part)
+                for side, loss in by_side.items():
+                    losses[side] += float(loss.detach())
+                self._add(found, by_side)
+        for side in sides:
+            found[side] = self.processes.total(found[side])
+        if self.processes.world > 1:
+            sums = self.processes.total([torch.tensor(losses[s], dtype=torch.float64) for s in losses])
+            losses = {s: float(v) for s, v in zip(losses, sums, strict=True)}
+        self.losses = losses
+        return found
+
+    def _add(self, found: Gradients, by_side: Mapping[str, Tensor]) -> None:
+        wanted = {side: sum(by_side.values()) if side == "all" else by_side.get(side) for side in found}
+        for number, (side, loss) in enumerate(wanted.items()):
+            if not isinstance(loss, Tensor) or not loss.requires_grad:
+                continue
+            keep = number < len(wanted) - 1
+            for total, g in zip(found[side], torch.autograd.grad(loss, self.parameters, retain_graph=keep,
+                                                                 allow_unused=True), strict=True):  # fmt: skip
+                if g is not None:
+                    total.add_(g)
+
+    def _losses(self, index: int, parts: Sequence[Any], counts: Sequence[int], part: int) -> dict[str, Tensor]:
+        """The weighted losses by side of one part of a step."""
+        requests: list[Request] = []
+        places: list[tuple[int | None, int | None]] = []
+        for term, (_, own, instead) in zip(self.terms, parts, strict=True):
+            sides: list[int | None] = []
+            for side, rows in (("own", own), ("instead", instead)):
+                wanted = request_of(term, rows, side)
+                sides.append(len(requests) if wanted.needs and rows else None)
+                if sides[-1] is not None:
+                    requests.append(wanted)
+            places.append((sides[0], sides[1]))
+        readings = read(self.model, requests) if requests else []
+        total: dict[str, Tensor] = {}
+        head = head_of(self.model.module)
+        for k, (term, (numbers, own, instead)) in enumerate(zip(self.terms, parts, strict=True)):
+            mine = [None if at is None else readings[at] for at in places[k]]
+            whole = term.objective.reduction == "whole"
+            if not any(mine) and not (whole and part == 0 and self.processes.rank == 0):
+                continue
+            found = values(term, head, mine[0], mine[1], self.known(k, term, own, instead, numbers),
+                           self._given(index, term))  # fmt: skip
+            if self.clamp is not None and term.side == "forget":
+                found = found.clamp(min=-self.clamp)
+            loss = term.weight * found.sum() / counts[k]
+            total[term.side] = total[term.side] + loss if term.side in total else loss
+        return total
+
+    def _given(self, index: int, term: Term) -> dict[str, Any]:
+        out: dict[str, Any] = {"seed": self.seed, "done": index / max(1, self.steps)}
+        if "norms" in term.objective.given:
+            out["norms"] = self._norms(term)
+        if term.reads("drift"):
+            out["drift"] = [p - o for p, o in zip(self.parameters, self.originals, strict=True)]
+        if term.reads("importance"):
+            out["importance"] = self.importance
+        return out
+
+    @torch.no_grad()
+    def _norms(self, term: Term) -> Tensor:
+        """Mean length [l] of the untouched model's states at the term's layers over some hundred of its rows."""
+        key = (-1, f"norms-{term.layers}-{term.data.name}", 0)
+        if key not in self._cache:
+            rows = term.data.own[:NORM_ROWS]
+            with self.untouched():
+                found = [read(self.model, [Request(rows[at : at + READ_ROWS], frozenset({HIDDEN}), term.layers)])[0]
+                         for at in range(0, len(rows), READ_ROWS)]  # fmt: skip
+            lengths = [x.hidden.double().norm(dim=-1) for x in found if x.hidden is not None]
+            self._cache[key] = torch.cat(lengths).mean(0).float()
+        return self._cache[key]  # type: ignore[no-any-return]
+
+    @cached_property
+    def importance(self) -> list[Tensor]:
+        """Mean squared gradient of the log-likelihood of single retained rows: the diagonal of the empirical Fisher."""
+        rows = next(term.data.own for term in self.terms if term.side == "retain")[:READ_ROWS]
+        out = [torch.zeros_like(p, dtype=_wide(p)) for p in self.parameters]
+        with self.untouched(), torch.enable_grad():
+            for row in rows:
+                loss = self.nll([row])
+                for total, g in zip(out, torch.autograd.grad(loss, self.parameters, allow_unused=True), strict=True):
+                    if g is not None:
+                        total.add_(g.to(total.dtype).square() / len(rows))
+        return out
+
+    def nll(self, rows: Sequence[Row]) -> Tensor:
+        """Mean negative log-probability per answer token of rows (nats), with gradient."""
+        (found,) = read(self.model, [Request(tuple(rows), frozenset({LABELS}))])
+        assert found.scores is not None  # the request asked for them
+        return -found.scores.logprob.mean()
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a robust wrapper sees of a step; ``gradients`` are those of the wrappers inside it."""
+
+    engine: Engine
+    index: int
+    inner: Callable[[Sequence[str]], Gradients]
+
+    @property
+    def model(self) -> LoadedModel:
+        return self.engine.model
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return self.engine.parameters
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(hash((self.engine.seed, self.index)) % 2**63)
+
+    def gradients(self, sides: Sequence[str] = ("forget", "retain")) -> Gradients:
+        return self.inner(sides)
+
+    def loss(self, side: str) -> float:
+        """Loss of a side at the last gradients."""
+        return self.engine.losses.get(side, 0.0)
+
+    def rows(self, side: str) -> list[Row]:
+        terms = self.engine.terms
+        return [row for k, term in enumerate(terms) if term.side == side for row in self.engine.rows(self.index, k)[1]]
+
+    def nll(self, rows: Sequence[Row]) -> Tensor:
+        return self.engine.nll(rows)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Put the parameters back bit for bit on the way out."""
+        saved = [p.detach().clone() for p in self.parameters]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, s in zip(self.parameters, saved, strict=True):
+                    p.copy_(s)
+
+
+def _about(term: Term, rows: Sequence[Row], side: str) -> Request:
+    """What has to be asked of the untouched model about rows of a term."""
+    names = {LABELS: ("reference",), STATES: ("teacher",), HIDDEN: ("original",)} if side == "own" else \
+        {LABELS: ("instead_reference",)}  # fmt: skip
+    needs = frozenset(need for need, readers in names.items() if term.reads(*readers))
+    return Request(tuple(rows), needs, term.layers if HIDDEN in needs else ())
+
+
+def _rows_of(rows: Sequence[Row], device: torch.device) -> Tensor:
+    counts = torch.tensor([row.labels for row in rows])
+    return torch.repeat_interleave(torch.arange(len(rows)), counts).to(device)
+
+
+def _wide(p: Tensor) -> torch.dtype:
+    return torch.float64 if p.dtype == torch.float64 else torch.float32

@@ -1,0 +1,223 @@
+"""The trainer of every trained editor: terms from settings, steps from gradients, an Edit from what changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repforget.artifact import Edit
+from repforget.edit.train._choose import Trainable, trainable
+from repforget.edit.train._data import Row, load_rows
+from repforget.edit.train._engine import Engine, Gradients, StepContext
+from repforget.edit.train._objective import Objective, Role, find, load_part
+from repforget.edit.train._pass import Term
+from repforget.edit.train._settings import Settings, named
+from repforget.edit.train._watch import Watch
+from repforget.errors import KnowledgeError, NumericalError, UsageError
+from repforget.knowledge import EditData
+from repforget.models.load import LoadedModel
+from repforget.progress import Progress, track
+from repforget.records import Localization
+from repforget.training import Stepper
+
+RATE_TIMES_WIDTH = 0.04  # the learning rate of weights, times the width of the model
+ADAPTER_RATE = 5.0  # times that of weights
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A term as asked for: an objective with settings, on a data set, for one side, with a weight."""
+
+    objective: Objective
+    settings: Mapping[str, Any]
+    data: str
+    side: Role
+    weight: float
+    answers: str = "auto"
+
+
+def train_objective(
+    model: LoadedModel, data: EditData, objective: Objective, given: Mapping[str, Any], *,
+    where: Localization | None = None, seed: int = 0, progress: Progress | None = None, checkpoint: Path | None = None,
+) -> Edit:  # fmt: skip
+    """An edit by one objective on the forget facts beside one retain term, as the editor of that name makes it."""
+    names = {f.name for f in fields(Settings)}
+    shared = Settings(**{**objective.defaults, **{k: v for k, v in given.items() if k in names}})
+    own = objective.bound({k: v for k, v in given.items() if k not in names})
+    wanted = [Wanted(objective, own, "forget", "forget", shared.forget_weight, shared.answers)]
+    name, settings = named(shared.retain)
+    if name != "none":
+        keep = find(name, "retain")
+        wanted.append(Wanted(keep, keep.bound(settings), "retain", "retain", shared.retain_weight))
+    return train(model, data, objective.name, wanted, shared, where=where, seed=seed, progress=progress,
+                 checkpoint=checkpoint, settings=own)  # fmt: skip
+
+
+def train(
+    model: LoadedModel, data: EditData, method: str, wanted: Sequence[Wanted], shared: Settings, *,
+    where: Localization | None = None, seed: int = 0, progress: Progress | None = None, checkpoint: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Edit:  # fmt: skip
+    """Train the terms together and return what changed; the model itself is left as it is."""
+    terms = tuple(_terms(model, data, wanted, shared, seed))
+    with trainable(model, shared, terms, where, seed) as chosen:
+        engine = Engine(
+            model, terms, list(chosen.parameters), chosen.originals, chosen.untouched, _sizes(terms, shared),
+            shared.steps, seed, shared.accumulate, shared.teacher, shared.clamp,
+        )  # fmt: skip
+        engine.prepare()
+        rate = _rate(model, shared, chosen)
+        notes = (*chosen.notes, *_steps(engine, chosen, shared, rate, seed, progress, checkpoint))
+        operations = chosen.operations()
+    full = {**dataclasses.asdict(shared), **(settings or {}), "adapter": chosen.kind, "lr": rate}
+    return Edit.build(method, full, model, data.digest, operations, notes=notes)
+
+
+def _terms(
+    model: LoadedModel, data: EditData, wanted: Sequence[Wanted], shared: Settings, seed: int
+) -> Sequence[Term]:
+    depth, found = model.n_layers, []
+    first = next((w for w in wanted if w.side == "forget" and "layers" in w.objective.settings), None)
+    for w in wanted:
+        instead = w.objective.instead
+        if instead is None and {"instead", "instead_reference"} & set(w.objective.reads):
+            instead = "refusal"
+        rows = load_rows(model, data, w.data, instead=instead, answers=w.answers, max_facts=shared.max_facts, seed=seed)
+        if not rows.fixed and "instead_reference" in w.objective.reads and shared.teacher == "cached":
+            raise UsageError(f"'{w.objective.name}' compares answers that change at every step with the untouched "
+                             "model, which cannot be cached: set teacher: live (or auto).")  # fmt: skip
+        # A retain term without layers of its own reads those of the forget objective.
+        source = first if first is not None and w.settings.get("layers") == "auto" else w
+        found.append(Term(w.objective, w.settings, w.side, w.weight, rows, _layers(source, depth)))
+    return found
+
+
+def _layers(wanted: Wanted, depth: int) -> tuple[int, ...]:
+    asked, choose = wanted.settings.get("layers", ()), wanted.objective.layers
+    layers = tuple(asked) if asked != "auto" else choose(depth) if choose is not None else tuple(range(depth))
+    if any(not 0 <= layer < depth for layer in layers):
+        raise UsageError(f"'{wanted.objective.name}' was given layers {list(layers)}: give some of 0 to {depth - 1}.")
+    return layers
+
+
+def _sizes(terms: Sequence[Term], shared: Settings) -> tuple[int, ...]:
+    """Rows per step of each term; a retain set smaller than its share is refused rather than repeated."""
+    sizes = []
+    for term in terms:
+        have = len(term.data.own)
+        if term.side == "forget":
+            sizes.append(min(shared.batch_size, have))
+            continue
+        size = shared.retain_batch or min(shared.batch_size, sizes[0] if sizes else shared.batch_size)
+        if size > have:
+            raise KnowledgeError(f"Data set '{term.data.name}' has {have} rows and each step takes {size} of it: give "
+                                 f"more facts to keep, or set retain_batch: {have}.")  # fmt: skip
+        sizes.append(size)
+    return tuple(sizes)
+
+
+def _rate(model: LoadedModel, shared: Settings, chosen: Trainable) -> float:
+    if shared.lr != "auto":
+        return float(shared.lr)
+    return RATE_TIMES_WIDTH / model.width * (1.0 if chosen.kind == "none" else ADAPTER_RATE)
+
+
+def _steps(
+    engine: Engine, chosen: Trainable, shared: Settings, rate: float, seed: int, progress: Progress | None,
+    checkpoint: Path | None,
+) -> tuple[str, ...]:  # fmt: skip
+    """Take the steps; returns what was seen."""
+    stepper = Stepper(
+        chosen.parameters, steps=shared.steps, lr=rate, optimizer=shared.optimizer, schedule=shared.schedule,
+        warmup=shared.warmup, weight_decay=0.0 if chosen.masks else shared.weight_decay, clip=shared.clip,
+        precision=shared.precision, seed=seed,
+    )  # fmt: skip
+    compute = _computed(engine, shared)
+    combine = _combined(engine, shared, stepper)
+    watch = Watch(engine.model, engine.terms, shared, chosen.parameters)
+    watch.look(0)
+    for index in track(progress, range(shared.steps), "training", shared.steps):
+        gradient = combine(compute(index))
+        for g, mask in zip(gradient, chosen.masks, strict=False):
+            if mask is not None:
+                g.masked_fill_(~mask, 0.0)
+        norm = stepper.step(index, gradient)
+        chosen.keep_outside()
+        last = index + 1 == shared.steps
+        if (last or (index + 1) % shared.check_every == 0 or not math.isfinite(norm)) and not watch.look(index + 1):
+            break
+    if watch.stopped.startswith("diverged") and watch.looks[-2].step == 0:
+        raise NumericalError(f"Training {watch.stopped.partition(';')[0]}, before anything good was reached: lower "
+                             "lr, raise retain_weight, or look more often (check_every).")  # fmt: skip
+    return watch.notes
+
+
+def _computed(engine: Engine, shared: Settings) -> Callable[[int], Gradients]:
+    """How the gradients of a step are made: plainly, or through wrappers, the first of the list outermost."""
+    given = shared.robust if isinstance(shared.robust, list) else [shared.robust]
+    wrappers = [named(entry) for entry in given if entry != "none"]
+    plain = named(shared.combine)[0] == "linear"
+    if not wrappers:
+        sides: tuple[str, ...] = ("all",) if plain else ("forget", "retain")
+        return lambda index: engine.gradients(index, sides)
+    parts = [(load_part("robust", name), settings) for name, settings in wrappers]
+    for (name, _), (function, settings) in zip(wrappers, parts, strict=True):
+        _check_settings(f"Robust wrapper '{name}'", function, settings)
+
+    def compute(index: int) -> Gradients:
+        inner: Callable[..., Gradients] = partial(engine.gradients, index)
+        for function, settings in reversed(parts):
+            inner = _wrapped(function, settings, StepContext(engine, index, inner))
+        return inner(("forget", "retain"))
+
+    return compute
+
+
+def _wrapped(function: Any, settings: Mapping[str, Any], step: StepContext) -> Callable[..., Gradients]:
+    return lambda sides=("forget", "retain"): {k: v for k, v in function(step, **settings).items() if k in sides}
+
+
+def _combined(engine: Engine, shared: Settings, stepper: Stepper) -> Callable[[Gradients], list[Tensor]]:
+    """How the gradients of both sides become one."""
+    name, settings = named(shared.combine)
+    if name == "linear":
+        return lambda found: found["all"] if "all" in found else _sum(found)
+    if "retain" not in engine.sides or "forget" not in engine.sides:
+        raise UsageError(f"'combine: {name}' joins two gradients and there is no retain term: give 'retain', or set "
+                         "combine: linear.")  # fmt: skip
+    function = load_part("combine", name)
+    asked = set(inspect.signature(function).parameters)
+    _check_settings(f"'combine: {name}'", function, settings)
+    state: dict[str, Tensor] = {}
+
+    def combine(found: Gradients) -> list[Tensor]:
+        context = {"metric": stepper.metric if "metric" in asked else None, "losses": engine.losses}
+        extra = {key: value for key, value in context.items() if key in asked}
+        joined: list[Tensor] = function(found["forget"], found["retain"], state, **settings, **extra)
+        return joined
+
+    return combine
+
+
+def _sum(found: Gradients) -> list[Tensor]:
+    return [torch.stack(list(parts)).sum(0) for parts in zip(*found.values(), strict=True)]
+
+
+def _check_settings(what: str, function: Any, settings: Mapping[str, Any]) -> None:
+    known = [p.name for p in inspect.signature(function).parameters.values()
+             if p.kind is p.KEYWORD_ONLY and p.name not in ("metric", "losses")]  # fmt: skip
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise UsageError(f"{what} has no setting '{unknown[0]}': it has {', '.join(known) or 'none'}.")
+
+
+__all__ = ["Row", "Wanted", "train", "train_objective"]

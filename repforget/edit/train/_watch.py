@@ -1,0 +1,87 @@
+"""Two cheap numbers watched while training: how probable forget answers still are, and what retained ones cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from repforget.edit.train._data import Row
+from repforget.edit.train._pass import LABELS, Request, Term, read
+from repforget.edit.train._settings import Settings
+from repforget.models.load import LoadedModel
+
+ROWS = 64  # rows per side
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen after ``step`` steps: mean probability per forget answer token, retain loss (nats per token)."""
+
+    step: int
+    forget: float
+    retain: float
+
+
+@dataclass
+class Watch:
+    """Looks at fixed rows of both sides, remembers the last good state, and says when to stop and why."""
+
+    model: LoadedModel
+    terms: Sequence[Term]
+    shared: Settings
+    parameters: Sequence[Tensor]
+    looks: list[Look] = field(default_factory=list)
+    good: list[Tensor] = field(default_factory=list)
+    stopped: str = ""
+
+    @torch.no_grad()
+    def look(self, step: int) -> bool:
+        """Look after ``step`` steps; True where training should go on."""
+        rows = {side: _spread([row for t in self.terms if t.side == side for row in t.data.own])
+                for side in ("forget", "retain")}  # fmt: skip
+        forget, retain = (self._mean(rows[side]) for side in ("forget", "retain"))
+        now = Look(step, math.exp(forget) if rows["forget"] else math.nan, -retain)
+        first = self.looks[0] if self.looks else now
+        self.looks.append(now)
+        rise = now.retain - first.retain if rows["retain"] else 0.0
+        if not math.isfinite(forget) or not rise <= self.shared.max_retain_rise:
+            kept = self.looks[-2].step if len(self.looks) > 1 else 0
+            self.stopped = (f"diverged by step {step}: the retain loss rose from {first.retain:.3g} to "
+                            f"{now.retain:.3g} nats per token; the state of step {kept} is kept")  # fmt: skip
+            self.restore()
+            return False
+        self.good = [p.detach().to("cpu", copy=True) for p in self.parameters]
+        if step and now.forget <= self.shared.stop_probability:
+            self.stopped = (f"stopped after step {step}: the mean probability of forget answers is {now.forget:.3g}, "
+                            f"at most {self.shared.stop_probability:g}")  # fmt: skip
+            return False
+        return True
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the last good state back."""
+        for parameter, state in zip(self.parameters, self.good, strict=True):
+            parameter.copy_(state)
+
+    def _mean(self, rows: Sequence[Row]) -> float:
+        if not rows:
+            return 0.0
+        (found,) = read(self.model, [Request(tuple(rows), frozenset({LABELS}))])
+        return math.nan if found.scores is None else float(found.scores.means.double().mean())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        first, last = self.looks[0], self.looks[-1] if not self.stopped.startswith("diverged") else self.looks[-2]
+        said = (f"training rows: mean probability of forget answers {first.forget:.3g} -> {last.forget:.3g}, retain "
+                f"loss {first.retain:.3g} -> {last.retain:.3g} nats per token")  # fmt: skip
+        return (said, self.stopped) if self.stopped else (said,)
+
+
+def _spread(rows: Sequence[Row]) -> list[Row]:
+    """At most :data:`ROWS` rows, evenly over the whole."""
+    step = max(1, math.ceil(len(rows) / ROWS))
+    return list(rows[::step])
