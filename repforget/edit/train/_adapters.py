@@ -25,11 +25,12 @@ from repforget.errors import UnknownNameError, UsageError, nearest
 
 # Tuners of peft that start as the model itself, train by a loss alone, switch off bit for bit and merge into the
 # weights: tests hold each to it.  Of the others, some have no weight form (prompts, bottlenecks, routers), some start
-# elsewhere, adalora needs a rank schedule of its own, boft compiles code on first use, and ln_tuning is plain training.
+# elsewhere, adalora needs a rank schedule of its own, boft compiles code on first use, waveft is another change in half
+# precision, and ln_tuning is plain training.
 KINDS = (
     "adamss", "c3a", "deft", "delora", "fila", "fourierft", "frod", "glora", "gralora", "hira", "hra", "ia3", "loha",
     "lokr", "lora", "miss", "oft", "osf", "peanut", "psoft", "randlora", "road", "shira", "supertuning", "tinylora",
-    "vera", "waveft",
+    "vera",
 )  # fmt: skip
 PAIRED = ("gralora", "hra")  # start as the identity at even ranks only
 LARGE = 1_000_000_000  # parameters from which "auto" means lora
@@ -96,11 +97,13 @@ def adapted(
             warnings.simplefilter("ignore")  # advice about saving adapters that are never saved
             torch.manual_seed(seed)
             tuner = _inject(module, kind, _config(module, kind, names, rank, alpha, seed))
-        layers = _layers(module)
-        if missed := sorted(set(names) - set(layers)):
-            raise UsageError(f"Adapter '{kind}' did not take {missed[0]}: train other targets, or use 'lora'.")
-        if kind == "fila":
-            start_at(tuner, layers, importance or {}, NAME)
+            found = _layers(module)
+            if strays := sorted(set(names) ^ set(found)):
+                raise UsageError(f"Adapter '{kind}' did not take exactly the targets, for example {strays[0]}: name "
+                                 "others, or use 'lora'.")  # fmt: skip
+            layers = {name: found[name] for name in names}
+            if kind == "fila":
+                start_at(tuner, layers, importance or {}, NAME)
         own = {id(p): (name, p) for name, p in (*tuner.named_parameters(), *module.named_parameters())}
         yield Adapter(kind, {name: p for name, p in own.values() if p.requires_grad}, layers)
 
@@ -190,12 +193,15 @@ def _inward(module: nn.Module, paths: Sequence[str]) -> list[str]:
 
 def _inject(module: nn.Module, kind: str, config: Any) -> Any:
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import cast_adapter_dtype
 
     try:
-        return PEFT_TYPE_TO_TUNER_MAPPING[_type(kind)](module, config, NAME)
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING[_type(kind)](module, config, NAME)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UsageError(f"Adapter '{kind}' cannot be put on these weights ({str(error).splitlines()[0]}): choose "
                          "other targets or another rank, or use 'lora'.") from error  # fmt: skip
+    cast_adapter_dtype(module, NAME)
+    return tuner
 
 
 def _layers(module: nn.Module) -> dict[str, Any]:

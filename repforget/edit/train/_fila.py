@@ -51,12 +51,15 @@ def start_at(tuner: Any, layers: Mapping[str, Any], importance: Mapping[str, tup
     w_i = sqrt(sum_j F_ij / (R_ij + 1e-5)) and U S V' = diag(w) W: A0 = sqrt(S / s) V', B0 = diag(1 / (w + 1e-5)) U
     sqrt(S / s), s the scale of the adapter.
     """
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+
     for weight, layer in layers.items():
         if weight not in importance or not isinstance(layer.get_base_layer(), nn.Linear | _conv1d()):
             raise UsageError(f"FILA needs linear layers and their importance, and '{weight}' has not both: use adapter "
                              "'lora', or other targets.")  # fmt: skip
     tuner.peft_config[START] = tuner.peft_config[name]
     tuner.inject_adapter(tuner.model, START)
+    cast_adapter_dtype(tuner.model, START)
     tuner.set_adapter([name, START])
     tuner.set_requires_grad(START, False)
     for weight, layer in layers.items():
