@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from repforget.artifact import DenseDelta
 from repforget.edit._collect import subsample
 from repforget.edit.train._data import Row, fact_rows, text_rows
 from repforget.edit.train._head import head_of
@@ -139,16 +142,38 @@ def _following(good: tuple[float, float], bad: tuple[float, float], budget: floa
     return good[0] * math.exp(width * min(0.9, max(0.1, share)))
 
 
-@contextmanager
-def moved(parameters: Sequence[nn.Parameter], directions: Sequence[Tensor], step: float) -> Iterator[None]:
-    """The parameters with ``step`` times a direction added while inside; their own tensors stay untouched."""
-    there = [(p.data.to(_wide(d)) + step * d).to(p.dtype) for p, d in zip(parameters, directions, strict=True)]
-    with swapped(parameters, there):
-        yield
+@dataclass(frozen=True, eq=False)
+class Line:
+    """The named parameters of a model on their way along ``directions``, in the layout of the parameters."""
 
+    model: LoadedModel
+    names: Sequence[str]
+    directions: Sequence[Tensor]
 
-def _wide(direction: Tensor) -> torch.dtype:
-    return torch.promote_types(direction.dtype, torch.float32)
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        table = dict(self.model.module.named_parameters())
+        return [table[name] for name in self.names]
+
+    @contextmanager
+    def moved(self, step: float) -> Iterator[list[Tensor]]:
+        """The parameters after ``step`` directions while inside; their own tensors stay untouched."""
+        there = [(p.data.to(torch.promote_types(d.dtype, torch.float32)) + step * d).to(p.dtype)
+                 for p, d in zip(self.parameters, self.directions, strict=True)]  # fmt: skip
+        with swapped(self.parameters, there):
+            yield there
+
+    def at(self, step: float, measure: Callable[[], float]) -> float:
+        """What ``measure`` says after ``step`` directions."""
+        with self.moved(step):
+            return measure()
+
+    def operations(self, step: float) -> list[DenseDelta]:
+        """What ``step`` directions change, as the parameters' own precision lets them."""
+        start = [p.detach().float() for p in self.parameters]
+        with self.moved(step) as there:
+            return [DenseDelta(name, after.float() - before)
+                    for name, before, after in zip(self.names, start, there, strict=True)]  # fmt: skip
 
 
 def norm(tensors: Iterable[Tensor]) -> float:

@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from repforget.artifact import DenseDelta, Edit
+from repforget.artifact import Edit
 from repforget.artifact.weights import is_conv1d, owner_of
 from repforget.edit._collect import subsample
 from repforget.edit.train._adapters import adaptable, adapted
-from repforget.edit.train._budget import divergence, examples, longest, moved, norm, probability
+from repforget.edit.train._budget import Line, divergence, examples, longest, norm, probability
 from repforget.edit.train._collapse import Form, Side, collapse, components
 from repforget.edit.train._data import fact_rows
 from repforget.errors import KnowledgeError, SiteError, UsageError
@@ -65,34 +65,22 @@ def repselect(
     """
     _check(rank, batch_size, steps, collapsed, max_disruption)
     names = _names(model, layers, where, top_layers)
-    table = dict(model.module.named_parameters())
-    own = [table[name] for name in names]
-    rows = {set_: fact_rows(model, subsample(facts, max_facts, seed), set_)[0]
-            for set_, facts in (("forget", data.forget), (basis, data.forget if basis == "forget" else data.retain))
-            if _given(set_, facts)}  # fmt: skip
-    texts = {set_: examples(found) for set_, found in rows.items()}
+    texts: dict[str, list[Example]] = {p: _texts(model, data, p, max_facts, seed) for p in ("forget", basis)}
     once = -(-len(texts["forget"]) // batch_size) if elicit_steps == "auto" else elicit_steps
-    found = _gradients(model, names, own, texts, rank=rank, once=once, lr=elicit_lr, batch_size=batch_size, seed=seed,
+    found = _gradients(model, names, texts, rank=rank, once=once, lr=elicit_lr, batch_size=batch_size, seed=seed,
                        progress=progress)  # fmt: skip
     ways = [_way(model, name, g, b, collapsed, form, side, seed)
             for name, g, b in zip(names, found["forget"], found[basis], strict=True)]  # fmt: skip
-    unit = norm(p.detach() for p in own) / max(norm(ways), torch.finfo(torch.float32).tiny)
+    line = Line(model, names, ways)
+    unit = norm(p.detach() for p in line.parameters) / max(norm(ways), torch.finfo(torch.float32).tiny)
     disruption, known = divergence(model, data, seed), probability(model, data.forget, "forget", seed)
-
-    def at(step: float, measure: object) -> float:
-        with moved(own, ways, step * unit):
-            return float(measure())  # type: ignore[operator]
-
     before = known()
-    step, cost = longest(lambda t: at(t, disruption), max_disruption, FIRST, steps,
-                         enough=lambda t: at(t, known) <= stop_probability, progress=progress)  # fmt: skip
-    notes = (f"step of {step:.3g} of the norm of the weights: divergence {cost:.3g} of {max_disruption:g} nats per "
-             f"token, mean probability of forget answers {before:.3g} -> {at(step, known):.3g}",)  # fmt: skip
-    with moved(own, ways, step * unit):
-        there = [p.detach().clone() for p in own]
-    operations = [DenseDelta(name, t.float() - p.detach().float())
-                  for name, p, t in zip(names, own, there, strict=True)]  # fmt: skip
-    return Edit.build("repselect", {"elicit_steps": once}, model, data.digest, operations, notes=notes)
+    step, cost = longest(lambda t: line.at(t * unit, disruption), max_disruption, FIRST, steps,
+                         enough=lambda t: line.at(t * unit, known) <= stop_probability, progress=progress)  # fmt: skip
+    note = (f"step of {step:.3g} of the norm of the weights: divergence {cost:.3g} of {max_disruption:g} nats per "
+            f"token, mean probability of forget answers {before:.3g} -> {line.at(step * unit, known):.3g}")  # fmt: skip
+    return Edit.build("repselect", {"elicit_steps": once}, model, data.digest, line.operations(step * unit),
+                      notes=[note])  # fmt: skip
 
 
 def _check(rank: int, batch_size: int, steps: int, collapsed: int | str, budget: float) -> None:
@@ -103,10 +91,11 @@ def _check(rank: int, batch_size: int, steps: int, collapsed: int | str, budget:
         raise UsageError(f"repselect cannot collapse {collapsed} components: give 0 or more.")
 
 
-def _given(name: str, facts: Sequence[object]) -> bool:
+def _texts(model: LoadedModel, data: EditData, part: str, max_facts: int, seed: int) -> list[Example]:
+    facts = data.forget if part == "forget" else data.retain
     if not facts:
-        raise KnowledgeError(f"repselect was given no facts of the set '{name}': the gradient is taken of them.")
-    return True
+        raise KnowledgeError(f"repselect was given no {part} facts, whose gradient it takes.")
+    return examples(fact_rows(model, subsample(facts, max_facts, seed), part)[0])
 
 
 def _names(
@@ -122,10 +111,12 @@ def _names(
 
 
 def _gradients(
-    model: LoadedModel, names: Sequence[str], own: Sequence[nn.Parameter], texts: dict[str, list[Example]], *,
-    rank: int, once: int, lr: float, batch_size: int, seed: int, progress: Progress | None,
+    model: LoadedModel, names: Sequence[str], texts: dict[str, list[Example]], *, rank: int, once: int, lr: float,
+    batch_size: int, seed: int, progress: Progress | None,
 ) -> dict[str, list[Tensor]]:  # fmt: skip
     """Gradients of the mean loss per token of each set on the weights, with the eliciting LoRA in place."""
+    table = dict(model.module.named_parameters())
+    own = [table[name] for name in names]
     if not once:
         return {name: gradient(model, own, part, batch_size, progress) for name, part in texts.items()}
     if set(adaptable(model.module, names)) != set(names):
