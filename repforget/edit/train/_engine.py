@@ -57,6 +57,9 @@ class Engine:
     def prepare(self) -> None:
         """Ask the untouched model, once, about every row that a step will compare with it."""
         for k, term in enumerate(self.terms):
+            if term.teachers is not None:
+                self._cache.update({(k, "teacher", i): made for i, made in enumerate(term.teachers)})
+                continue
             visited = sorted({i for step in self.plan for i in step[k]})
             for side, names in (("own", ("reference", "teacher", "original")), ("instead", ("instead_reference",))):
                 if not term.reads(*names) or self._live(term, side):
@@ -69,7 +72,7 @@ class Engine:
         """True where the untouched model is asked at every step: for answers that change, or where that was chosen."""
         if side == "instead":
             return not term.data.fixed
-        return self.teacher == "live" and term.reads("teacher", "original")
+        return self.teacher == "live" and term.teachers is None and term.reads("teacher", "original")
 
     def _ask(self, k: int, term: Term, side: str, rows: Sequence[Row], numbers: Sequence[int]) -> None:
         (found,) = read(self.model, [_about(term, rows, side)])
@@ -125,7 +128,8 @@ class Engine:
                 outcomes, teacher = (torch.cat([p[j] for p in parts]).to(device) for j in (0, 1))
             else:
                 teacher = torch.cat(parts).to(device)
-        return Known(reference, other, teacher, outcomes, original)
+        pattern = _repeated(own, instead).to(device) if term.reads("pattern") else None
+        return Known(reference, other, teacher, outcomes, original, pattern)
 
     def rows(self, index: int, k: int) -> tuple[list[int], list[Row], list[Row]]:
         """The rows that step ``index`` takes of term ``k``: their numbers, themselves, with another answer."""
@@ -297,6 +301,15 @@ def _about(term: Term, rows: Sequence[Row], side: str) -> Request:
 def _rows_of(rows: Sequence[Row], device: torch.device) -> Tensor:
     counts = torch.tensor([row.labels for row in rows])
     return torch.repeat_interleave(torch.arange(len(rows)), counts).to(device)
+
+
+def _repeated(own: Sequence[Row], instead: Sequence[Row]) -> Tensor:
+    """For each answer token of ``own`` the token that the other answer, said over and over, has at its place [m]."""
+    out: list[int] = []
+    for row, other in zip(own, instead, strict=True):
+        said = other.ids[other.start :]
+        out += [said[k % len(said)] for k in range(row.labels)]
+    return torch.tensor(out)
 
 
 def _wide(p: Tensor) -> torch.dtype:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 Reduction = Literal["token_mean", "seq_sum_batch_mean", "seq_mean_batch_mean", "whole"]
 Role = Literal["forget", "retain"]
 Answers = Literal["refusal", "alternative", "fresh"]
-READABLE = frozenset({"own", "instead", "reference", "instead_reference", "logits", "labels", "place", "pattern", "teacher",
-                      "hidden", "original", "drift", "importance"})  # fmt: skip
+READABLE = frozenset({"own", "instead", "reference", "instead_reference", "logits", "labels", "place", "pattern",
+                      "teacher", "hidden", "original", "drift", "importance"})  # fmt: skip
 # Keyword-only parameters that the trainer fills in: ``done``, the share of training behind (0..1), and ``norms`` [l],
 # the mean length of the untouched model's states at each of the layers over (some hundred of) the forget rows.
 GIVEN = frozenset({"seed", "done", "norms"})
@@ -177,15 +177,18 @@ def _describe(
     run.__doc__ = "\n\n".join(inspect.cleandoc(text) for text in texts)
 
 
-def shared_signature(*, left_out: Sequence[str] = ()) -> Callable[[Callable[..., Edit]], Callable[..., Edit]]:
-    """Give an editor written with ``**shared`` the shared settings in its signature, but for those ``left_out``."""
+def shared_signature(
+    *, left_out: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
+) -> Callable[[Callable[..., Edit]], Callable[..., Edit]]:
+    """Give an editor written with ``**shared`` the shared settings in its signature, but for those ``left_out``; some
+    with other ``defaults``, which the editor must use itself where it is called without them."""
 
     def declare(function: Callable[..., Edit]) -> Callable[..., Edit]:
         kept = {"where", "seed", "progress", "checkpoint"}
         parameters = inspect.signature(function).parameters.values()
         own = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in kept}
         hints = get_type_hints(function)
-        _describe(function, own, {name: hints[name] for name in own}, {}, left_out)
+        _describe(function, own, {name: hints[name] for name in own}, defaults or {}, left_out)
         return function
 
     return declare

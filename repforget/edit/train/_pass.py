@@ -26,7 +26,11 @@ NEEDS = {"own": LABELS, "instead": LABELS, "reference": LABELS, "instead_referen
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """One weighted loss: an objective with its settings on the rows of a data set, for one side of the bargain."""
+    """One weighted loss: an objective with its settings on the rows of a data set, for one side of the bargain.
+
+    ``teachers``: per row, outcomes [labels, k] and log-probabilities [labels, k + 1] of them and of the rest, in place
+    of what the untouched model says; such a term reads nothing else of that model.
+    """
 
     objective: Objective
     settings: Mapping[str, Any]
@@ -34,6 +38,7 @@ class Term:
     weight: float
     data: Rows
     layers: tuple[int, ...] = ()
+    teachers: Sequence[tuple[Tensor, Tensor]] | None = None
 
     def reads(self, *names: str) -> bool:
         return any(name in self.objective.reads for name in names)
@@ -155,6 +160,7 @@ class Known:
     teacher: Tensor | None = None  # [m, V] or, reduced to the outcomes ``outcomes`` [m, k], [m, k + 1]
     outcomes: Tensor | None = None
     original: Tensor | None = None
+    pattern: Tensor | None = None  # [m] the tokens of another answer, repeated along the own one
 
 
 def values(
@@ -179,8 +185,9 @@ def values(
         if known.outcomes is not None:  # the teacher is known for its top outcomes only
             kept = known.outcomes[part]
             logits, labels = reduced(logits, kept), (kept == labels[:, None]).int().argmax(1)
-        teacher = None if known.teacher is None else known.teacher[part]
-        own_part = {"logits": logits, "labels": labels, "place": reading.place[part], "teacher": teacher}
+        own_part = {"logits": logits, "labels": labels, "place": reading.place[part]}
+        for name, whole in (("teacher", known.teacher), ("pattern", known.pattern)):
+            own_part |= {} if whole is None else {name: whole[part]}
         return objective.function(*(own_part.get(name, offered.get(name)) for name in objective.reads), **settings)
 
     return distribution(own.states, head, chunk)

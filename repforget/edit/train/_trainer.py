@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from repforget.artifact import Edit
+from repforget.edit.train._checkpoint import Checkpoint, Keeper, identity_of
 from repforget.edit.train._choose import Trainable, trainable
 from repforget.edit.train._data import Row, load_rows
 from repforget.edit.train._engine import Engine, Gradients, StepContext
@@ -27,6 +28,7 @@ from repforget.knowledge import EditData
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress, track
 from repforget.records import Localization
+from repforget.store import digest
 from repforget.training import Stepper
 
 RATE_TIMES_WIDTH = 0.04  # the learning rate of weights, times the width of the model
@@ -65,10 +67,10 @@ def train_objective(
 def train(
     model: LoadedModel, data: EditData, method: str, wanted: Sequence[Wanted], shared: Settings, *,
     where: Localization | None = None, seed: int = 0, progress: Progress | None = None, checkpoint: Path | None = None,
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None, ready: Sequence[Term] = (),
 ) -> Edit:  # fmt: skip
-    """Train the terms together and return what changed; the model itself is left as it is."""
-    terms = tuple(_terms(model, data, wanted, shared, seed))
+    """Train the terms together, those that are ``ready`` first, and return what changed; the model is left as it is."""
+    terms = (*ready, *_terms(model, data, wanted, shared, seed))
     with trainable(model, shared, terms, where, seed) as chosen:
         engine = Engine(
             model, terms, list(chosen.parameters), chosen.originals, chosen.untouched, _sizes(terms, shared),
@@ -76,9 +78,14 @@ def train(
         )  # fmt: skip
         engine.prepare()
         rate = _rate(model, shared, chosen)
-        notes = (*chosen.notes, *_steps(engine, chosen, shared, rate, seed, progress, checkpoint))
+        full = {**dataclasses.asdict(shared), **(settings or {}), "adapter": chosen.kind, "lr": rate}
+        kept = None if checkpoint is None else Checkpoint(checkpoint, identity_of(
+            method=method, settings=full, model=model.fingerprint, knowledge=data.digest, terms=_digest(terms),
+            seed=seed, where=None if where is None else digest(where.to_json()), dtype=str(model.dtype),
+            device=model.device.type, processes=engine.processes.world,
+        ))  # fmt: skip
+        notes = (*chosen.notes, *_steps(engine, chosen, shared, rate, seed, progress, kept))
         operations = chosen.operations()
-    full = {**dataclasses.asdict(shared), **(settings or {}), "adapter": chosen.kind, "lr": rate}
     return Edit.build(method, full, model, data.digest, operations, notes=notes)
 
 
@@ -89,7 +96,7 @@ def _terms(
     first = next((w for w in wanted if w.side == "forget" and "layers" in w.objective.settings), None)
     for w in wanted:
         instead = w.objective.instead
-        if instead is None and {"instead", "instead_reference"} & set(w.objective.reads):
+        if instead is None and {"instead", "instead_reference", "pattern"} & set(w.objective.reads):
             instead = "refusal"
         rows = load_rows(model, data, w.data, instead=instead, answers=w.answers, max_facts=shared.max_facts, seed=seed)
         if not rows.fixed and "instead_reference" in w.objective.reads and shared.teacher == "cached":
@@ -125,6 +132,16 @@ def _sizes(terms: Sequence[Term], shared: Settings) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+def _digest(terms: Sequence[Term]) -> str:
+    """Hash of what the terms are and of all their rows."""
+    def rows(term: Term) -> list[Row]:
+        instead = term.data.instead
+        return [*term.data.own, *([] if instead is None else [instead(0, i) for i in range(len(term.data.own))])]
+
+    return digest([(t.objective.name, t.settings, t.side, t.weight, t.data.name, t.layers,
+                    [(row.ids, row.start) for row in rows(t)]) for t in terms])  # fmt: skip
+
+
 def _rate(model: LoadedModel, shared: Settings, chosen: Trainable) -> float:
     if shared.lr != "auto":
         return float(shared.lr)
@@ -133,28 +150,42 @@ def _rate(model: LoadedModel, shared: Settings, chosen: Trainable) -> float:
 
 def _steps(
     engine: Engine, chosen: Trainable, shared: Settings, rate: float, seed: int, progress: Progress | None,
-    checkpoint: Path | None,
+    checkpoint: Checkpoint | None,
 ) -> tuple[str, ...]:  # fmt: skip
-    """Take the steps; returns what was seen."""
+    """Take the steps that are not behind already; returns what was seen."""
     stepper = Stepper(
         chosen.parameters, steps=shared.steps, lr=rate, optimizer=shared.optimizer, schedule=shared.schedule,
         warmup=shared.warmup, weight_decay=0.0 if chosen.masks else shared.weight_decay, clip=shared.clip,
         precision=shared.precision, seed=seed,
     )  # fmt: skip
+    carried: dict[str, Tensor] = {}
     compute = _computed(engine, shared)
-    combine = _combined(engine, shared, stepper)
+    combine = _combined(engine, shared, stepper, carried)
     watch = Watch(engine.model, engine.terms, shared, chosen.parameters)
-    watch.look(0)
-    for index in track(progress, range(shared.steps), "training", shared.steps):
-        gradient = combine(compute(index))
+    keeper = Keeper(checkpoint, stepper, carried, watch, writes=engine.processes.rank == 0)
+
+    def take(index: int) -> float:
+        gradient = combine(keeper.begin(compute(index)))
         for g, mask in zip(gradient, chosen.masks, strict=False):
             if mask is not None:
                 g.masked_fill_(~mask, 0.0)
         norm = stepper.step(index, gradient)
         chosen.keep_outside()
-        last = index + 1 == shared.steps
-        if (last or (index + 1) % shared.check_every == 0 or not math.isfinite(norm)) and not watch.look(index + 1):
-            break
+        return norm
+
+    behind = keeper.resume()
+    try:
+        for index in track(progress, range(behind, shared.steps), "training", shared.steps - behind):
+            norm, now = take(index), index + 1
+            looks = now == shared.steps or now % shared.check_every == 0 or not math.isfinite(norm)
+            if looks and not watch.look(now):
+                break
+            keeper.step = now
+            if looks and now < shared.steps:
+                keeper.write()
+    except KeyboardInterrupt:
+        keeper.write(always=True)
+        raise
     if watch.stopped.startswith("diverged") and watch.looks[-2].step == 0:
         raise NumericalError(f"Training {watch.stopped.partition(';')[0]}, before anything good was reached: lower "
                              "lr, raise retain_weight, or look more often (check_every).")  # fmt: skip
@@ -186,8 +217,10 @@ def _wrapped(function: Any, settings: Mapping[str, Any], step: StepContext) -> C
     return lambda sides=("forget", "retain"): {k: v for k, v in function(step, **settings).items() if k in sides}
 
 
-def _combined(engine: Engine, shared: Settings, stepper: Stepper) -> Callable[[Gradients], list[Tensor]]:
-    """How the gradients of both sides become one."""
+def _combined(
+    engine: Engine, shared: Settings, stepper: Stepper, state: dict[str, Tensor]
+) -> Callable[[Gradients], list[Tensor]]:
+    """How the gradients of both sides become one; ``state`` is what that carries from step to step."""
     name, settings = named(shared.combine)
     if name == "linear":
         return lambda found: found["all"] if "all" in found else _sum(found)
@@ -197,7 +230,6 @@ def _combined(engine: Engine, shared: Settings, stepper: Stepper) -> Callable[[G
     function = load_part("combine", name)
     asked = set(inspect.signature(function).parameters)
     _check_settings(f"'combine: {name}'", function, settings)
-    state: dict[str, Tensor] = {}
 
     def combine(found: Gradients) -> list[Tensor]:
         context = {"metric": stepper.metric if "metric" in asked else None, "losses": engine.losses}
