@@ -76,6 +76,7 @@ def run(
             if ahead is not None:
                 ahead.stop()
         _write_report(session, chosen, rungs, found, verdict, evidence, show_texts)
+        store.discard_unfinished()
     return RunResult(verdict, Path(out), tuple(rungs))
 
 
@@ -146,16 +147,20 @@ def _climb(session: Session, choice: Choice, where: Localization | None, looks: 
 
 
 def _edit(session: Session, choice: Choice, where: Localization | None) -> Path:
+    name = f"edit-{choice.name}"
+    key = session.key(method=choice.name, settings=choice.settings,
+                      where=None if where is None else digest(where.to_json()))  # fmt: skip
+    resumes = "checkpoint" in method("edit", choice.name).context
+
     def build(folder: Path) -> None:
         from repforget.edit._dispatch import edit
 
         made = edit(session.model, session.knowledge, choice.name, where=where, seed=session.recipe.seed,
-                    progress=session.progress, **choice.settings)  # fmt: skip
+                    progress=session.progress, checkpoint=session.store.unfinished(name, key) if resumes else None,
+                    **choice.settings)  # fmt: skip
         made.save(folder / "edit")
 
-    key = session.key(method=choice.name, settings=choice.settings,
-                      where=None if where is None else digest(where.to_json()))  # fmt: skip
-    return session.store.stage(f"edit-{choice.name}", key, build) / "edit"
+    return session.store.stage(name, key, build) / "edit"
 
 
 def _sealed(session: Session, rung: Rung, ahead: Apart | None) -> tuple[Verdict, tuple[Evidence, ...]]:

@@ -32,6 +32,7 @@ MANIFEST = "stage.json"
 LOCK = ".lock"
 TIMINGS = "timings.json"
 _TEMPORARY = ".tmp-"
+_UNFINISHED = ".unfinished"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
 
@@ -159,6 +160,15 @@ class Store:
         """Folder in which the stage of this key lies or would lie."""
         return self.root / f"{name}-{digest({'name': name, 'key': key, 'format': FORMAT_VERSION})[:12]}"
 
+    def unfinished(self, name: str, key: Mapping[str, Any]) -> Path:
+        """Folder for what the building of a stage keeps in case it is killed; removed when the stage is complete."""
+        return self.root / f".{self.place(name, key).name}{_UNFINISHED}"
+
+    def discard_unfinished(self) -> None:
+        """Remove what interrupted stages kept, those of other recipes and code too."""
+        for path in self.root.glob(f".*{_UNFINISHED}"):
+            _discard(path)
+
     def done(self, name: str, key: Mapping[str, Any]) -> bool:
         """True when the stage is complete (its files are checked when it is used)."""
         return (self.place(name, key) / MANIFEST).is_file()
@@ -189,6 +199,7 @@ class Store:
                 _discard(final)
                 os.rename(temporary, final)
                 _sync_folder(self.root)
+                _discard(self.unfinished(name, key))
             finally:
                 _discard(temporary)
             self._record_time(final.name, time.monotonic() - started)

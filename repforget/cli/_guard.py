@@ -20,10 +20,14 @@ ERROR_FILE = "error.txt"
 
 @dataclass
 class State:
-    """What the guard must know of the running command: whether to show tracebacks, and where results go."""
+    """What the guard must know of the running command: whether to show tracebacks, and where results go.
+
+    ``training`` is the folder in which an interrupted training keeps its state.
+    """
 
     debug: bool = False
     folder: Path | None = None
+    training: Path | None = None
 
 
 def guarded(arguments: Sequence[str]) -> int:
@@ -64,7 +68,10 @@ def _usage(error: click.UsageError) -> int:
 
 
 def _interrupted(state: State) -> int:
-    if state.folder is None:
+    if state.training is not None and state.training.is_dir():
+        _say(f"Interrupted: the state of training is kept in '{state.training}'; the same command continues from "
+             "there.")  # fmt: skip
+    elif state.folder is None:
         _say("Interrupted: nothing was written.")
     else:
         _say(f"Interrupted: every finished stage is kept in '{state.folder}'; the same command continues from there.")

@@ -11,8 +11,11 @@ from repforget.cli import _options as o
 from repforget.cli._output import print_json, print_table
 from repforget.cli._progress import display
 
+RESUME = "Folder in which training keeps its state: the same command continues from there after an interruption."
+
 
 def command(
+    context: typer.Context,
     method: o.Method,
     out: Annotated[Path, typer.Option("--out", help="Folder to save the edit to.")],
     model: o.Model = "organism:bios",
@@ -20,6 +23,7 @@ def command(
     where: Annotated[Path | None, typer.Option("--where", help="A localization saved by 'repforget locate'.")] = None,
     settings: o.Settings = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Also write the edited model as a plain checkpoint.")] = None,
+    resume: Annotated[Path | None, typer.Option(help=RESUME)] = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
@@ -34,8 +38,10 @@ def command(
 
     given = o.parse_settings(settings)
     discover.method("edit", method).settings(given)
+    context.obj.training = resume
     probe = load_knowledge(knowledge, seed=seed)
     from repforget.edit._dispatch import edit
+    from repforget.edit.train._checkpoint import discard
     from repforget.models.load import load
     from repforget.records import Localization
     from repforget.report import tables
@@ -44,11 +50,13 @@ def command(
     located = Localization.from_json(read_json(where)) if where is not None else None
     loaded = load(model, device=device, dtype=dtype)
     with display(as_json) as (progress, _):
-        made = edit(loaded, probe, method, where=located, seed=seed, progress=progress, **given)
+        made = edit(loaded, probe, method, where=located, seed=seed, progress=progress, checkpoint=resume, **given)
     with refusing(out):
         made.save(out)
         if checkpoint is not None:
             made.export_checkpoint(loaded, checkpoint)
+        if resume is not None:
+            discard(resume)
     manifest = tables.manifest_of(read_json(out / "edit.json"))
     if as_json:
         print_json({"folder": str(out), "manifest": manifest})

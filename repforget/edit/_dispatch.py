@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from repforget import discover
 from repforget.artifact import Edit
 from repforget.artifact.edit import plain
-from repforget.errors import RepforgetError
+from repforget.errors import RepforgetError, UsageError
 from repforget.knowledge import EditData, Knowledge
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress
@@ -17,7 +18,7 @@ from repforget.records import Localization
 
 def edit(
     model: LoadedModel, knowledge: Knowledge | EditData, method: str, *, where: Localization | None = None,
-    seed: int = 0, progress: Progress | None = None, **settings: Any,
+    seed: int = 0, progress: Progress | None = None, checkpoint: str | Path | None = None, **settings: Any,
 ) -> Edit:  # fmt: skip
     """Make an Edit of ``model`` with the editor ``method``; the model itself is left as it is.
 
@@ -27,6 +28,8 @@ def edit(
         method: name of an editor, for example "null_space_surgery".
         where: a Localization that tells layers and sites; editors that need one choose for themselves
         without. seed: everything random follows from it.
+        checkpoint: folder in which a trained editor keeps its state, and from which the same call continues to the
+        same bits after an interruption; the caller removes it when the edit is saved.
         settings: hyperparameters of the editor, validated against its signature.
 
     Raises UnknownNameError, RecipeError (settings), NoEffectError, and what the editor documents.  The
@@ -35,7 +38,10 @@ def edit(
     found = discover.method("edit", method)
     checked = found.settings(settings)
     data = knowledge.for_editor() if isinstance(knowledge, Knowledge) else knowledge
-    context = {"where": where, "seed": seed, "progress": progress}
+    if checkpoint is not None and "checkpoint" not in found.context:
+        raise UsageError(f"Editor '{method}' keeps no state from which it could be resumed: leave the folder out.")
+    kept = None if checkpoint is None else Path(checkpoint)
+    context = {"where": where, "seed": seed, "progress": progress, "checkpoint": kept}
     given = {name: value for name, value in context.items() if name in found.context}
     result = found.function(model, data, **checked, **given)
     if not isinstance(result, Edit):

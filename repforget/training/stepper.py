@@ -65,9 +65,9 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(index)
         for parameter, master, gradient in zip(self.parameters, self.masters, gradients, strict=True):
-            master.grad = None if gradient is None else gradient.to(master.dtype)
             if master is not parameter and self.precision == "stochastic":
                 master.data = parameter.detach().float()
+            master.grad = None if gradient is None else gradient.to(master.dtype)
         norm = torch.nn.utils.clip_grad_norm_(self.masters, self.clip if self.clip > 0 else math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -90,12 +90,12 @@ class Stepper:
                 parameter.copy_(master)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs, as tensors by name."""
-        out = {f"master.{i}": m.detach().clone() for i, m in enumerate(self._stored())}
+        """Everything a resumed run needs, as tensors by name, copied to the CPU."""
+        out = {f"master.{i}": m.detach().to("cpu", copy=True) for i, m in enumerate(self._stored())}
         for place, own in self.optimizer.state_dict()["state"].items():
             for name, value in own.items():
                 if value is not None:
-                    out[f"optimizer.{place}.{name}"] = torch.as_tensor(value).detach().clone()
+                    out[f"optimizer.{place}.{name}"] = torch.as_tensor(value).detach().to("cpu", copy=True)
         return out
 
     @torch.no_grad()
