@@ -47,6 +47,32 @@ def test_no_setting_hides_a_common_one(made: Objective) -> None:
     assert not set(made.settings) & {f.name for f in fields(Settings)}
 
 
+# Half of the disagreement among published numbers comes from these: how a loss is reduced, what it is trained beside.
+DECLARED = {
+    "token_mean": {"grad_ascent", "grad_diff", "weighted_ascent", "token_npo", "unlikelihood", "inverted_hinge", "nll",
+                   "max_entropy", "jensun", "pdu", "undial", "idk_nll", "prior_relabelling", "kl", "rkl", "js"},
+    "seq_sum_batch_mean": {"npo", "idk_dpo", "altpo", "answer_preservation"},
+    "seq_mean_batch_mean": {"simnpo", "flat"},
+    "refusal": {"idk_nll", "idk_dpo", "jensun", "flat", "answer_preservation"},
+    "alternative": {"altpo"},
+    "fresh": {"prior_relabelling"},
+    "defaults": {"grad_ascent": {"retain": "none"}, "grad_diff": {"retain": "nll"}, "jensun": {"retain": "js"},
+                 "pdu": {"combine": "constraint"}},
+    "settings": {"npo": {"beta": 0.1}, "simnpo": {"beta": 2.5, "delta": 0.0}, "idk_dpo": {"beta": 0.1},
+                 "altpo": {"beta": 0.1}, "weighted_ascent": {"beta": 1.0, "saturation": 0.0},
+                 "token_npo": {"beta": 4.0, "power": 0.0}, "answer_preservation": {"beta": 0.1}},
+}  # fmt: skip
+REDUCTIONS = [key for key in DECLARED if key.endswith("_mean")]
+
+
+@pytest.mark.parametrize("made", [o for o in ALL if any(o.name in DECLARED[r] for r in REDUCTIONS)], **named)
+def test_declarations_are_the_published_ones(made: Objective) -> None:
+    assert made.name in DECLARED[made.reduction]
+    assert made.instead is None or made.name in DECLARED[made.instead]
+    assert made.defaults == DECLARED["defaults"].get(made.name, {})  # type: ignore[attr-defined]
+    assert made.bound({}).items() >= DECLARED["settings"].get(made.name, {}).items()  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("made", ALL, **named)
 def test_values_come_as_the_reduction_says(made: Objective, dtype: torch.dtype) -> None:

@@ -24,19 +24,19 @@ CRITICS: Mapping[Divergence, tuple[Callable[[Tensor], Tensor], Callable[[Tensor]
 }
 
 
-@objective("seq_mean_batch_mean", instead="refusal", defaults={"retain": "none"})
+@objective("seq_mean_batch_mean", instead="refusal")
 def flat(own: Scores, instead: Scores, *, divergence: Divergence = "kl") -> Tensor:
     """Make a template answer likely and the forget answer unlikely, each by its mean probability per token.
 
     ``-g(P+) + f*(g(P-))`` per pair [n], P+ and P- the mean token probabilities of the template and of the forget
     answer: the variational form of an f-divergence, critic g, conjugate f* (Nowozin et al. 2016, arXiv 1606.00709).
     Kullback-Leibler: -P+ + exp(P- - 1); total variation: (tanh P- - tanh P+) / 2.  Source: Wang et al. 2024, arXiv
-    2410.11143; published without retain data, learning rate 1e-5, 5 epochs (TOFU).
+    2410.11143; published without retain data (``retain: none``), learning rate 1e-5, 5 epochs (TOFU).
     Cost: forward and backward on both answers, no reference.
 
     Weakness: gradients of probabilities vanish for tokens that are impossible and for those that are certain, so that
-    it is slow at both ends; nothing holds the retained facts.  It does not show that the answer is gone, as it may fall
-    by the template alone.
+    it is slow at both ends; alone it holds no retained fact.  It does not show that the answer is gone: the loss may
+    fall by the template alone.
     """
     critic, conjugate = CRITICS[divergence]
     return conjugate(_probability(own)) - critic(_probability(instead))
