@@ -97,9 +97,16 @@ class ProbeFile(_Strict):
 
     name: str = Field(min_length=1)
     about: str = ""
+    ask: str = "{question}"  # what is written around every prompt and paraphrase, for example a chat template
     separator: str = " "
     sets: Sets
     templates: dict[str, Templates] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _asks(self) -> ProbeFile:
+        if "{question}" not in self.ask:
+            raise ValueError("'ask' must contain {question}, the place of every prompt and paraphrase")
+        return self
 
 
 @dataclass(frozen=True)
@@ -183,7 +190,7 @@ def _items(folder: Path, name: str, source: SetFile | None, probe: ProbeFile) ->
         if wrong:
             faults += [f"{row.place}: {text}" for text in wrong]
             continue
-        yield Item(**fields, separator=probe.separator)
+        yield Item(**_asked(fields, probe.ask), separator=probe.separator)
     if faults:
         more = [f"and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
         title = f"The {name} set of probe '{probe.name}' has {len(faults)} faults:"
@@ -331,3 +338,9 @@ def _from_template(fields: dict[str, Any], probe: ProbeFile) -> tuple[dict[str, 
     statements = [text.replace("{subject}", subject) for text in template.statements]
     own = {"prompt": questions[0], "paraphrases": tuple(questions[1:]), "statements": tuple(statements)}
     return {**own, **fields}, []
+
+
+def _asked(fields: dict[str, Any], ask: str) -> dict[str, Any]:
+    """The fields with ``ask`` written around what the judge asks."""
+    paraphrases = tuple(ask.replace("{question}", text) for text in fields.get("paraphrases", ()))
+    return {**fields, "prompt": ask.replace("{question}", fields["prompt"]), "paraphrases": paraphrases}

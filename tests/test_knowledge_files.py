@@ -65,6 +65,16 @@ def test_templates_make_prompt_paraphrases_and_statements(probe: Callable[..., P
     assert item.statements == ("P3 was born in",) and item.cluster == "P3" and item.continuation() == "T3"
 
 
+def test_what_is_written_around_questions_reaches_the_judge_and_not_the_statements(probe: Callable[..., Path]) -> None:
+    text = PLAIN + 'ask: "<user>{question}</user>\\n"\n'
+    first = {**rows("f")[0], "statements": ["S"]}
+    items = load_knowledge(probe(text, forget=[first, *rows("f")[1:]])).forget
+    assert items[0].statements == ("S",) and items[0].prompt == "<user>Q f 0 0?</user>\n"
+    assert items[1].paraphrases == ("<user>Asked again: f 0 1?</user>\n",)
+    with pytest.raises(RecipeError, match="'ask' must contain {question}"):
+        load_knowledge(probe(PLAIN + "ask: no place\n"))
+
+
 def test_columns_clusters_of_rows_and_general_texts(probe: Callable[..., Path]) -> None:
     text = ("name: mapped\nsets:\n  forget: {path: forget.jsonl, columns: {q: prompt, a: answer}, cluster: {rows: 2}, "
             "relation: qa}\n  retain: retain.jsonl\n  general: general.jsonl\n")  # fmt: skip
