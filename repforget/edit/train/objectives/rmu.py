@@ -21,8 +21,8 @@ def rmu(
 ) -> Tensor:  # fmt: skip
     """Pull the states of the forget texts at ``layers`` towards one random vector of length ``coefficient``.
 
-    ``|h - coefficient u|² / d`` per token [m], mean over layers; u a unit vector drawn once per ``seed``: symmetric,
-    or with non-negative entries ("uniform01", as released), where any two draws share a direction (cosine 0.75).
+    ``|h - coefficient u|² / d`` per token [m], mean over layers; u a unit vector drawn once per ``seed``; ``u_dist``:
+    symmetric, or non-negative ("uniform01", as released), where any two draws share a direction (cosine 0.75).
     Source: Li et al. 2024, arXiv 2403.03218, eq. 1.  ``coefficient`` is absolute and has to exceed the usual norm of
     the states by far; :func:`adaptive_rmu` measures it instead.  By default it trains the MLP output projections of
     the last three layers up to the one read, against :func:`hidden_state` at the same layers with weight 100.
