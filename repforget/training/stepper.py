@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from repforget.errors import UsageError
+from repforget.training.optimizers import Sign, Sophia
 
 Schedule = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw", "adam", "sgd", "nesterov", "adagrad", "adadelta"]
+AnyOptimizer = Literal[Optimizer, "sign", "sophia"]
 Precision = Literal["masters", "stochastic", "plain"]
 MOMENTUM = 0.9  # of the two forms of stochastic gradient descent
+REFRESH = 10  # steps for which an estimate of curvature serves
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: int, schedule: Schedule) -> float:
@@ -37,7 +40,7 @@ class Stepper:
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], *, steps: int, lr: float, optimizer: Optimizer = "adamw",
+        self, parameters: Sequence[Tensor], *, steps: int, lr: float, optimizer: AnyOptimizer = "adamw",
         schedule: Schedule = "cosine", warmup: int = 0, weight_decay: float = 0.0, beta2: float = 0.98,
         clip: float = 1.0, precision: Precision = "masters", seed: int = 0,
     ) -> None:  # fmt: skip
@@ -73,6 +76,12 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         self.write(index)
         return float(norm)
+
+    def refresh(self, index: int, drawn: Callable[[int], tuple[Sequence[Tensor | None], int]]) -> None:
+        """Every tenth step, let an optimiser that wants curvature take it from the gradients that ``drawn`` makes."""
+        if isinstance(self.optimizer, Sophia) and index % REFRESH == 0:
+            gradients, count = drawn(index)
+            self.optimizer.refresh(dict(zip(self.masters, gradients, strict=True)), count)
 
     @torch.no_grad()
     def write(self, index: int) -> None:
@@ -120,7 +129,7 @@ class Stepper:
 
 
 def _optimizer(
-    masters: Sequence[Tensor], lr: float, decay: float, beta2: float, kind: Optimizer
+    masters: Sequence[Tensor], lr: float, decay: float, beta2: float, kind: AnyOptimizer
 ) -> torch.optim.Optimizer:
     """The optimiser with weight decay on matrices only (vectors are norms and biases)."""
     parts = [([p for p in masters if p.ndim >= 2], decay), ([p for p in masters if p.ndim < 2], 0.0)]
@@ -136,3 +145,7 @@ def _optimizer(
             return torch.optim.Adagrad(groups, lr=lr)
         case "adadelta":
             return torch.optim.Adadelta(groups, lr=lr)
+        case "sign":
+            return Sign(groups, lr=lr)
+        case "sophia":
+            return Sophia(groups, lr=lr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -17,10 +18,12 @@ from repforget.edit.train._objective import Role, Scores
 from repforget.edit.train._pass import HIDDEN, LABELS, STATES, Known, Reading, Request, Term, read, request_of, values
 from repforget.edit.train._processes import Processes
 from repforget.models.load import LoadedModel
+from repforget.training.optimizers import drawn_loss
 
 Gradients = dict[str, list[Tensor]]
 TEACHER_BYTES = 1 << 30  # of full teacher distributions held; beyond, the most likely outcomes only
 OUTCOMES = 64
+DRAWN = 1 << 26  # logits from which the curvature of a step is read
 READ_ROWS = 64  # rows per forward of the untouched model
 NORM_ROWS = 256  # forget rows whose states measure their usual length
 
@@ -137,20 +140,23 @@ class Engine:
         instead = [data.instead(index, i) for i in numbers] if data.instead is not None else []
         return numbers, [data.own[i] for i in numbers], instead
 
-    def gradients(self, index: int, sides: Sequence[str]) -> Gradients:
+    def gradients(self, index: int, sides: Sequence[str], rows: slice = slice(None)) -> Gradients:
         """Gradients of the weighted losses of step ``index``, per side; "all" is the sum of both.
 
         Values are summed over parts and processes and divided by the counts of the whole step, so that the result
-        does not depend on how the step was cut.
+        does not depend on how the step was cut.  Sides that are not asked for are not read, and their ``losses`` stay;
+        ``rows`` takes only some of the step's rows.
         """
+        asked = self.sides if "all" in sides else tuple(side for side in self.sides if side in sides)
         found: Gradients = {side: [torch.zeros_like(p, dtype=_wide(p)) for p in self.parameters] for side in sides}
-        losses: dict[str, float] = dict.fromkeys(self.sides, 0.0)
-        whole = [self.rows(index, k) for k in range(len(self.terms))]
+        losses: dict[str, float] = dict.fromkeys(asked, 0.0)
+        taken = [self.rows(index, k) if term.side in asked else ([], [], []) for k, term in enumerate(self.terms)]
+        whole = [(numbers[rows], own[rows], instead[rows]) for numbers, own, instead in taken]
         counts = [max(1, term.count(own, instead)) for term, (_, own, instead) in zip(self.terms, whole, strict=True)]
         for part in range(self.accumulate):
             own_part = [tuple(self.processes.share(x[part :: self.accumulate]) for x in rows) for rows in whole]
             with torch.enable_grad():
-                by_side = self._losses(index, own_part, counts, part)
+                by_side = self._losses(index, own_part, counts, part, asked)
                 for side, loss in by_side.items():
                     losses[side] += float(loss.detach())
                 self._add(found, by_side)
@@ -159,7 +165,7 @@ class Engine:
         if self.processes.world > 1:
             sums = self.processes.total([torch.tensor(losses[s], dtype=torch.float64) for s in losses])
             losses = {s: float(v) for s, v in zip(losses, sums, strict=True)}
-        self.losses = losses
+        self.losses = {**self.losses, **losses}
         return found
 
     def _add(self, found: Gradients, by_side: Mapping[str, Tensor]) -> None:
@@ -173,7 +179,9 @@ class Engine:
                 if g is not None:
                     total.add_(g)
 
-    def _losses(self, index: int, parts: Sequence[Any], counts: Sequence[int], part: int) -> dict[str, Tensor]:
+    def _losses(
+        self, index: int, parts: Sequence[Any], counts: Sequence[int], part: int, asked: Sequence[Role]
+    ) -> dict[str, Tensor]:
         """The weighted losses by side of one part of a step."""
         requests: list[Request] = []
         places: list[tuple[int | None, int | None]] = []
@@ -190,7 +198,7 @@ class Engine:
         head = head_of(self.model.module)
         for k, (term, (numbers, own, instead)) in enumerate(zip(self.terms, parts, strict=True)):
             mine = [None if at is None else readings[at] for at in places[k]]
-            whole = term.objective.reduction == "whole"
+            whole = term.objective.reduction == "whole" and term.side in asked
             if not any(mine) and not (whole and part == 0 and self.processes.rank == 0):
                 continue
             found = values(term, head, mine[0], mine[1], self.known(k, term, own, instead, numbers),
@@ -237,6 +245,18 @@ class Engine:
                         total.add_(g.to(total.dtype).square() / len(rows))
         return out
 
+    def drawn(self, index: int) -> tuple[list[Tensor | None], int]:
+        """Gradients of the mean loss at labels that the model draws at the answers of step ``index``; their number."""
+        rows = [row for k in range(len(self.terms)) for row in self.rows(index, k)[1]]
+        head, generator = head_of(self.model.module), torch.Generator().manual_seed(hash((self.seed, index)) % 2**63)
+        ends = itertools.accumulate(row.labels for row in rows)
+        few = [row for row, end in zip(rows, ends, strict=True) if end * head.size <= DRAWN] or rows[:1]
+        with torch.enable_grad():
+            (found,) = read(self.model, [Request(tuple(few), frozenset({STATES}))])
+            assert found.states is not None  # the request asked for them
+            loss = drawn_loss(head.logits(found.states), generator)
+            return list(torch.autograd.grad(loss, self.parameters, allow_unused=True)), len(found.labels)
+
     def nll(self, rows: Sequence[Row]) -> Tensor:
         """Mean negative log-probability per answer token of rows (nats), with gradient."""
         (found,) = read(self.model, [Request(tuple(rows), frozenset({LABELS}))])
@@ -264,8 +284,9 @@ class StepContext:
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(hash((self.engine.seed, self.index)) % 2**63)
 
-    def gradients(self, sides: Sequence[str] = ("forget", "retain")) -> Gradients:
-        return self.inner(sides)
+    def gradients(self, sides: Sequence[str] = ("forget", "retain"), rows: slice | None = None) -> Gradients:
+        """Those of the wrappers inside this one; of some ``rows`` of the step only, the plain ones."""
+        return self.inner(sides) if rows is None else self.engine.gradients(self.index, sides, rows)
 
     def loss(self, side: str) -> float:
         """Loss of a side at the last gradients."""

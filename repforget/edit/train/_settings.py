@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from repforget.errors import UsageError
-from repforget.training import Optimizer, Schedule
+from repforget.training import AnyOptimizer, Schedule
 
 Named = str | dict[str, Any]  # "kl" or {kl: {settings}}
 
@@ -40,7 +40,7 @@ class Settings:
     retain_batch: int | None = None
     accumulate: int = 1
     lr: float | Literal["auto"] = "auto"
-    optimizer: Optimizer = "adamw"
+    optimizer: AnyOptimizer = "adamw"
     schedule: Schedule = "linear"
     warmup: int = 5
     weight_decay: float = 0.0

@@ -165,10 +165,13 @@ def _steps(
     keeper = Keeper(checkpoint, stepper, carried, watch, writes=engine.processes.rank == 0)
 
     def take(index: int) -> float:
-        gradient = combine(keeper.begin(compute(index)))
-        for g, mask in zip(gradient, chosen.masks, strict=False):
-            if mask is not None:
-                g.masked_fill_(~mask, 0.0)
+        found = keeper.begin(compute(index))
+        for side in found.values():  # before they are combined: what cannot move is no part of their angle
+            for g, mask in zip(side, chosen.masks, strict=False):
+                if mask is not None:
+                    g.masked_fill_(~mask, 0.0)
+        gradient = combine(found)
+        stepper.refresh(index, engine.drawn)
         norm = stepper.step(index, gradient)
         chosen.keep_outside()
         return norm
