@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import edit_models
 import pytest
 import tiny_models
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from repforget.artifact import AddVector, DenseDelta, Edit, LowRankDelta, average
 from repforget.edit.train._adapters import KINDS, LARGE, LOW_RANK, adaptable, adapted, model_size_default
-from repforget.edit.train._fila import squared_gradients
+from repforget.edit.train._fila import row_weights, squared_gradients
 from repforget.errors import ArtifactError, UnknownNameError, UsageError
 from repforget.models.capture import capture
 from repforget.models.check import probe_batch
@@ -43,7 +44,7 @@ def _importance(module: Any, kind: str, names: tuple[str, ...]) -> Any:
     if kind != "fila":
         return None
     forget, retain = (squared_gradients(module, names, [(row, 3)]) for row in ((1, 8, 9, 7, 5), (1, 30, 31, 32)))
-    return {name: (forget[name], retain[name]) for name in names}
+    return row_weights(module, forget, retain)
 
 
 def _train(module: Any, parameters: Any, steps: int = 3) -> None:
@@ -233,7 +234,8 @@ def test_fila_starts_at_the_leading_part_of_the_scaled_weights() -> None:
     module, name = model.module, "model.layers.0.mlp.up_proj.weight"
     weight = module.get_parameter(name).detach().double()
     forget, retain = (torch.rand(weight.shape, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
-    with adapted(module, "fila", [name], rank=2, alpha=6.0, importance={name: (forget, retain)}) as adapter:
+    importance = row_weights(module, {name: forget}, {name: retain})
+    with adapted(module, "fila", [name], rank=2, alpha=6.0, importance=importance) as adapter:
         (op,) = adapter.operations()
     assert isinstance(op, LowRankDelta) and op.u.shape[1] == 4 and len(adapter.parameters) == 2
     started, subtracted = op.u[:, :2] @ op.v[:2], op.u[:, 2:] @ op.v[2:]
@@ -244,6 +246,23 @@ def test_fila_starts_at_the_leading_part_of_the_scaled_weights() -> None:
     torch.testing.assert_close(scale[:, None] * started.double(), leading, rtol=1e-3, atol=1e-4)
     with pytest.raises(UsageError, match="importance"), adapted(module, "fila", [name], rank=2):
         pass
+
+
+@pytest.mark.parametrize("adapter", ["lora", "fila", "ia3"])
+def test_a_trained_editor_trains_any_adapter_and_leaves_the_unembedding_alone(adapter: str) -> None:
+    from repforget.edit.train.objectives.npo import npo
+
+    model, data = edit_models.model(), edit_models.people().for_editor()
+    before = _tree(model.module), model.fingerprint
+    edit = npo(model, data, adapter=adapter, steps=4, batch_size=8, rank=2, alpha=4.0)
+    assert (_tree(model.module), fingerprint(model.module)) == before
+    assert edit.manifest.settings["adapter"] == adapter
+    ranks = {op.u.shape[1] for op in edit.operations if isinstance(op, LowRankDelta)}
+    assert ranks == {"lora": {2}, "fila": {4}, "ia3": set()}[adapter]
+    assert set(edit.manifest.weights) <= set(_names(model.module)) and len(edit.manifest.weights) == 14
+    if adapter == "fila":
+        with pytest.raises(UsageError, match="no retain term"):
+            npo(model, data, adapter=adapter, steps=1, retain="none")
 
 
 @settings(max_examples=20, deadline=None)

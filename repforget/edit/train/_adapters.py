@@ -39,7 +39,6 @@ NAME = "default"
 BLOCKS = ("oft_block_size", "block_size", "group_size")  # settings of peft that must divide the sizes of a matrix
 SEEDS = ("projection_prng_key", "projection_seed", "random_loc_seed", "random_seed", "rng_seed")
 TABLES = ("_parameters", "_buffers", "_modules")
-Importance = Mapping[str, tuple[Tensor, Tensor]]  # parameter -> mean squared gradients on (forget, retain) tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +75,7 @@ class Adapter:
 @contextmanager
 def adapted(
     module: nn.Module, kind: str, names: Sequence[str], *, rank: int = 16, alpha: float | Literal["auto"] = "auto",
-    seed: int = 0, importance: Importance | None = None,
+    seed: int = 0, importance: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Adapter]:  # fmt: skip
     """Put an adapter of peft on the named weights ("model.layers.0.mlp.down_proj.weight") while inside ``with``.
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from repforget.artifact import DenseDelta, Operation, SparseDelta
+from repforget.artifact.weights import owner_of
 from repforget.edit.train._adapters import adaptable, adapted, model_size_default
+from repforget.edit.train._fila import row_weights, squared_gradients
 from repforget.edit.train._masks import masks, reproject
 from repforget.edit.train._pass import Term, swapped
 from repforget.edit.train._settings import Settings
@@ -22,6 +24,7 @@ from repforget.models.sites import site_map
 from repforget.records import Localization
 from repforget.training import only
 
+FILA_ROWS = 128  # of each side, for the importance of weights
 SPARSE = 1 / 3  # share of changed entries below which a delta is stored by index
 
 
@@ -60,9 +63,13 @@ def trainable(
     module = model.module
     if kind != "none":
         names = adaptable(module, names)
+        if shared.targets == "auto":  # the unembedding is left alone, and stays one fused product
+            names = tuple(n for n in names if owner_of(module, n)[0] is not module.get_output_embeddings())
         if not names:
             raise UsageError(f"None of the targets can carry an adapter '{kind}': name matrices, or set adapter: none.")
-        with adapted(module, kind, names, rank=shared.rank, alpha=shared.alpha, seed=seed) as adapter:
+        importance = _importance(module, names, terms) if kind == "fila" else None
+        with adapted(module, kind, names, rank=shared.rank, alpha=shared.alpha, seed=seed,
+                     importance=importance) as adapter:  # fmt: skip
             own = list(adapter.parameters.values())
             with only(module, own):
                 yield Trainable(own, [p.detach().clone() for p in own], adapter.off, adapter.operations, kind)
@@ -81,6 +88,18 @@ def trainable(
         with torch.no_grad():
             for parameter, original in zip(own, start, strict=True):
                 parameter.copy_(original)
+
+
+def _importance(module: nn.Module, names: Sequence[str], terms: Sequence[Term]) -> dict[str, Tensor]:
+    """How much more the outputs of matrices matter to what must go than to what must stay."""
+    found = []
+    for side in ("forget", "retain"):
+        rows = next((term.data.own for term in terms if term.side == side), None)
+        if rows is None:
+            raise UsageError(f"Adapter 'fila' weighs forgetting against keeping and there is no {side} term: give one, "
+                             "or use adapter 'lora'.")  # fmt: skip
+        found.append(squared_gradients(module, names, [(row.ids, row.start) for row in rows[:FILA_ROWS]]))
+    return row_weights(module, *found)
 
 
 def _names(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repforget.artifact.weights import is_conv1d
+from repforget.artifact.weights import is_conv1d, owner_of
 from repforget.errors import UsageError
 from repforget.training import only
 
@@ -44,12 +44,20 @@ def squared_gradients(
     return dict(zip(names, total, strict=True))
 
 
-def start_at(tuner: Any, layers: Mapping[str, Any], importance: Mapping[str, tuple[Tensor, Tensor]], name: str) -> None:
+def row_weights(module: nn.Module, forget: Mapping[str, Tensor], retain: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``sqrt(sum_j F_ij / (R_ij + 1e-5))`` of every output i of the named matrices, from squared gradients F and R."""
+    out = {}
+    for name, gradients in forget.items():
+        ratio = gradients / (retain[name] + TINY)
+        out[name] = ratio.sum(0 if is_conv1d(owner_of(module, name)[0]) else -1).sqrt()
+    return out
+
+
+def start_at(tuner: Any, layers: Mapping[str, Any], importance: Mapping[str, Tensor], name: str) -> None:
     """Set the LoRA layers of adapter ``name`` to the leading part of the scaled weights, and subtract it again.
 
-    ``importance``: parameter -> mean squared gradients (F, R) on what must go and what must stay.  With row weights
-    w_i = sqrt(sum_j F_ij / (R_ij + 1e-5)) and U S V' = diag(w) W: A0 = sqrt(S / s) V', B0 = diag(1 / (w + 1e-5)) U
-    sqrt(S / s), s the scale of the adapter.
+    ``importance``: parameter -> row weights w [out].  With U S V' = diag(w) W and s the scale of the adapter,
+    A0 = sqrt(S / s) V' and B0 = diag(1 / (w + 1e-5)) U sqrt(S / s).
     """
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
@@ -63,7 +71,7 @@ def start_at(tuner: Any, layers: Mapping[str, Any], importance: Mapping[str, tup
     tuner.set_adapter([name, START])
     tuner.set_requires_grad(START, False)
     for weight, layer in layers.items():
-        a, b = _start(layer, *importance[weight], name)
+        a, b = _start(layer, importance[weight], name)
         with torch.no_grad():
             for adapter, sign in ((name, 1), (START, -1)):
                 layer.lora_A[adapter].weight[: len(a)] = a  # all of it, unless the rank exceeds that of the weight
@@ -76,15 +84,12 @@ def _conv1d() -> Any:
     return Conv1D
 
 
-def _start(layer: Any, forget: Tensor, retain: Tensor, name: str) -> tuple[Tensor, Tensor]:
+def _start(layer: Any, weights: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """A0 [r, in] and B0 [out, r]."""
     base = layer.get_base_layer()
     weight = base.weight.detach().float()
-    ratio = forget.to(weight) / (retain.to(weight) + TINY)
-    if is_conv1d(base):
-        weight, ratio = weight.T, ratio.T
-    rows = ratio.sum(1).sqrt()[:, None]
-    u, s, vh = torch.linalg.svd(rows * weight, full_matrices=False)
+    rows = weights.to(weight)[:, None]
+    u, s, vh = torch.linalg.svd(rows * (weight.T if is_conv1d(base) else weight), full_matrices=False)
     size = len(layer.lora_A[name].weight)
     root = (s[:size] / layer.scaling[name]).sqrt()
     return root[:, None] * vh[:size], u[:, :size] * root / (rows + TINY)
