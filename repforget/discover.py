@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 ROOMS = {"locate": "repforget.locators", "edit": "repforget.editors", "verify": "repforget.verifiers",
          "bench": "repforget.benchmarks"}  # fmt: skip
 LEVELS = ("quick", "standard", "thorough")  # names of the budgets a method may offer
-CONTEXT = frozenset({"seed", "where", "twins", "references", "progress", "checkpoint"})  # given by the caller, never by a recipe
+# Given by the caller, never by a recipe.
+CONTEXT = frozenset({"seed", "where", "twins", "references", "progress", "checkpoint"})
 BENCH_CONTEXT = CONTEXT | {"data", "reference", "part"}
 # Parts of a room that are no method.
 PRIVATE_MODULES = frozenset({"verdict", "battery", "arms", "statistics", "retain", "combine", "robust"})
@@ -54,6 +55,11 @@ class Method:
     @property
     def context(self) -> frozenset[str]:
         return CONTEXT & set(inspect.signature(self.function).parameters)
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Settings that a whole family has (the trained editors'), described once and not with each method."""
+        return frozenset(getattr(self.function, "shared_settings", ()))
 
     def constant(self, name: str, default: Any = None) -> Any:
         """A constant of the method's file, such as MEASURES."""

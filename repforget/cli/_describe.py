@@ -66,12 +66,15 @@ def markdown_table(room: str) -> str:
     """The table of a stage for the documentation: method, effect, settings with their defaults."""
     lines = [f"| {room} | what it does | settings |", "| --- | --- | --- |"]
     for entry in described(room):
-        settings = ", ".join(f"`{name}={default}`" for name, _, default in entry.settings) or "none"
-        lines.append("| " + " | ".join(_cell(text) for text in (f"`{entry.name}`", entry.summary, settings)) + " |")
+        shared = discover.method(room, entry.name).shared
+        own = [f"`{name}={default}`" for name, _, default in entry.settings if name not in shared]
+        settings = ", ".join([*own, *(["those of training"] if shared else [])]) or "none"
+        lines.append("| " + " | ".join(cell(text) for text in (f"`{entry.name}`", entry.summary, settings)) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """Text as one cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 

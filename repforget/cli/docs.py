@@ -1,8 +1,8 @@
 """Regenerate the blocks of the documentation that come from the code: ``python -m repforget.cli.docs [--check]``.
 
 A block lies between ``<!-- generated: NAME -->`` and ``<!-- end generated -->``; NAME is ``methods`` with a room,
-``help``, ``attacks``, ``quickstart`` (from the committed verdict of that experiment) or ``calibration`` (from the
-shipped calibration, of which the picture in docs/ is drawn too).
+``help``, ``attacks``, ``quickstart`` (from the committed verdict of that experiment), ``calibration`` (from the shipped
+calibration, of which the picture in docs/ is drawn too), or one of the tables of training (cli/_training_docs.py).
 """
 
 from __future__ import annotations
@@ -94,15 +94,20 @@ def calibration_picture() -> str:
     return picture(calibrated()["measures"], calibrated()["organisms"], NEEDED)
 
 
+FOLDERS = {"retain terms": "retain", "ways of combining": "combine", "robust wrappers": "robust"}
 PICTURES: Mapping[str, Callable[[], str]] = {"docs/calibration.svg": calibration_picture}
 
 
 def makers() -> Mapping[str, Callable[[], str]]:
     from repforget.cli import _describe as d
+    from repforget.cli import _training_docs as t
 
     tables = {f"methods {room}": lambda room=room: d.markdown_table(room) for room in d.ROOMS}
-    return {**tables, "help": help_block, "quickstart": quickstart_block, "attacks": attacks_block,
-            "calibration": calibration_block}  # fmt: skip
+    parts = {name: lambda folder=folder: t.parts_block(folder) for name, folder in FOLDERS.items()}
+    return {**tables, **parts, "help": help_block, "quickstart": quickstart_block, "attacks": attacks_block,
+            "calibration": calibration_block, "objectives": t.objectives_block, "trained editors": t.editors_block,
+            "gradients": t.gradients_block, "training settings": t.shared_block,
+            "leaderboard": t.leaderboard_block}  # fmt: skip
 
 
 def regenerated(text: str) -> str:

@@ -173,6 +173,7 @@ def _describe(
         "model": LoadedModel, "data": EditData, "where": Localization | None, "seed": int, "progress": Any,
         "checkpoint": Path | None, **hints, **types, "return": Edit,
     }  # fmt: skip
+    run.shared_settings = frozenset(shared)  # type: ignore[attr-defined]
     texts = (run.__doc__ or "", Settings.__doc__ or "")
     run.__doc__ = "\n\n".join(inspect.cleandoc(text) for text in texts)
 
