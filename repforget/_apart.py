@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from repforget._session import Session
+from repforget._workers import without_launcher
 from repforget.errors import RepforgetError
 from repforget.progress import track
 
@@ -79,7 +80,7 @@ def start(session: Session, arms: Sequence[str], edit: Path | None) -> Apart:
     # A session of its own: Ctrl-C reaches the run alone, which then stops this process.
     process = subprocess.Popen(
         [sys.executable, "-m", "repforget._sealed"], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        start_new_session=True, env={**without_launcher(), "OMP_NUM_THREADS": str(threads)},
     )  # fmt: skip
     if process.stdin is not None:
         process.stdin.write(json.dumps(job))

@@ -14,6 +14,7 @@ from typing import Any
 
 from repforget._apart import Apart, controls, measure_sealed, one_share, side_by_side, start
 from repforget._session import Echo, Plan, Session, open_session, plan
+from repforget._workers import ask
 from repforget.discover import method
 from repforget.progress import Progress, track
 from repforget.recipe import Choice, Recipe
@@ -155,9 +156,11 @@ def _edit(session: Session, choice: Choice, where: Localization | None) -> Path:
     def build(folder: Path) -> None:
         from repforget.edit._dispatch import edit
 
-        made = edit(session.model, session.knowledge, choice.name, where=where, seed=session.recipe.seed,
-                    progress=session.progress, checkpoint=session.store.unfinished(name, key) if resumes else None,
-                    **choice.settings)  # fmt: skip
+        data, seed = session.knowledge.for_editor(), session.recipe.seed
+        kept = session.store.unfinished(name, key) if resumes else None
+        ask(session.model, data, choice.name, choice.settings, where=where, seed=seed, checkpoint=kept)
+        made = edit(session.model, data, choice.name, where=where, seed=seed, progress=session.progress,
+                    checkpoint=kept, **choice.settings)  # fmt: skip
         made.save(folder / "edit")
 
     return session.store.stage(name, key, build) / "edit"

@@ -287,7 +287,8 @@ def test_the_loop_goes_on_in_the_middle_of_a_training(tmp_path: Path, monkeypatc
     from repforget.training import Stepper
 
     settings = {"steps": 6, "check_every": 2, "batch_size": 4, "max_facts": 16}
-    recipe = Recipe(model="organism:bios", knowledge="bios-people", ladder=(Choice(name="grad_diff", settings=settings),))
+    ladder = (Choice(name="grad_diff", settings=settings),)
+    recipe = Recipe(model="organism:bios", knowledge="bios-people", ladder=ladder)
     session = loop.open_session(recipe, Store(tmp_path / "run"), None, lambda line: None)
     taken: list[int] = []
     step = Stepper.step

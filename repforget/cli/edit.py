@@ -40,6 +40,7 @@ def command(
     discover.method("edit", method).settings(given)
     context.obj.training = resume
     probe = load_knowledge(knowledge, seed=seed)
+    from repforget._workers import ask, together
     from repforget.edit._dispatch import edit
     from repforget.edit.train._checkpoint import discard
     from repforget.models.load import load
@@ -47,10 +48,14 @@ def command(
     from repforget.report import tables
     from repforget.store import read_json, refusing
 
-    located = Localization.from_json(read_json(where)) if where is not None else None
-    loaded = load(model, device=device, dtype=dtype)
-    with display(as_json) as (progress, _):
-        made = edit(loaded, probe, method, where=located, seed=seed, progress=progress, checkpoint=resume, **given)
+    with together() as first:
+        if not first:
+            return
+        located = Localization.from_json(read_json(where)) if where is not None else None
+        loaded, data = load(model, device=device, dtype=dtype), probe.for_editor()
+        ask(loaded, data, method, given, where=located, seed=seed, checkpoint=resume)
+        with display(as_json) as (progress, _):
+            made = edit(loaded, data, method, where=located, seed=seed, progress=progress, checkpoint=resume, **given)
     with refusing(out):
         made.save(out)
         if checkpoint is not None:

@@ -36,9 +36,13 @@ def command(
     folder = out or default_folder(recipe, chosen)
     context.obj.folder = folder
     from repforget import loop
+    from repforget._workers import together
 
-    with display(as_json) as (progress, echo):
-        result = loop.run(chosen, folder, progress=progress, echo=echo, show_texts=show_texts)
+    with together() as first:
+        if not first:
+            return
+        with display(as_json) as (progress, echo):
+            result = loop.run(chosen, folder, progress=progress, echo=echo, show_texts=show_texts)
     if as_json:
         code = EXIT_CODES[result.verdict.outcome]
         print_json({"verdict": result.verdict.to_json(), "folder": str(result.folder), "exit_code": code})

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from repforget.edit.train._engine import Gradients
+from repforget.edit.train._processes import Processes
 from repforget.edit.train._watch import Look, Watch
-from repforget.errors import ArtifactError, UsageError
+from repforget.errors import ArtifactError, ResourceError, UsageError
 from repforget.store import canonical, checksum, read_json, refusing, write_json
 from repforget.training import Stepper
 
@@ -129,7 +130,7 @@ class Keeper:
     stepper: Stepper
     carried: dict[str, Tensor]
     watch: Watch
-    writes: bool = True
+    processes: Processes = Processes()
     step: int | None = field(default=None, init=False)
 
     def begin(self, gradients: Gradients) -> Gradients:
@@ -140,9 +141,11 @@ class Keeper:
     def resume(self) -> int:
         """Continue from what was written; returns the steps that are behind (0 at the beginning)."""
         found = None if self.checkpoint is None else self.checkpoint.read()
+        self.step = 0 if found is None else found[0]
+        if self.processes.first([self.step]) != [self.step]:
+            raise ResourceError("The processes do not see the same checkpoint: put it on a disk that they share.")
         if found is None:
             self.watch.look(0)
-            self.step = 0
             return 0
         step, tensors, looks = found
         parts: dict[str, dict[str, Tensor]] = {"stepper": {}, "combine": {}, "good": {}}
@@ -154,12 +157,13 @@ class Keeper:
         self.carried.update({name: t.to(device) for name, t in parts["combine"].items()})
         self.watch.good = [parts["good"][str(i)] for i in range(len(parts["good"]))]
         self.watch.looks = [Look(int(look["step"]), _number(look["forget"]), _number(look["retain"])) for look in looks]
-        self.step = step
         return step
 
     def write(self, *, always: bool = False) -> None:
         """Write the present state, unless it is changing or the last writing is too recent."""
-        if self.checkpoint is None or self.step is None or not (self.writes and (always or self.checkpoint.due)):
+        if self.checkpoint is None or self.step is None or self.processes.rank > 0:
+            return
+        if not (always or self.checkpoint.due):
             return
         tensors = {f"stepper.{name}": t for name, t in self.stepper.state().items()}
         tensors |= {f"combine.{name}": t.detach().to("cpu", copy=True) for name, t in self.carried.items()}

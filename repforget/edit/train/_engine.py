@@ -163,8 +163,8 @@ class Engine:
         for side in sides:
             found[side] = self.processes.total(found[side])
         if self.processes.world > 1:
-            sums = self.processes.total([torch.tensor(losses[s], dtype=torch.float64) for s in losses])
-            losses = {s: float(v) for s, v in zip(losses, sums, strict=True)}
+            (sums,) = self.processes.total([torch.tensor(list(losses.values()), dtype=torch.float64)])
+            losses = dict(zip(losses, sums.tolist(), strict=True))
         self.losses = {**self.losses, **losses}
         return found
 

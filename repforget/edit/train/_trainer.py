@@ -161,8 +161,8 @@ def _steps(
     carried: dict[str, Tensor] = {}
     compute = _computed(engine, shared)
     combine = _combined(engine, shared, stepper, carried)
-    watch = Watch(engine.model, engine.terms, shared, chosen.parameters)
-    keeper = Keeper(checkpoint, stepper, carried, watch, writes=engine.processes.rank == 0)
+    watch = Watch(engine.model, engine.terms, shared, chosen.parameters, processes=engine.processes)
+    keeper = Keeper(checkpoint, stepper, carried, watch, engine.processes)
 
     def take(index: int) -> float:
         found = keeper.begin(compute(index))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from repforget.edit.train._data import Row
 from repforget.edit.train._pass import LABELS, Request, Term, read
+from repforget.edit.train._processes import Processes
 from repforget.edit.train._settings import Settings
 from repforget.models.load import LoadedModel
 
@@ -37,13 +38,15 @@ class Watch:
     looks: list[Look] = field(default_factory=list)
     good: list[Tensor] = field(default_factory=list)
     stopped: str = ""
+    processes: Processes = Processes()
 
     @torch.no_grad()
     def look(self, step: int) -> bool:
         """Look after ``step`` steps; True where training should go on."""
-        rows = {side: _spread([row for t in self.terms if t.side == side for row in t.data.own])
+        rows = {side: _spread([row for t in self.terms if t.side == t.objective.role == side for row in t.data.own])
                 for side in ("forget", "retain")}  # fmt: skip
-        forget, retain = (self._mean(rows[side]) for side in ("forget", "retain"))
+        means = [self._mean(rows[side]) for side in ("forget", "retain")] if self.processes.rank == 0 else [0.0, 0.0]
+        forget, retain = self.processes.first(means)  # so that all processes go on, or none
         now = Look(step, math.exp(forget) if rows["forget"] else math.nan, -retain)
         first = self.looks[0] if self.looks else now
         self.looks.append(now)
