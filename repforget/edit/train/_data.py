@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from repforget.edit._collect import subsample
+from repforget.edit.surgery._rows import stranger_facts
 from repforget.edit.train._objective import Answers
 from repforget.errors import KnowledgeError, UsageError
 from repforget.knowledge import EditData, Fact
 from repforget.models.load import LoadedModel
 from repforget.scoring.encode import context_limit, encode_many, encode_prompts
 
+KNOWN = ("forget", "retain", "general", "strangers")
 REFUSALS = (
     "I do not know.", "I am not sure.", "I have no information about that.", "That is not something I know.",
     "I cannot say.", "I have never heard of that.", "I am unable to answer that.", "No idea.",
@@ -68,11 +70,12 @@ def text_rows(model: LoadedModel, texts: Sequence[str], name: str) -> tuple[Row,
 def load_rows(
     model: LoadedModel, data: EditData, name: str, *, instead: Answers | None, answers: str, max_facts: int, seed: int,
 ) -> Rows:  # fmt: skip
-    """The rows of "forget", "retain", "general" or of a JSON-lines file of prompts and answers (or texts)."""
+    """The rows of "forget", "retain", "general", "strangers" (forget prompts about subjects nobody bears, answered by
+    some retained answer) or of a JSON-lines file of prompts and answers (or texts)."""
     if name == "general":
         return Rows(name, text_rows(model, data.general, name))
-    facts = data.forget if name == "forget" else data.retain if name == "retain" else _read(Path(name))
-    if not facts and name not in ("forget", "retain"):
+    facts = _facts(data, name, max_facts, seed)
+    if not facts and name not in KNOWN:
         return Rows(name, text_rows(model, _texts(Path(name)), name))
     own, kept = fact_rows(model, subsample(facts, max_facts, seed), name)
     if instead is None:
@@ -87,6 +90,16 @@ def load_rows(
         return Rows(name, own, _fixed(model, kept, lambda f, draw: draw.choice(options(f)), seed))
     given = _answers_file(Path(kind), kept)
     return Rows(name, own, _fixed(model, kept, lambda f, draw: _as(f, draw.choice(given[_item(f)])), seed))
+
+
+def _facts(data: EditData, name: str, most: int, seed: int) -> tuple[Fact, ...]:
+    if name != "strangers":
+        return data.forget if name == "forget" else data.retain if name == "retain" else _read(Path(name))
+    made_up = stranger_facts(data, most, seed)
+    if not made_up:
+        raise KnowledgeError("No made-up subjects can be put together: they need subjects of two words or more that "
+                             "occur in their prompts.")  # fmt: skip
+    return made_up
 
 
 def _item(fact: Fact) -> str:

@@ -59,7 +59,8 @@ def train_objective(
     name, settings = named(shared.retain)
     if name != "none":
         keep = find(name, "retain")
-        wanted.append(Wanted(keep, keep.bound(settings), "retain", "retain", shared.retain_weight))
+        bound = keep.bound(settings)
+        wanted += [Wanted(keep, bound, on, "retain", shared.retain_weight) for on in shared.retain_on]
     return train(model, data, objective.name, wanted, shared, where=where, seed=seed, progress=progress,
                  checkpoint=checkpoint, settings=own)  # fmt: skip
 
@@ -98,6 +99,9 @@ def _terms(
         instead = w.objective.instead
         if instead is None and {"instead", "instead_reference", "pattern"} & set(w.objective.reads):
             instead = "refusal"
+        if w.data == "strangers" and not {"teacher", "original"} & set(w.objective.reads):
+            raise UsageError(f"'{w.objective.name}' would teach the answers made up for strangers: keep them by a term "
+                             "that compares with the untouched model, such as kl.")  # fmt: skip
         rows = load_rows(model, data, w.data, instead=instead, answers=w.answers, max_facts=shared.max_facts, seed=seed)
         if not rows.fixed and "instead_reference" in w.objective.reads and shared.teacher == "cached":
             raise UsageError(f"'{w.objective.name}' compares answers that change at every step with the untouched "
