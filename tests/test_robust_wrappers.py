@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from contract_tools import tiny_data, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from repforget.edit._dispatch import edit
 from repforget.edit.train._objective import load_part
 from repforget.edit.train.combine._flat import norm
 from repforget.errors import UsageError
+from repforget.models.load import fingerprint
 
 Loss = Callable[[Sequence[Tensor]], Tensor]
 WIDE = torch.float64
@@ -34,8 +37,11 @@ class Step:
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.index)
 
-    def gradients(self, sides: Sequence[str] = ("forget", "retain")) -> dict[str, list[Tensor]]:
+    def gradients(
+        self, sides: Sequence[str] = ("forget", "retain"), rows: slice | None = None
+    ) -> dict[str, list[Tensor]]:
         out = {}
+        self.taken = rows
         for side in sides:
             self.visited.append((side, [p.detach().clone() for p in self.parameters]))
             leaves = [p.detach().to(WIDE).requires_grad_() for p in self.parameters]
@@ -51,6 +57,13 @@ class Step:
             with torch.no_grad():
                 for p, s in zip(self.parameters, saved, strict=True):
                     p.copy_(s)
+
+    def rows(self, side: str) -> list[float]:
+        """Every row is the number that all parameters are pulled to."""
+        return [3.0, -1.0, 5.0, -2.0, 1.0] if side == "forget" else []
+
+    def nll(self, rows: Sequence[float]) -> Tensor:
+        return sum((p.to(WIDE) - row).square().sum() for row in rows for p in self.parameters) / (2 * len(rows))
 
 
 def draw(seed: int, dtype: torch.dtype = WIDE) -> list[Tensor]:
@@ -149,3 +162,70 @@ def test_smoothing_without_noise_is_the_plain_gradient() -> None:
     assert not torch.equal(other[0]["forget"][0], other[1]["forget"][0]), "the next step draws other noise"
     with pytest.raises(UsageError, match="samples"):
         wrapper("smoothing")(step, samples=0)
+
+
+def trained(dtype: torch.dtype = WIDE, forget: Loss = quartic, index: int = 0) -> Step:
+    return Step([p.requires_grad_() for p in draw(4, dtype)], forget, square, index)
+
+
+def test_an_attacker_relearns_every_other_row_and_forgetting_is_practised_on_the_rest() -> None:
+    step = trained()
+    plain = step.gradients()
+    step.visited.clear()
+    start = [p.detach().clone() for p in step.parameters]
+    found = wrapper("tamper")(step, attack="sgd", inner_steps=1, inner_lr=0.01, scale=4.0)
+    assert step.taken == slice(1, None, 2)
+    pull = [p - 3.0 for p in start]  # towards the mean of 3, 5 and 1
+    down = [0.01 * g / max(1.0, norm(pull)) for g in pull]
+    torch.testing.assert_close(step.visited[-1][1], [p - d for p, d in zip(start, down, strict=True)])
+    there = Step(step.visited[-1][1], quartic, square).gradients()["forget"]
+    expected = [a + 4.0 * b for a, b in zip(plain["forget"], there, strict=True)]
+    torch.testing.assert_close(found["forget"], expected)
+    torch.testing.assert_close(found["retain"], plain["retain"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attack", ["adam", "nesterov"])
+def test_the_attack_leaves_no_trace(attack: str, dtype: torch.dtype) -> None:
+    step = trained(dtype)
+    before = [p.detach().clone() for p in step.parameters]
+    wrapper("tamper")(step, attack=attack, inner_steps=3, inner_lr=1e-3)
+    assert all(torch.equal(p, b) and p.grad is None for p, b in zip(step.parameters, before, strict=True))
+    moved = step.visited[-1][1]
+    assert all(float((m.to(WIDE) - b.to(WIDE)).mean()) > 5e-4 for m, b in zip(moved, before, strict=True)), "relearned"
+
+
+def test_no_attack_between_the_steps_that_have_one() -> None:
+    for index, attacked in ((0, True), (1, False), (2, False), (3, True)):
+        step = trained(index=index)
+        plain, found = step.gradients(), wrapper("tamper")(step, every=3, inner_lr=0.1)
+        assert torch.equal(found["forget"][0], plain["forget"][0]) != attacked
+    step = trained()
+    same = wrapper("tamper")(step, inner_steps=0, inner_lr=0.1)["forget"]
+    torch.testing.assert_close(same, [2 * g for g in step.gradients()["forget"]])  # no attack: the plain one again
+    with pytest.raises(UsageError, match="every"):
+        wrapper("tamper")(step, every=0)
+
+
+PARTS: dict[str, dict[str, Any]] = {
+    "plain": {}, "sam": {"robust": {"sam": {"rho": 0.5}}}, "smoothing": {"robust": {"smoothing": {"sigma": 0.2}}},
+    "tamper": {"robust": "tamper"}, "nested": {"robust": ["tamper", {"sam": {"rho": 0.5}}, "smoothing"]},
+    "ngdiff": {"combine": "ngdiff"}, "pcgrad": {"combine": "pcgrad"}, "mgda": {"combine": "mgda"},
+    "gru": {"combine": "gru"}, "gru of the optimiser": {"combine": {"gru": {"space": "preconditioned"}}},
+    "blur": {"combine": "blur"}, "constraint": {"combine": {"constraint": {"start": 3.0}}},
+    "sign": {"optimizer": "sign", "lr": 1e-3}, "sophia": {"optimizer": "sophia", "lr": 1e-3},
+    "wrapped and combined": {"robust": "sam", "combine": "constraint", "optimizer": "sophia", "lr": 1e-3},
+}  # fmt: skip
+
+
+def test_every_part_works_in_a_trained_editor_and_changes_what_comes_out() -> None:
+    model, data = tiny_model("llama"), tiny_data()
+
+    def made(name: str) -> str:
+        return edit(model, data, "npo", seed=1, **{"steps": 2, "batch_size": 4, "warmup": 0, **PARTS[name]}).digest
+
+    digests = {name: made(name) for name in PARTS}
+    assert all(made(name) == digests[name] for name in ("nested", "gru", "sophia")), "by the seed alone"
+    assert fingerprint(model.module) == model.fingerprint
+    assert not any(p.grad is not None for p in model.module.parameters())
+    assert len(set(digests.values())) == len(PARTS), "each of them does something of its own"
