@@ -28,7 +28,8 @@ from repforget.records import Localization, Site
 from repforget.scoring.encode import pad_id
 from repforget.training import only
 
-SPAN = (6 / 32, 11 / 32)  # of the depth
+SPAN, LEAST = (6 / 32, 11 / 32), 4  # of the depth, and layers
+INPUTS, OUTPUTS, SHARE = 24, 36, 32  # shared directions in wide models; one in so many directions in narrow ones
 SAMPLES = 4096  # tokens that show what is shared
 HALVINGS = 4  # of the step, before the budget counts as used up
 
@@ -36,9 +37,9 @@ HALVINGS = 4  # of the step, before the budget counts as used up
 def cir(
     model: LoadedModel, data: EditData, *, where: Localization | None = None, seed: int = 0,
     progress: Progress | None = None, layers: Literal["auto"] | list[int] = "auto", top_layers: int = 4,
-    input_components: int = 24, output_components: int = 36, steps: int = 100, size: float = 1e-3,
-    floor: float = 0.0, retain_size: float = 0.5, batch_size: int = 32, max_disruption: float = 0.01,
-    check_every: int = 10, max_facts: int = 4000,
+    input_components: Literal["auto"] | int = "auto", output_components: Literal["auto"] | int = "auto",
+    steps: int = 100, size: float = 5e-3, floor: float = 0.0, retain_size: float = 2.0,
+    batch_size: int = 32, max_disruption: float = 0.01, check_every: int = 10, max_facts: int = 4000,
 ) -> Edit:  # fmt: skip
     """Turn the outputs of some MLPs away from what they were on forget facts, by what is particular to those facts.
 
@@ -52,8 +53,8 @@ def cir(
 
     Args:
         layers: whose MLPs change; "auto" is the ``top_layers`` best of ``where``, or those from 6/32 to 11/32 of the
-            depth.
-        input_components, output_components: shared directions, at most a quarter of the width.
+            depth, four at least.
+        input_components, output_components: shared directions; "auto" is 24 and 36, at most one in 32.
         steps: updates. size: norm of each, as a share of that of the weights. floor: of the loss.
         retain_size: norm of the retain step, as a share of the other.
         batch_size: texts per step. max_facts: facts read per set, chosen by seed.
@@ -99,7 +100,8 @@ def _layers(
     if layers == "auto" and where is not None and where.layers():
         return sorted(where.layers()[:top])
     if layers == "auto":
-        return list(range(round(SPAN[0] * depth), min(depth - 1, round(SPAN[1] * depth)) + 1))
+        start = min(round(SPAN[0] * depth), max(0, depth - LEAST))
+        return list(range(start, min(depth, max(start + LEAST, round(SPAN[1] * depth) + 1))))
     if not layers or not set(layers) <= set(range(depth)):
         raise SiteError(f"Layers {layers} were asked for: give some of 0 to {depth - 1}.")
     return sorted(set(layers))
@@ -205,7 +207,9 @@ class _Run:
         return [tuple(x.flatten(0, -2)[chosen].float() for x in (seen[path][0], g))  # type: ignore[misc]
                 for path, g in zip(self.paths, gradients, strict=True)]  # fmt: skip
 
-    def shared(self, batches: Sequence[Batch], inputs: int, outputs: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    def shared(
+        self, batches: Sequence[Batch], inputs: int | str, outputs: int | str, seed: int
+    ) -> list[tuple[Tensor, Tensor]]:
         """Directions of the inputs and output gradients of every projection that the texts share."""
         rows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.paths]
         count = 0
@@ -215,8 +219,13 @@ class _Run:
             count += len(rows[0][-1][0])
             if count >= SAMPLES:
                 break
-        return [(principal(torch.cat([a for a, _ in own]), inputs, seed),
-                 principal(torch.cat([g for _, g in own]), outputs, seed)) for own in rows]  # fmt: skip
+
+        def directions(parts: Sequence[Tensor], k: int | str, most: int) -> Tensor:
+            count = min(most, parts[0].shape[1] // SHARE) if isinstance(k, str) else k
+            return principal(torch.cat(list(parts)), count, seed)
+
+        return [(directions([a for a, _ in own], inputs, INPUTS), directions([g for _, g in own], outputs, OUTPUTS))
+                for own in rows]  # fmt: skip
 
     def confusing(self, batch: Batch, shared: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """Gradient of the confusion loss on the weights, without what is shared, in the layout of the parameters."""
