@@ -20,8 +20,9 @@ class Settings:
     ``weight_decay``, ``clip`` (global gradient norm, 0: none); ``lr`` "auto" is 0.04 / width for weights and five times
     that for adapters.  The loss is ``forget_weight`` x the objective + ``retain_weight`` x the term ``retain`` ("none":
     no term) on each of the sets ``retain_on`` ("retain", "general", "strangers": made-up subjects, for terms that
-    compare with the untouched model; or a file), gradients joined by ``combine`` and taken through the wrappers ``robust``; ``clamp`` bounds the loss per
-    token or sequence from below.  Trained are the weights below 1 B parameters and LoRA of ``rank`` and ``alpha``
+    compare with the untouched model; or a file), gradients joined by ``combine`` and taken through the wrappers
+    ``robust``; ``clamp`` bounds the loss per token or sequence from below.  Trained are the weights below 1 B parameters
+    and LoRA of ``rank`` and ``alpha``
     (auto: twice the rank) above, or what ``adapter`` says ("none", or a tuner of peft), on ``targets`` (regular
     expressions over parameter names; auto: the best ``top_layers`` of the localisation, else everything), with
     ``mask`` its units only.  ``answers`` are put in the place of the true ones where the objective reads others
