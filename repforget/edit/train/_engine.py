@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from repforget.edit.train._data import Row, step_plan
 from repforget.edit.train._head import head_of, topk_teacher
 from repforget.edit.train._objective import Role, Scores
+from repforget.edit.train._parts import Taken, parts
 from repforget.edit.train._pass import HIDDEN, LABELS, STATES, Known, Reading, Request, Term, read, request_of, values
 from repforget.edit.train._processes import Processes
 from repforget.models.load import LoadedModel
@@ -148,44 +149,48 @@ class Engine:
         ``rows`` takes only some of the step's rows.
         """
         asked = self.sides if "all" in sides else tuple(side for side in self.sides if side in sides)
-        found: Gradients = {side: [torch.zeros_like(p, dtype=_wide(p)) for p in self.parameters] for side in sides}
+        totals: dict[str, list[Tensor | None]] = {side: [None] * len(self.parameters) for side in sides}
         losses: dict[str, float] = dict.fromkeys(asked, 0.0)
         taken = [self.rows(index, k) if term.side in asked else ([], [], []) for k, term in enumerate(self.terms)]
         whole = [(numbers[rows], own[rows], instead[rows]) for numbers, own, instead in taken]
         counts = [max(1, term.count(own, instead)) for term, (_, own, instead) in zip(self.terms, whole, strict=True)]
-        for part in range(self.accumulate):
-            own_part = [tuple(self.processes.share(x[part :: self.accumulate]) for x in rows) for rows in whole]
+        share = self.processes.share
+        mine = [(share(numbers), share(own), share(instead)) for numbers, own, instead in whole]
+        for number, part in enumerate(parts(self.terms, mine, self.model.device.type, self.accumulate)):
             with torch.enable_grad():
-                by_side = self._losses(index, own_part, counts, part, asked)
+                by_side = self._losses(index, part, counts, number, asked)
                 for side, loss in by_side.items():
                     losses[side] += float(loss.detach())
-                self._add(found, by_side)
-        for side in sides:
-            found[side] = self.processes.total(found[side])
+                self._add(totals, by_side)
+        found = {side: self.processes.total([torch.zeros_like(p, dtype=_wide(p)) if g is None else g
+                                             for p, g in zip(self.parameters, totals[side], strict=True)])
+                 for side in sides}  # fmt: skip
         if self.processes.world > 1:
             (sums,) = self.processes.total([torch.tensor(list(losses.values()), dtype=torch.float64)])
             losses = dict(zip(losses, sums.tolist(), strict=True))
         self.losses = {**self.losses, **losses}
         return found
 
-    def _add(self, found: Gradients, by_side: Mapping[str, Tensor]) -> None:
-        wanted = {side: sum(by_side.values()) if side == "all" else by_side.get(side) for side in found}
-        for number, (side, loss) in enumerate(wanted.items()):
-            if not isinstance(loss, Tensor) or not loss.requires_grad:
-                continue
-            keep = number < len(wanted) - 1
-            for total, g in zip(found[side], torch.autograd.grad(loss, self.parameters, retain_graph=keep,
-                                                                 allow_unused=True), strict=True):  # fmt: skip
-                if g is not None:
-                    total.add_(g)
+    def _add(self, totals: Mapping[str, list[Tensor | None]], by_side: Mapping[str, Tensor]) -> None:
+        """Add the gradients of one part's losses to the totals, each as soon as it is there."""
+        wanted = {side: sum(by_side.values()) if side == "all" else by_side.get(side) for side in totals}
+        todo = [(side, loss) for side, loss in wanted.items() if isinstance(loss, Tensor) and loss.requires_grad]
+        for number, (side, loss) in enumerate(todo, 1):
+            with ExitStack() as stack:
+                for place, parameter in enumerate(self.parameters):
+                    parameter.grad = None
+                    take = partial(_take, totals[side], place)
+                    handle = parameter.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
+                    stack.callback(handle.remove)
+                torch.autograd.backward(loss, retain_graph=number < len(todo), inputs=self.parameters)
 
     def _losses(
-        self, index: int, parts: Sequence[Any], counts: Sequence[int], part: int, asked: Sequence[Role]
+        self, index: int, taken: Sequence[Taken], counts: Sequence[int], part: int, asked: Sequence[Role]
     ) -> dict[str, Tensor]:
         """The weighted losses by side of one part of a step."""
         requests: list[Request] = []
         places: list[tuple[int | None, int | None]] = []
-        for term, (_, own, instead) in zip(self.terms, parts, strict=True):
+        for term, (_, own, instead) in zip(self.terms, taken, strict=True):
             sides: list[int | None] = []
             for side, rows in (("own", own), ("instead", instead)):
                 wanted = request_of(term, rows, side)
@@ -196,7 +201,7 @@ class Engine:
         readings = read(self.model, requests) if requests else []
         total: dict[str, Tensor] = {}
         head = head_of(self.model.module)
-        for k, (term, (numbers, own, instead)) in enumerate(zip(self.terms, parts, strict=True)):
+        for k, (term, (numbers, own, instead)) in enumerate(zip(self.terms, taken, strict=True)):
             mine = [None if at is None else readings[at] for at in places[k]]
             whole = term.objective.reduction == "whole" and term.side in asked
             if not any(mine) and not (whole and part == 0 and self.processes.rank == 0):
@@ -331,6 +336,13 @@ def _repeated(own: Sequence[Row], instead: Sequence[Row]) -> Tensor:
         said = other.ids[other.start :]
         out += [said[k % len(said)] for k in range(row.labels)]
     return torch.tensor(out)
+
+
+def _take(totals: list[Tensor | None], place: int, parameter: Tensor) -> None:
+    """Move the gradient of a parameter to its total."""
+    gradient, parameter.grad, total = parameter.grad, None, totals[place]
+    if gradient is not None:
+        totals[place] = gradient.to(_wide(parameter)) if total is None else total.add_(gradient)
 
 
 def _wide(p: Tensor) -> torch.dtype:

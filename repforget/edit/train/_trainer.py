@@ -165,7 +165,7 @@ def _steps(
     carried: dict[str, Tensor] = {}
     compute = _computed(engine, shared)
     combine = _combined(engine, shared, stepper, carried)
-    watch = Watch(engine.model, engine.terms, shared, chosen.parameters, processes=engine.processes)
+    watch = Watch(engine.model, engine.terms, shared, chosen.parameters, chosen.originals, processes=engine.processes)
     keeper = Keeper(checkpoint, stepper, carried, watch, engine.processes)
 
     def take(index: int) -> float:

@@ -35,6 +35,7 @@ class Watch:
     terms: Sequence[Term]
     shared: Settings
     parameters: Sequence[Tensor]
+    originals: Sequence[Tensor]  # what the parameters are at the first look
     looks: list[Look] = field(default_factory=list)
     good: list[Tensor] = field(default_factory=list)
     stopped: str = ""
@@ -57,12 +58,22 @@ class Watch:
                             f"{now.retain:.3g} nats per token; the state of step {kept} is kept")  # fmt: skip
             self.restore()
             return False
-        self.good = [p.detach().to("cpu", copy=True) for p in self.parameters]
+        self._keep()
         if step and now.forget <= self.shared.stop_probability:
             self.stopped = (f"stopped after step {step}: the mean probability of forget answers is {now.forget:.3g}, "
                             f"at most {self.shared.stop_probability:g}")  # fmt: skip
             return False
         return True
+
+    def _keep(self) -> None:
+        """Remember the state; the first one needs no copy."""
+        if not self.good:
+            self.good = list(self.originals)
+        elif self.good[0] is self.originals[0]:
+            self.good = [p.detach().to("cpu", copy=True) for p in self.parameters]
+        else:
+            for state, parameter in zip(self.good, self.parameters, strict=True):
+                state.copy_(parameter)
 
     @torch.no_grad()
     def restore(self) -> None:
