@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from repforget.edit.train._pass import Gradients, StepContext
+    from repforget.edit.train._engine import Gradients, StepContext
 
 
 def disruption_mask(step: StepContext, *, norm: float = 1.0) -> Gradients:
