@@ -160,7 +160,7 @@ def _steps(
     stepper = Stepper(
         chosen.parameters, steps=shared.steps, lr=rate, optimizer=shared.optimizer, schedule=shared.schedule,
         warmup=shared.warmup, weight_decay=0.0 if chosen.masks else shared.weight_decay, clip=shared.clip,
-        precision=shared.precision, seed=seed,
+        precision=shared.precision, seed=seed, fused=True,
     )  # fmt: skip
     carried: dict[str, Tensor] = {}
     compute = _computed(engine, shared)
