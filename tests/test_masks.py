@@ -10,9 +10,13 @@ import pytest
 import tiny_models
 import torch
 from edit_models import model as tiny
+from edit_models import people
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_repselect import taught
 
+from repforget.edit._dispatch import edit as run_editor
+from repforget.edit.train._budget import divergence, probability
 from repforget.edit.train._masks import (
     Masks,
     apply_gradient_mask,
@@ -192,3 +196,21 @@ def test_a_masked_step_lowers_both_losses_in_every_entry(seed: int) -> None:
 def test_where_nothing_agrees_nothing_is_stepped() -> None:
     gradient = [torch.tensor([1.0, -2.0])]
     assert torch.equal(disruption_mask(_step(gradient, [-gradient[0]]))["forget"][0], torch.zeros(2))
+
+
+def test_in_a_trained_editor_it_forgets_at_less_damage() -> None:
+    model, data = taught(), people().for_editor()
+    known, damage = probability(model, data.forget, "forget", 0), divergence(model, data, 0)
+    seen = {}
+    for robust in ("none", "disruption_mask"):
+        with run_editor(model, data, "npo", robust=robust, steps=30).attach(model):
+            seen[robust] = (known(), damage())
+    assert seen["disruption_mask"][0] < known() - 0.05
+    assert seen["disruption_mask"][1] < 0.3 * seen["none"][1]
+
+
+def test_tied_tables_are_masked_under_the_name_that_is_trained() -> None:
+    model = tiny("gpt2")
+    found = masks_of(model, units("logits"))
+    assert set(found.masks) <= dict(model.module.named_parameters()).keys()
+    assert found.parameters == counted(model, found)

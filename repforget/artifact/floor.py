@@ -24,14 +24,15 @@ def magnitude_floor(edit: Edit, model: LoadedModel, scheme: str, small: Small = 
     """The edit with every change of a projection either taken back or large enough to survive rounding.
 
     A post-processor of this project, after the observation (arXiv 2605.15138) that edits are far smaller than a 4-bit
-    step.  ``scheme`` is "int8", "nf4", "int4" or "int3".  Changes that do not reach another rounding level by at least
-    half a step are taken back (``small="zero"``), moved to the next level in their direction ("enlarge"), or, with
-    "balance", enlarged from the largest down until there are as many steps as were asked of all.  The largest weight of every
-    group, which sets its scale, keeps its value, so that all other codes stay what they are.
+    step.  ``scheme`` is "int8", "nf4", "int4" or "int3".  Changes of less than half a step are taken back
+    (``small="zero"``), moved to the next level in their direction ("enlarge"), or, with "balance", enlarged from the
+    largest down until there are as many steps as were asked of all.  The largest weight of every group, which sets its
+    scale, keeps its value, so that all other codes stay what they are.
 
     Raises UsageError for an unknown scheme or an edit without a projection to change, NoEffectError where nothing is
     left, ArtifactError for another base.  Cost: no forward pass.  That codes differ does not show that the knowledge
-    stays away: measure the rounded model.  Operations at sites, biases and embeddings are left as they are.
+    stays away: measure the rounded model, and what was to be kept ("enlarge" moves nearly every weight by a step).
+    Operations at sites, biases and embeddings are left as they are.
     """
     edit.check_base(model)
     operations, note = floored(edit.operations, model, scheme, small)
@@ -113,6 +114,7 @@ def _enlarged(share: Tensor, small: Small) -> Tensor:
 
 
 def _operation(name: str, change: Tensor) -> Operation:
+    change = change.cpu()
     index = change.flatten().nonzero().flatten()
     if len(index) > SPARSE * change.numel():
         return DenseDelta(name, change)

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from repforget.artifact.weights import canonical
 from repforget.errors import SiteError, UsageError
 from repforget.models.load import LoadedModel
 from repforget.models.sites import SiteMap, site_map
@@ -128,7 +129,7 @@ def _masks(module: nn.Module, units: Mapping[str, tuple[WeightRef, Tensor]]) -> 
         parameter = module.get_parameter(name)
         along = ref.role in BY_COLUMNS
         mask = vector[None, :] if along != ref.conv1d else vector[:, None]
-        found[name] = mask.to(parameter.device)
+        found[canonical(module, name)] = mask.to(parameter.device)
         if ref.bias and not along:
             found[ref.bias] = vector.to(parameter.device)
     return found
