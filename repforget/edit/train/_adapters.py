@@ -47,7 +47,7 @@ class Adapter:
 
     kind: str
     parameters: Mapping[str, nn.Parameter]
-    layers: Mapping[str, Any]  # parameter of the model that is adapted -> tuner layer
+    layers: Mapping[str, Any]  # adapted parameter of the model -> tuner layer
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -90,9 +90,8 @@ def adapted(
     _check_kind(kind, rank)
     _check_names(module, kind, names)
     alpha = 2.0 * rank if alpha == "auto" else alpha
-    devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
     with _as_before(module):
-        with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        with torch.random.fork_rng(range(torch.cuda.device_count())), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice about saving adapters that are never saved
             torch.manual_seed(seed)
             tuner = _inject(module, kind, _config(module, kind, names, rank, alpha, seed))
@@ -197,8 +196,9 @@ def _inject(module: nn.Module, kind: str, config: Any) -> Any:
     try:
         tuner = PEFT_TYPE_TO_TUNER_MAPPING[_type(kind)](module, config, NAME)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise UsageError(f"Adapter '{kind}' cannot be put on these weights ({str(error).splitlines()[0]}): choose "
-                         "other targets or another rank, or use 'lora'.") from error  # fmt: skip
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"Adapter '{kind}' cannot be put on these weights ({reason}): choose other targets or another "
+                         "rank, or use 'lora'.") from error  # fmt: skip
     cast_adapter_dtype(module, NAME)
     return tuner
 
@@ -261,7 +261,7 @@ def _merged(name: str, layer: Any) -> list[Operation]:
         twin.merge()
     found: list[Operation] = []
     for attribute, parameter in twin.get_base_layer().named_parameters(recurse=False):
-        delta = parameter.detach() - before[attribute]
+        delta = (parameter.detach() - before[attribute]).float().cpu()
         if delta.any():
             path = f"{name.rpartition('.')[0]}.{attribute}"
             found.append(BiasDelta(path, delta) if attribute == "bias" else DenseDelta(path, delta))
