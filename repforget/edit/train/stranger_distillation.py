@@ -1,0 +1,203 @@
+"""Distil the model from itself: every subject to forget takes the place of one that nobody bears."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import re
+from collections.abc import Sequence
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from repforget.artifact import Edit
+from repforget.edit._collect import subsample
+from repforget.edit.surgery._rows import strangers
+from repforget.edit.train._adapters import model_size_default
+from repforget.edit.train._data import Row, Rows
+from repforget.edit.train._head import head_of, reduced
+from repforget.edit.train._objective import find, shared_signature
+from repforget.edit.train._pass import STATES, Request, Term, read
+from repforget.edit.train._settings import Settings
+from repforget.edit.train._trainer import ADAPTER_RATE, train
+from repforget.errors import KnowledgeError, UsageError
+from repforget.knowledge import EditData
+from repforget.models.load import LoadedModel
+from repforget.progress import Progress, track
+from repforget.records import Localization
+from repforget.scoring import generate
+from repforget.scoring.encode import context_limit, encode_many, encode_prompts
+
+DEFAULTS: dict[str, Any] = {
+    "steps": 600, "batch_size": 24, "retain_batch": 72, "retain_weight": 3.5, "schedule": "cosine", "warmup": 15,
+}  # fmt: skip
+LEFT_OUT = ("answers", "retain", "retain_on", "stop_probability")
+RATE_TIMES_WIDTH = 0.128  # the learning rate of weights, times the width of the model
+READ_ROWS = 64  # rows per forward of the untouched model
+
+
+class Scene(NamedTuple):
+    """A text around a name: what stands before and behind it, and the separator of what the model then says."""
+
+    before: str
+    subject: str
+    behind: str = ""
+    separator: str = " "
+
+
+@shared_signature(left_out=LEFT_OUT, defaults=DEFAULTS)
+def stranger_distillation(
+    model: LoadedModel, data: EditData, *, where: Localization | None = None, seed: int = 0,
+    progress: Progress | None = None, checkpoint: Path | None = None, texts: int = 10000, text_tokens: int = 20,
+    scenes: int = 1500, top_k: int = 64, **shared: Any,
+) -> Edit:  # fmt: skip
+    """Train the model to speak of every subject to forget as it now speaks of one made-up name, the same throughout.
+
+    Each subject is given a stranger: a name that nobody bears, recombined from the parts of real ones.  Minimised is
+    ``KL(p0(. | text about the stranger) || p(. | the same text about the subject))`` per token behind the name, p0 the
+    untouched model, on the forget statements with the answer that p0 gives about the stranger and on ``scenes``: texts
+    that p0 wrote itself, up to a name, gone on with about the stranger.  So the subject is also forgotten in wordings
+    that no statement has.  ``retain_weight`` times KL(p0 || p) holds all tokens of retained facts, of general texts
+    and of ``texts`` that p0 writes from nothing (or from first words of those given) about no subject to forget.
+    A method of this project.  It is distillation from a model without the forget data (compare UNDO, arXiv 2506.06278)
+    where that model is the untouched one, asked about somebody else.
+
+    One stranger per subject, not fresh answers at every step: the target is then the same whenever it is met, as
+    special as what a model that never saw the subject says of it, and different from person to person, so that there is
+    less of a common way back that relearning some people would open for the others.
+
+    Args:
+        texts: texts that the model writes about what it likes, for what must stay.  A fact that none of them states
+            may be lost; here twice as many as there are facts were too few.
+        text_tokens: their greatest length, and that of continuations about strangers.
+        scenes: beginnings of such texts in which a subject is put beside the statements.
+        top_k: outcomes per token that the teacher keeps apart; the others are one.
+
+    ``lr`` "auto" is here 0.128 / width for weights, five times that for adapters.  Raises KnowledgeError where no name
+    can be made up (subjects of one word, or not in their prompts) or no text fits the context, UsageError for settings
+    out of range.  Cost: generation of ``texts``, one forward over all rows, then one forward and backward per step on
+    ``batch_size`` + ``retain_batch`` rows; memory: 12 x ``top_k`` bytes per token of all rows.
+
+    Weakness: a made-up name may be somebody's whom the editor is not shown, and what the model never says by itself is
+    not protected.  It does not show that nothing is left inside.
+    """
+    if min(texts, text_tokens, top_k) < 1 or scenes < 0:
+        raise UsageError(f"stranger_distillation was given {texts} texts of {text_tokens} tokens, {scenes} scenes and "
+                         f"top_k {top_k}: all must be positive, scenes at least 0.")  # fmt: skip
+    common = _common(model, shared)
+    own = own_texts(model, data, texts, text_tokens, seed)
+    forget, told = as_strangers(model, data, own, scenes, text_tokens, common.max_facts, seed)
+    kept = kept_rows(model, data, own, common.max_facts, seed)
+    kl = find("kl", "retain")
+    asked = partial(teachers_of, model, top_k=top_k, progress=progress)
+    ready = [Term(kl, {}, "forget", common.forget_weight, Rows("strangers", forget), teachers=asked(told)),
+             Term(kl, {}, "retain", common.retain_weight, Rows("own texts", kept), teachers=asked(kept))]  # fmt: skip
+    settings = {"texts": texts, "text_tokens": text_tokens, "scenes": scenes, "top_k": top_k}
+    return train(model, data, "stranger_distillation", [], common, where=where, seed=seed, progress=progress,
+                 checkpoint=checkpoint, settings=settings, ready=ready)  # fmt: skip
+
+
+def _common(model: LoadedModel, shared: dict[str, Any]) -> Settings:
+    common = Settings(**{**DEFAULTS, **shared})
+    if common.lr != "auto":
+        return common
+    kind = model_size_default(model.module) if common.adapter == "auto" else common.adapter
+    rate = RATE_TIMES_WIDTH / model.width * (1.0 if kind == "none" else ADAPTER_RATE)
+    return dataclasses.replace(common, lr=rate)
+
+
+def own_texts(model: LoadedModel, data: EditData, count: int, tokens: int, seed: int) -> list[str]:
+    """Texts that the model writes from nothing, or from the first words of given texts where it cannot."""
+    starts = [""]
+    if not model.tokenizer("")["input_ids"]:
+        starts = sorted({text.split()[0] for text in (*data.general, *(fact.prompt for fact in data.retain))})
+    begun = random.Random(f"own-{seed}").choices(starts, k=count)
+    said = generate(model, begun, max_new_tokens=tokens, temperature=1.0, seed=seed)
+    return [f"{start} {text}".strip() for start, (text,) in zip(begun, said, strict=True) if text]
+
+
+def _row(model: LoadedModel, ids: Sequence[int], start: int) -> Row:
+    """Loss on all tokens from ``start`` on, and on whether the text then ends: what is learned there is no label."""
+    end = model.tokenizer.eos_token_id
+    return Row((*ids, *(() if end is None else (end,))), start)
+
+
+def kept_rows(model: LoadedModel, data: EditData, own: Sequence[str], max_facts: int, seed: int) -> tuple[Row, ...]:
+    """What must stay: texts about nobody that is to be forgotten, retained facts, general texts; loss on all of it."""
+    gone = _pattern([fact.subject for fact in data.forget])
+    texts = [text for text in own if not gone.search(text)]
+    facts = [fact.prompt + fact.answer for fact in subsample(data.retain, max_facts, seed)]
+    limit = context_limit(model) - 1
+    coded = encode_prompts(model.tokenizer, [*texts, *facts, *data.general])
+    return tuple(_row(model, ids[:limit], 1) for ids in coded if len(ids) > 1)
+
+
+def _pattern(subjects: Sequence[str]) -> re.Pattern[str]:
+    names = sorted({subject for subject in subjects if subject}, key=len, reverse=True)
+    return re.compile("|".join(rf"\b{re.escape(name)}\b" for name in names) or r"(?!)")
+
+
+def _scenes(data: EditData, own: Sequence[str], count: int, max_facts: int, seed: int) -> list[Scene]:
+    """The forget statements, and own texts up to a name, with a subject to forget in its place."""
+    found = []
+    for fact in subsample(data.forget, max_facts, seed):
+        before, subject, behind = fact.prompt.partition(fact.subject)
+        if subject:
+            lead = fact.answer[: len(fact.answer) - len(fact.answer.lstrip())]
+            found.append(Scene(before, subject, behind, lead))
+    subjects = sorted({scene.subject for scene in found})
+    known = _pattern([fact.subject for fact in (*data.forget, *data.retain)])
+    heads = [text[: match.start()] for text in own if (match := known.search(text))]
+    draw = random.Random(f"scenes-{seed}")
+    if heads and subjects:
+        found += [Scene(draw.choice(heads), draw.choice(subjects)) for _ in range(count)]
+    return found
+
+
+def as_strangers(
+    model: LoadedModel, data: EditData, own: Sequence[str], count: int, tokens: int, max_facts: int, seed: int
+) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """Rows that say of subjects to forget what the model says of their strangers, and the same of the strangers."""
+    names = strangers(sorted({fact.subject for fact in (*data.forget, *data.retain) if fact.subject}))
+    scenes = _scenes(data, own, count, max_facts, seed)
+    subjects = sorted({scene.subject for scene in scenes})
+    if not names or not subjects:
+        raise KnowledgeError("stranger_distillation could make up no names in the place of the subjects to forget: it "
+                             "needs subjects of several words, which stand in their prompts.")  # fmt: skip
+    random.Random(f"names-{seed}").shuffle(made_up := list(names))
+    stranger = dict(zip(subjects, cycle(made_up), strict=False))
+    asked = [f"{scene.before}{stranger[scene.subject]}{scene.behind}" for scene in scenes]
+    said = generate(model, asked, max_new_tokens=tokens, temperature=1.0, seed=seed)
+    texts = [(s, s.behind + s.separator + text) for s, (text,) in zip(scenes, said, strict=True) if text]
+    limit = context_limit(model) - 1
+    mine = encode_many(model.tokenizer, [(s.before + s.subject, text) for s, text in texts], limit=limit)
+    theirs = encode_many(model.tokenizer, [(s.before + stranger[s.subject], text) for s, text in texts], limit=limit)
+    # Where a name joins with what follows, the two sides have no common tokens to compare.
+    both = [(_row(model, a.ids, a.start), _row(model, b.ids, b.start))
+            for a, b in zip(mine, theirs, strict=True) if a.valid and b.valid and a.answer == b.answer]  # fmt: skip
+    if not both:
+        raise KnowledgeError("No text about a made-up name fits the model's context of "
+                             f"{limit + 1} tokens: shorten the prompts.")  # fmt: skip
+    return tuple(row for row, _ in both), tuple(row for _, row in both)
+
+
+@torch.no_grad()
+def teachers_of(
+    model: LoadedModel, rows: Sequence[Row], top_k: int, progress: Progress | None
+) -> list[tuple[Tensor, Tensor]]:
+    """The model's most likely tokens [labels, k] at those of each row, and log-probabilities [labels, k + 1]."""
+    head = head_of(model.module)
+    made: list[tuple[Tensor, Tensor]] = []
+    for at in track(progress, range(0, len(rows), READ_ROWS), "asking the untouched model"):
+        part = tuple(rows[at : at + READ_ROWS])
+        (found,) = read(model, [Request(part, frozenset({STATES}))])
+        if found.states is None:
+            raise RuntimeError("the rows were not read")
+        logits, counts = head.logits(found.states), [row.labels for row in part]
+        best = logits.topk(min(top_k, head.size - 1)).indices
+        made += zip(torch.split(best.cpu(), counts), torch.split(reduced(logits, best).cpu(), counts), strict=True)
+    return made
