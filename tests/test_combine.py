@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import Tensor
 
 from repforget.edit.train._objective import load_part, part_names
-from repforget.edit.train._pareto import Point, front, lines
+from repforget.edit.train._pareto import front, lines
+from repforget.edit.train._watch import Look
 from repforget.edit.train.combine._flat import Flat, dot, min_norm, mix
 from repforget.edit.train.combine.mgda import shortest
 from repforget.errors import MissingExtraError, UnknownNameError, UsageError
@@ -294,11 +295,10 @@ def test_without_torchjd_one_sentence_says_what_to_do(monkeypatch: pytest.Monkey
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
 def test_the_front_is_what_nothing_beats(values: list[tuple[int, int]]) -> None:
-    points = [Point(step, float(f), float(r)) for step, (f, r) in enumerate(values)]
-    found = front(points)
-    assume(found)
+    points = [Look(step, float(f), float(r)) for step, (f, r) in enumerate(values)]
+    found = front([*points, Look(99, math.nan, -1.0)])
 
-    def beats(a: Point, b: Point) -> bool:
+    def beats(a: Look, b: Look) -> bool:
         return a.forget <= b.forget and a.retain <= b.retain and (a.forget, a.retain) != (b.forget, b.retain)
 
     kept = {(p.forget, p.retain) for p in found}

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 
-@dataclass(frozen=True)
-class Point:
-    """Where a run stood after ``step`` steps: what it minimises on the forget and on the retain side."""
+class Point(Protocol):
+    """Where a run stood after ``step`` steps: what is to be low on the forget and on the retain side."""
 
-    step: int
-    forget: float
-    retain: float
+    @property
+    def step(self) -> int: ...
+    @property
+    def forget(self) -> float: ...
+    @property
+    def retain(self) -> float: ...
 
 
-def front(points: Iterable[Point]) -> tuple[Point, ...]:
+P = TypeVar("P", bound=Point)
+
+
+def front(points: Iterable[P]) -> tuple[P, ...]:
     """The points that no other one equals or beats on both sides, by falling retain value; each pair of values once.
 
-    Values that are not numbers never count.  What is on the front was compared on the run's own batches alone.
+    Values that are not numbers never count.  Points on the front were compared on the run's own rows alone.
     """
-    found: list[Point] = []
+    found: list[P] = []
     known = (p for p in points if not math.isnan(p.forget + p.retain))
     for point in sorted(known, key=lambda p: (p.forget, p.retain, p.step)):
         if not found or point.retain < found[-1].retain:
@@ -31,4 +36,4 @@ def front(points: Iterable[Point]) -> tuple[Point, ...]:
 
 def lines(found: Sequence[Point]) -> tuple[str, ...]:
     """One line per point, for notes and reports."""
-    return tuple(f"step {p.step}: forget {p.forget:.4g}, retain {p.retain:.4g}" for p in found)
+    return tuple(f"step {p.step}: forget {p.forget:.3g}, retain {p.retain:.3g}" for p in found)

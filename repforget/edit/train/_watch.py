@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from repforget.edit.train._data import Row
+from repforget.edit.train._pareto import front, lines
 from repforget.edit.train._pass import LABELS, Request, Term, read
 from repforget.edit.train._processes import Processes
 from repforget.edit.train._settings import Settings
@@ -89,10 +90,14 @@ class Watch:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        first, last = self.looks[0], self.looks[-1] if not self.stopped.startswith("diverged") else self.looks[-2]
-        said = (f"training rows: mean probability of forget answers {first.forget:.3g} -> {last.forget:.3g}, retain "
-                f"loss {first.retain:.3g} -> {last.retain:.3g} nats per token")  # fmt: skip
-        return (said, self.stopped) if self.stopped else (said,)
+        kept = self.looks[:-1] if self.stopped.startswith("diverged") else self.looks
+        first, last = kept[0], kept[-1]
+        gone = f"mean probability of forget answers {first.forget:.3g} -> {last.forget:.3g}, "
+        said = (f"training rows: {'' if math.isnan(first.forget) else gone}retain loss {first.retain:.3g} -> "
+                f"{last.retain:.3g} nats per token")  # fmt: skip
+        between = [look for look in front(kept) if look.step not in (first.step, last.step)]
+        passed = f"trade-offs on the way that neither end beats: {'; '.join(lines(between))}"
+        return (said, *((passed,) if between else ()), *((self.stopped,) if self.stopped else ()))
 
 
 def _spread(rows: Sequence[Row]) -> list[Row]:

@@ -35,15 +35,16 @@ CLOSE = 0.7  # share of the allowed divergence that is close enough
 def k_fade(
     model: LoadedModel, data: EditData, *, where: Localization | None = None, seed: int = 0,
     progress: Progress | None = None, layers: Literal["auto"] | list[int] = "auto", top_layers: int = 4,
-    steps: int = 6, max_divergence: float = 0.02, damping: float = 0.1, floor: float = 0.01, max_facts: int = 2000,
+    steps: int = 8, max_divergence: float = 0.02, damping: float = 0.1, temperature: float = 3.0, floor: float = 0.1,
+    max_facts: int = 2000,
 ) -> Edit:  # fmt: skip
     """Step uphill on the forget loss by the inverse Gauss-Newton matrix of what must stay, as far as a budget allows.
 
     ``W += s (A ⊗ G + λ)⁻¹ ∇_W L_F`` on the MLP projections: the most forgetting, to first order, per divergence of the
     outputs on retained text, to second.  A holds the inputs of a projection and G the gradients of its outputs on
     retained facts and general text, for labels that the model itself draws (K-FAC, one pass); L_F is the
-    negative log-probability of the forget answers.  Source: 2026, arXiv 2602.10568 (K-FADE).  The length s is this
-    project's: after step i of ``steps`` the measured divergence from the unedited model may be
+    negative log-probability of the forget answers.  Source: 2026, arXiv 2602.10568 (K-FADE).  This project's are the
+    temperature and the length s: after step i of ``steps`` the measured divergence from the unedited model may be
     ``max_divergence (i / steps)²`` nats per token, on every fifth retained cluster (no part of the factors) and on
     general text, whichever is more.
 
@@ -52,6 +53,7 @@ def k_fade(
         steps: steps uphill; each costs a pass over the forget facts and up to eight lengths to try.
         max_divergence: divergence in nats per token that may be spent in the end.
         damping: λ as a share of the mean eigenvalue of each layer; large values are plain gradient ascent.
+        temperature: of the drawn labels; 1 gives the true Fisher, in which what the model is sure of hardly occurs.
         floor: a fact at or below this answer probability does not push any further.
         max_facts: facts read per set, chosen by seed.
 
@@ -61,7 +63,7 @@ def k_fade(
     eigenvectors.  The factors take tokens for independent and layers for separate, so the divergence is measured, not
     trusted; that it is small on average does not show that no single fact was lost.
     """
-    _check(steps, max_divergence, damping)
+    _check(steps, max_divergence, damping, temperature)
     rows = _rows(model, data, max_facts, seed)
     names = _names(model, layers, where, top_layers)
     trained = {name: model.module.get_parameter(name) for name in names}
@@ -69,14 +71,14 @@ def k_fade(
     deltas = {name: torch.zeros(p.shape, device=p.device) for name, p in trained.items()}
     try:
         with only(model.module, list(trained.values())):
-            factors = _factors(model, names, rows.kept, seed, progress)
+            factors = _factors(model, names, rows.kept, temperature, seed, progress)
             notes = _climb(model, rows, trained, originals, deltas, factors, steps, max_divergence, damping, floor,
                            progress)
     finally:
         _put(trained, originals, None)
     operations = [DenseDelta(name, delta.cpu()) for name, delta in deltas.items()]
     settings = {"layers": layers, "top_layers": top_layers, "steps": steps, "max_divergence": max_divergence,
-                "damping": damping, "floor": floor, "max_facts": max_facts}  # fmt: skip
+                "damping": damping, "temperature": temperature, "floor": floor, "max_facts": max_facts}  # fmt: skip
     return Edit.build("k_fade", settings, model, data.digest, operations, notes=notes)
 
 
@@ -87,10 +89,10 @@ class _Rows:
     aside: tuple[tuple[Row, ...], ...]  # on which the divergence is measured, group by group
 
 
-def _check(steps: int, budget: float, damping: float) -> None:
-    if steps < 1 or budget <= 0 or damping <= 0:
-        raise UsageError(f"k_fade was given {steps} steps, a budget of {budget} and a damping of {damping}: it needs "
-                         "at least one step, and positive numbers.")  # fmt: skip
+def _check(steps: int, budget: float, damping: float, temperature: float) -> None:
+    if steps < 1 or min(budget, damping, temperature) <= 0:
+        raise UsageError(f"k_fade was given {steps} steps, a divergence of {budget}, a damping of {damping} and a "
+                         f"temperature of {temperature}: give at least one step and positive numbers.")  # fmt: skip
 
 
 def _rows(model: LoadedModel, data: EditData, max_facts: int, seed: int) -> _Rows:
@@ -126,8 +128,9 @@ def _names(
 
 
 def _factors(
-    model: LoadedModel, names: Sequence[str], rows: Sequence[Row], seed: int, progress: Progress | None
-) -> dict[str, Factors]:
+    model: LoadedModel, names: Sequence[str], rows: Sequence[Row], temperature: float, seed: int,
+    progress: Progress | None,
+) -> dict[str, Factors]:  # fmt: skip
     """Factors of each projection, in the orientation [out, in], from labels that the model draws."""
     generator = torch.Generator().manual_seed(seed)
     moments = {name: Moments() for name in names}
@@ -136,7 +139,7 @@ def _factors(
         for part in track(progress, parts, "reading curvature", len(parts)):
             (reading,) = read(model, [Request(tuple(part), frozenset({STATES}))])
             logits = head_of(model.module).logits(_states(reading.states))
-            loss = drawn_loss(logits, generator) * len(logits)
+            loss = drawn_loss(logits / temperature, generator) * len(logits)
             gradients = torch.autograd.grad(loss, [output for _, output in seen.values()])
             for (name, (inputs, _)), gradient in zip(seen.items(), gradients, strict=True):
                 moments[name].add(inputs.flatten(0, -2), gradient.flatten(0, -2), len(logits))
