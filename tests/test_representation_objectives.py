@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
+from edit_models import model as tiny
+from edit_models import people
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from repforget.edit._dispatch import edit as run_editor
+from repforget.edit.train._data import fact_rows
 from repforget.edit.train._depth import at_depth
 from repforget.edit.train._objective import find
+from repforget.edit.train._pass import HIDDEN, Request, read
 from repforget.edit.train.objectives.adaptive_rmu import adaptive_rmu
 from repforget.edit.train.objectives.representation_rerouting import representation_rerouting
 from repforget.edit.train.objectives.rmu import direction, rmu
 from repforget.edit.train.retain.hidden_distance import hidden_distance
 from repforget.edit.train.retain.hidden_state import hidden_state
+from repforget.knowledge import Fact
+from repforget.models.load import LoadedModel
+from repforget.models.weights import writers
 
 RMU, ADAPTIVE = rmu.objective.function, adaptive_rmu.objective.function
 REROUTE = representation_rerouting.objective.function
@@ -96,10 +105,21 @@ def test_weight_moves_from_rerouting_to_retaining() -> None:
     hidden, original = states(4, 2, 8, 0), states(4, 2, 8, 1)
     away = (hidden - original).norm(dim=-1).mean(1)
     for done in (0.0, 0.5, 1.0):
-        torch.testing.assert_close(DISTANCE(hidden, original, turn=0.5, done=done), 0.5 * done * away)
+        torch.testing.assert_close(DISTANCE(hidden, original, turn=0.5, relative=False, done=done), 0.5 * done * away)
         torch.testing.assert_close(REROUTE(hidden, original, turn=0.5, done=done),
                                    (1 - 0.5 * done) * REROUTE(hidden, original, turn=0.5))  # fmt: skip
     torch.testing.assert_close(REROUTE(hidden, original, turn=0.25, done=1.0), 0.75 * REROUTE(hidden, original))
+
+
+@PROPERTY
+@given(shapes, st.floats(0.1, 30.0))
+def test_relative_distance_does_not_depend_on_how_long_states_are(
+    shape: tuple[int, int, int, int], factor: float
+) -> None:
+    hidden, original = states(*shape), states(shape[0], shape[1], shape[2], shape[3] + 1)
+    small, large = DISTANCE(hidden, original, done=1.0), DISTANCE(factor * hidden, factor * original, done=1.0)
+    torch.testing.assert_close(small, large, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(DISTANCE(2 * original, original, turn=1.0, done=1.0), torch.ones(shape[0]))
 
 
 def test_retain_terms_are_zero_with_zero_gradient_at_the_start() -> None:
@@ -149,3 +169,40 @@ def test_the_two_sides_are_found_and_read_the_same_layers() -> None:
         assert all(own.layers(depth) == kept.layers(depth) for depth in range(1, 64))
     assert "norms" not in adaptive_rmu.objective.settings
     assert "done" not in representation_rerouting.objective.settings
+
+
+def _hidden(model: LoadedModel, facts: Sequence[Fact]) -> Tensor:
+    rows, _ = fact_rows(model, facts, "facts")
+    found = read(model, [Request(rows, frozenset({HIDDEN}), (1,))])[0].hidden
+    assert found is not None
+    return found.detach()[:, 0]
+
+
+def test_training_moves_forget_states_to_the_vector_through_the_named_matrices_alone() -> None:
+    model, data = tiny(), people().for_editor()
+    before = _hidden(model, data.forget), _hidden(model, data.retain)
+    length = float(before[0].norm(dim=-1).mean())
+    u = direction(before[0], "normal", 0)
+    turned = {}
+    for weight in (0.0, 30.0):
+        made = run_editor(model, data, "adaptive_rmu", layers=[1], steps=50, lr=0.04, batch_size=16, scale=5.0,
+                          retain_weight=weight, max_retain_rise=99.0)  # fmt: skip
+        assert set(made.manifest.weights) == {w.name for w in writers(model) if w.role == "mlp_out"}
+        with made.attach(model):
+            forget, retain = _hidden(model, data.forget), _hidden(model, data.retain)
+        moved = (retain - before[1]).norm(dim=-1) / before[1].norm(dim=-1)
+        turned[weight] = float(torch.cosine_similarity(forget, u, dim=-1).mean()), float(moved.mean())
+        if weight == 0.0:
+            assert float(forget.norm(dim=-1).mean()) == pytest.approx(5 * length, rel=0.3)
+    assert turned[0.0][0] > 0.9
+    assert turned[30.0][1] < 0.3 * turned[0.0][1]
+
+
+def test_training_turns_forget_states_away() -> None:
+    model, data = tiny(), people().for_editor()
+    before = _hidden(model, data.forget)
+    made = run_editor(model, data, "representation_rerouting", layers=[1], steps=60, lr=0.01, batch_size=16,
+                      retain="none")  # fmt: skip
+    with made.attach(model):
+        after = _hidden(model, data.forget)
+    assert float(torch.cosine_similarity(before, after, dim=-1).mean()) < 0.1
