@@ -105,6 +105,16 @@ def test_forget_answers_fall_within_the_budget(architecture: str) -> None:
     assert "divergence" in edit.manifest.notes[0]
 
 
+def test_the_search_ends_once_answers_are_improbable_enough() -> None:
+    model = taught()
+    known = probability(model, DATA.forget, "forget", 0)
+    reached = []
+    for stop in (0.0, 0.97):
+        with run_editor(model, DATA, "repselect", max_disruption=5.0, stop_probability=stop).attach(model):
+            reached.append(known())
+    assert reached[0] < 0.5 * reached[1] <= 0.5 * 0.97
+
+
 def test_collapsing_forgets_more_for_the_same_damage() -> None:
     model = taught()
     known = probability(model, DATA.forget, "forget", 0)

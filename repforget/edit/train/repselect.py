@@ -58,7 +58,7 @@ def repselect(
     Raises SiteError for layers that are not there or a LoRA that cannot be put on, UsageError for settings out of
     range, KnowledgeError without facts, NumericalError where no step stays within the budget.  Cost: two forwards and
     backwards over the forget facts, one decomposition per matrix, ``steps`` evaluations of some hundred tokens; memory:
-    one float32 copy of the MLP matrices.
+    three float32 copies of the MLP matrices.
 
     Weakness: facts that the model is sure of have next to no gradient, so that the least known weigh most, and what is
     rare among the facts given is left.  A low answer probability does not show that relearning is slow: attack it.
@@ -76,7 +76,8 @@ def repselect(
     disruption, known = divergence(model, data, seed), probability(model, data.forget, "forget", seed)
     before = known()
     step, cost = longest(lambda t: line.at(t * unit, disruption), max_disruption, FIRST, steps,
-                         enough=lambda t: line.at(t * unit, known) <= stop_probability, progress=progress)  # fmt: skip
+                         enough=lambda t: stop_probability > 0 and line.at(t * unit, known) <= stop_probability,
+                         progress=progress)  # fmt: skip
     note = (f"step of {step:.3g} of the norm of the weights: divergence {cost:.3g} of {max_disruption:g} nats per "
             f"token, mean probability of forget answers {before:.3g} -> {line.at(step * unit, known):.3g}")  # fmt: skip
     return Edit.build("repselect", {"elicit_steps": once}, model, data.digest, line.operations(step * unit),
