@@ -115,6 +115,24 @@ def test_half_precision_is_scored_in_float32(kind: torch.dtype, tolerance: float
         torch.testing.assert_close(a.double(), b, rtol=0, atol=4 * tolerance)
 
 
+@pytest.mark.parametrize("kept", [0, 10**6])
+def test_a_label_that_is_nearly_certain_keeps_its_gradient_in_half_precision(
+    kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_head, "KEPT", kept)
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(V, 64, generator=generator).bfloat16().requires_grad_()
+    labels = torch.arange(M)
+    states = (weight[labels].detach().float() * 0.3).bfloat16().requires_grad_()
+    exact = states.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    want = plain(*exact, None, labels, 1.0, None)
+    assert want.median().exp() > 0.999
+    got = label_logprobs(states, weight, None, labels, chunk=6 * M)
+    for a, b in zip(torch.autograd.grad(got.sum(), (states, weight)), torch.autograd.grad(want.sum(), exact),
+                    strict=True):  # fmt: skip
+        assert (a.double() - b).norm() < 0.05 * b.norm()
+
+
 def test_extreme_logits_stay_finite_and_a_label_outside_shows() -> None:
     states, weight, _, labels = problem(torch.float32)
     with torch.no_grad():
@@ -145,7 +163,11 @@ def entropy(z: Tensor, _: slice) -> Tensor:
 
 @pytest.mark.parametrize("hooked", [False, True], ids=["plain", "hooked"])
 @pytest.mark.parametrize(("scale", "limit"), CAPS)
-def test_a_function_of_the_distribution_is_the_same_in_chunks(scale: float, limit: float | None, hooked: bool) -> None:
+@pytest.mark.parametrize("kept", [0, 10**6])
+def test_a_function_of_the_distribution_is_the_same_in_chunks(
+    scale: float, limit: float | None, hooked: bool, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_head, "KEPT", kept)
     states, weight, bias, labels = problem()
     head = Fixed(weight, bias, scale, limit)
     if hooked:
@@ -179,6 +201,7 @@ def test_every_architecture_scores_as_its_own_logits(name: str, monkeypatch: pyt
     for direct in (_head.DIRECT, 0):
         monkeypatch.setattr(_head, "DIRECT", direct)
         monkeypatch.setattr(_head, "CHUNK", 150)
+        monkeypatch.setattr(_head, "WHOLE", 150)
         with select_head(model) as selected:
             empty = model(ids, use_cache=False).logits
         assert empty.numel() == 0

@@ -19,8 +19,9 @@ from repforget.models.readout import cap, logit_cap
 from repforget.models.sites import site_map
 
 DIRECT = 2**22  # logits up to here are made at once and kept for the backward pass (16 MiB in float32)
-CHUNK = 2**21  # logits at a time beyond
-KEPT = 2**25  # exponentials of one call that may wait for the backward pass of a trained head (128 MiB)
+CHUNK = 2**21  # logits at a time beyond, of single labels
+WHOLE = 2**23  # logits at a time beyond, of whole distributions: every chunk reads the whole head
+KEPT = 2**25  # numbers of one call that may wait for the backward pass of a trained head (128 MiB in float32)
 TAIL = 0.05  # largest mean probability that a teacher may leave outside its top outcomes
 
 
@@ -125,7 +126,11 @@ def label_logprobs(
 
 
 class _LabelLogprobs(torch.autograd.Function):
-    """See :func:`label_logprobs`; p below is the softmax, t the derivative of the capped logit by the raw one."""
+    """See :func:`label_logprobs`.
+
+    p below is the softmax without the label, whose own 1 - p is the ``rest``: nothing cancels where a label is certain.
+    t is the derivative of the capped logits by the raw ones.
+    """
 
     @staticmethod
     def forward(
@@ -133,9 +138,9 @@ class _LabelLogprobs(torch.autograd.Function):
         limit: float | None, stripe: int, graded: bool,
     ) -> Tensor:  # fmt: skip
         wanted, trained = graded and ctx.needs_input_grad[0], graded and any(ctx.needs_input_grad[1:3])
-        kind = torch.float64 if states.dtype == torch.float64 else torch.float32
+        kind = _wide(states)
         top = torch.full((len(labels), 1), -torch.inf, dtype=kind, device=states.device)
-        total, mean = torch.zeros_like(top), states.new_zeros(states.shape if wanted else 0, dtype=kind)
+        rest, mean = torch.zeros_like(top), states.new_zeros(states.shape if wanted else 0, dtype=kind)
         chosen, slope = torch.full_like(top, torch.nan), torch.ones_like(top)
         keeps = trained and limit is None and len(labels) * len(weight) <= KEPT
         kept: list[Tensor] = []
@@ -147,14 +152,16 @@ class _LabelLogprobs(torch.autograd.Function):
             higher = torch.maximum(top, z.amax(1, keepdim=True))
             shrink, top = (top - higher).exp_(), higher
             p = z.sub_(top).exp_()
+            p.scatter_(1, index, p.gather(1, index).masked_fill_(inside, 0))
             kept += [p, top] if keeps else []
-            total = total.mul_(shrink).add_(p.sum(1, keepdim=True))
+            rest = rest.mul_(shrink).add_(p.sum(1, keepdim=True))
             if wanted:
                 _add_product(mean.mul_(shrink), p if t is None else p.mul_(t), weight[part])
-        lse = top + total.log()
+        total = rest + (chosen - top).exp()
+        lse, pull = top + total.log(), slope * (rest / total * scale)
         ctx.stripe, ctx.scale, ctx.limit, ctx.kind = stripe, scale, limit, states.dtype
-        unit = (slope * weight[labels] - mean / total).mul_(scale) if wanted else None
-        ctx.save_for_backward(unit, *((states, weight, bias, labels, lse, slope, *kept) if trained else ()))
+        unit = pull * weight[labels] - mean.mul_(scale / total) if wanted else None
+        ctx.save_for_backward(unit, *((states, weight, bias, labels, lse, pull, *kept) if trained else ()))
         return (chosen - lse)[:, 0]
 
     @staticmethod
@@ -165,22 +172,26 @@ class _LabelLogprobs(torch.autograd.Function):
         of_states = (unit * g).to(ctx.kind) if ctx.needs_input_grad[0] else None
         of_weight = of_bias = None
         if rest:
-            states, weight, bias, labels, lse, slope, *kept = rest
+            states, weight, bias, labels, lse, pull, *kept = rest
             of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
             of_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
-            g = g * ctx.scale
             for n, (part, index, inside) in enumerate(_stripes(labels, len(weight), ctx.stripe)):
+                share = -ctx.scale * g
                 if kept:
-                    p = kept[2 * n] * ((kept[2 * n + 1] - lse).exp_() * -g)
+                    p, share = kept[2 * n], share * (kept[2 * n + 1] - lse).exp_()
                 else:
                     z, t = _raw(states, weight, bias, part, ctx.scale, ctx.limit)
-                    p = z.sub_(lse).exp_().mul_(-g)
+                    p = z.sub_(lse).exp_()
+                    p.scatter_(1, index, p.gather(1, index).masked_fill_(inside, 0))
                     p = p if t is None else p.mul_(t)
-                p.scatter_add_(1, index, torch.where(inside, g * slope, 0))
                 if of_weight is not None:
-                    torch.mm(p.to(states.dtype).T, states, out=of_weight[part])
+                    torch.mm(p.to(states.dtype).T, (states * share).to(states.dtype), out=of_weight[part])
                 if of_bias is not None:
-                    of_bias[part] = p.sum(0)
+                    of_bias[part] = (p.T @ share)[:, 0]
+            if of_weight is not None:
+                of_weight.index_add_(0, labels, (states * (pull * g)).to(states.dtype))
+            if of_bias is not None:
+                of_bias.index_add_(0, labels, (pull * g)[:, 0].to(of_bias.dtype))
         return of_states, of_weight, of_bias, None, None, None, None, None
 
 
@@ -217,6 +228,10 @@ def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
         into.add_(left.to(right.dtype) @ right)
 
 
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def _exact(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -232,19 +247,19 @@ def distribution(
 
     Up to :data:`DIRECT` logits at once; beyond, ``chunk`` logits at a time, made again in the backward pass.  The
     function must treat positions independently; where it is chunked, gradients flow to the states and the head only,
-    once.  Cost: one more product with the vocabulary than the plain form, and the function twice.
+    once.  Cost: as :func:`label_logprobs`; beyond :data:`KEPT` a trained head runs the function again.
     """
     size = len(states) * head.size
     if chunk is None and size <= DIRECT:
         return function(head.logits(states), slice(0, len(states)))
-    step = max(1, (chunk or CHUNK) // head.size)
+    step = max(1, (chunk or WHOLE) // head.size)
     if head.plain:
         factor, limit = logit_cap(head.model)
 
         def capped(z: Tensor, part: slice) -> Tensor:
             return function(_capped(_exact(z), factor, limit), part)
 
-        found: Tensor = _Distribution.apply(states, head.weight, head.bias, capped, step)  # type: ignore[no-untyped-call]
+        found: Tensor = _Distribution.apply(states, head.weight, head.bias, capped, step, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
         return found
     parts = [slice(at, at + step) for at in range(0, len(states), step)]
     return torch.cat([checkpoint(lambda x, part=part: function(head.logits(x), part), states[part],
@@ -252,35 +267,58 @@ def distribution(
 
 
 class _Distribution(torch.autograd.Function):
-    """See :func:`distribution`: one gradient of the weight for all chunks, instead of one each to be added up."""
+    """See :func:`distribution`: positions are independent, so the slope of each value is known in the forward pass."""
 
     @staticmethod
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None,
-        function: Callable[[Tensor, slice], Tensor], step: int,
+        function: Callable[[Tensor, slice], Tensor], step: int, graded: bool,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(states, weight, bias)
+        wanted, trained = graded and ctx.needs_input_grad[0], graded and any(ctx.needs_input_grad[1:3])
+        keeps = trained and len(states) * len(weight) <= KEPT
+        unit = torch.zeros_like(states, dtype=_wide(states)) if wanted else None
+        kept = states.new_empty(len(states), len(weight)) if keeps else None
+        found, ctx.kind = [], states.dtype
         ctx.function, ctx.parts = function, [slice(at, at + step) for at in range(0, len(states), step)]
-        return torch.cat([function(functional.linear(states[p], weight, bias), p) for p in ctx.parts])
+        for part in ctx.parts:
+            value, slope = _slope(function, states, weight, bias, part, wanted or keeps)
+            found.append(value)
+            if unit is not None:
+                _add_product(unit[part], slope, weight)
+            if kept is not None:
+                kept[part] = slope
+        ctx.save_for_backward(unit, *((states, weight, bias, kept) if trained else ()))
+        return torch.cat(found)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        states, weight, bias = ctx.saved_tensors
-        kind = torch.float64 if states.dtype == torch.float64 else torch.float32
-        into = [torch.zeros_like(x, dtype=kind) if need else None
-                for x, need in zip((states, weight, bias), ctx.needs_input_grad, strict=False)]  # fmt: skip
-        for part in ctx.parts:
-            with torch.enable_grad():
-                z = functional.linear(states[part], weight, bias).detach().requires_grad_()
-                (of_z,) = torch.autograd.grad(ctx.function(z, part), z, g[part])
-            if into[0] is not None:
-                _add_product(into[0][part], of_z, weight)
-            if into[1] is not None:
-                _add_product(into[1], of_z.T, states[part])
-            if into[2] is not None:
-                into[2] += of_z.sum(0)
-        return (*(None if x is None else x.to(states.dtype) for x in into), None, None)
+        unit, *rest = ctx.saved_tensors
+        of_states = (unit * g[:, None]).to(ctx.kind) if ctx.needs_input_grad[0] else None
+        of_weight = of_bias = None
+        if rest:
+            states, weight, bias, kept = rest
+            of_weight = torch.zeros_like(weight, dtype=_wide(weight)) if ctx.needs_input_grad[1] else None
+            of_bias = torch.zeros_like(bias, dtype=_wide(bias)) if ctx.needs_input_grad[2] else None
+            for part in ctx.parts if kept is None else [slice(None)]:
+                slope = _slope(ctx.function, states, weight, bias, part, True)[1] if kept is None else kept
+                if of_weight is not None:
+                    _add_product(of_weight, slope.T, (states[part] * g[part, None]).to(slope.dtype))
+                if of_bias is not None:
+                    of_bias += slope.T.to(g.dtype) @ g[part]
+            of_weight, of_bias = (None if x is None else x.to(ctx.kind) for x in (of_weight, of_bias))
+        return of_states, of_weight, of_bias, None, None, None
+
+
+def _slope(
+    function: Callable[[Tensor, slice], Tensor], states: Tensor, weight: Tensor, bias: Tensor | None, part: slice,
+    graded: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Values [c] of a part of the positions and, if ``graded``, how each depends on its own logits [c, V]."""
+    with torch.set_grad_enabled(graded):
+        z = functional.linear(states[part].detach(), weight.detach(), None if bias is None else bias.detach())
+        value = function(z.requires_grad_(graded), part)
+        return value.detach(), torch.autograd.grad(value.sum(), z)[0] if graded else z
 
 
 @dataclass(frozen=True)
@@ -305,7 +343,7 @@ def topk_teacher(states: Tensor, head: Head, labels: Tensor, k: int = 64, *, chu
     k = min(k, head.size - 1)
     if k < 1:
         raise UsageError(f"A teacher needs at least one outcome beside the rest: k is {k}.")
-    step = max(1, (chunk or CHUNK) // head.size)
+    step = max(1, (chunk or WHOLE) // head.size)
     indices, logp = [], []
     for at in range(0, len(states), step):
         z, own = head.logits(states[at : at + step]), labels[at : at + step, None]
