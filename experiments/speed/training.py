@@ -51,7 +51,7 @@ RMU = {"layer": round(7 / 32 * LAYERS), "coefficient": 20.0, "weight": 100.0}
 # method -> (editor, its settings)
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "npo": ("npo", {"retain": "nll"}),
-    "simnpo": ("simnpo", {"retain": "nll"}),
+    "simnpo": ("simnpo", {"retain": "nll", "beta": 0.1}),
     "grad_diff_kl": ("grad_diff", {"retain": "kl"}),
     "rmu": ("rmu", {}),
 }
@@ -61,7 +61,7 @@ AGREE = 1e-4  # largest difference of the losses, relative to the larger of the 
 
 
 def build(vocabulary: int) -> Any:
-    """The random Llama of both sides."""
+    """A random Llama."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -131,7 +131,7 @@ def plain_npo(model: Any, reference: Any, forget: Any, retain: Any, beta: float 
     return -2 / beta * logsigmoid(-beta * (own - before)).mean(), plain_nll(model, retain)
 
 
-def plain_simnpo(model: Any, _reference: Any, forget: Any, retain: Any, beta: float = 2.5) -> tuple[Any, Any]:
+def plain_simnpo(model: Any, _reference: Any, forget: Any, retain: Any, beta: float = 0.1) -> tuple[Any, Any]:
     """-(2 / beta) mean log sigmoid(beta l), l the mean loss per token of a sequence."""
     from torch.nn.functional import logsigmoid
 
@@ -184,7 +184,7 @@ def run_plain(method: str, vocabulary: int, steps: int) -> dict[str, Any]:
 
     import torch
 
-    model = build(vocabulary)
+    model = loaded(vocabulary).module
     base = peak()
     every = rows(vocabulary)
     forget, retain = padded(every[:BATCH]), padded(every[BATCH:])
@@ -219,9 +219,8 @@ def run_ours(method: str, vocabulary: int, steps: int) -> dict[str, Any]:
     from repforget.edit.train._engine import Engine
     from repforget.knowledge import EditData, Fact
 
-    module = build(vocabulary)
+    model = loaded(vocabulary)
     base = peak()
-    model = loaded(module, vocabulary)
     texts = [(" ".join(f"w{t}" for t in ids[1:start]), "".join(f" w{t}" for t in ids[start:]))
              for ids, start in rows(vocabulary)]  # fmt: skip
     facts = [Fact(f"row-{i}#0", f"row-{i}", "", "", *text) for i, text in enumerate(texts)]
@@ -255,8 +254,8 @@ def run_ours(method: str, vocabulary: int, steps: int) -> dict[str, Any]:
             "base": base, "peak_with_edit": peak()}  # fmt: skip
 
 
-def loaded(module: Any, vocabulary: int) -> Any:
-    """The model with a tokenizer that has one word per token."""
+def loaded(vocabulary: int) -> Any:
+    """The model of both sides with a tokenizer that has one word per token."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -266,8 +265,9 @@ def loaded(module: Any, vocabulary: int) -> Any:
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    return wrap(module, PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>",
-                                                eos_token="<eos>", unk_token="<unk>"))  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
+                                        unk_token="<unk>")  # fmt: skip
+    return wrap(build(vocabulary), tokenizer)
 
 
 # --- both --------------------------------------------------------------------------------------------------------
