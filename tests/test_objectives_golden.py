@@ -140,6 +140,8 @@ def test_answer_preservation_at_equality_and_slope() -> None:
     loss = retain("answer_preservation", own, refusal, beta=0.1)
     assert float(loss.detach()) == pytest.approx(math.log(2) / 0.1)
     assert float(slope(loss, own.logprob)) == pytest.approx(-0.5)
+    halves = Scores(torch.full((2,), -1.0, dtype=torch.float64), torch.zeros(2, dtype=torch.long), 1)  # sums, not means
+    assert float(retain("answer_preservation", halves, refusal, beta=0.1).detach()) == pytest.approx(math.log(2) / 0.1)
 
 
 # Ascent with weights
@@ -365,6 +367,7 @@ def test_weight_penalties_pull_along_the_drift() -> None:
     drift = [torch.tensor([[1.0, -2.0]], requires_grad=True), torch.tensor([3.0], requires_grad=True)]
     importance = [torch.tensor([[0.5, 0.0]]), torch.tensor([2.0])]
     assert retain("l2", drift).tolist() == [7.0] and retain("ewc", drift, importance).tolist() == [9.25]
+    assert {find(name, "retain").reduction for name in ("l2", "ewc")} == {"whole"}
     weighted = [f * d for f, d in zip(importance, drift, strict=True)]
     for loss, expected in ((retain("l2", drift), drift), (retain("ewc", drift, importance), weighted)):
         for part, pull in zip(drift, expected, strict=True):
