@@ -59,7 +59,8 @@ DECLARED = {
     "defaults": {"grad_ascent": {"retain": "none"}, "grad_diff": {"retain": "nll"}, "jensun": {"retain": "js"},
                  "pdu": {"combine": "constraint"}},
     "settings": {"npo": {"beta": 0.1}, "simnpo": {"beta": 2.5, "delta": 0.0}, "idk_dpo": {"beta": 0.1},
-                 "flat": {"divergence": "kl"}, "altpo": {"beta": 0.1}, "weighted_ascent": {"beta": 1.0, "saturation": 0.0},
+                 "flat": {"divergence": "kl"}, "altpo": {"beta": 0.1},
+                 "weighted_ascent": {"beta": 1.0, "saturation": 0.0},
                  "token_npo": {"beta": 4.0, "power": 0.0}, "answer_preservation": {"beta": 0.1}},
 }  # fmt: skip
 REDUCTIONS = [key for key in DECLARED if key.endswith("_mean")]
