@@ -30,7 +30,8 @@ class Settings:
     "cached") or at every step ("live").  Half-precision weights have float32 ``precision`` masters, or are rounded at
     random ("stochastic"); ``checkpointing`` computes activations again to save memory.  Every ``check_every`` steps it
     stops where the mean probability of forget answers is at most ``stop_probability``, or where the retain loss has
-    risen by more than ``max_retain_rise`` nats per token, which keeps the last good state.
+    risen by more than ``max_retain_rise`` nats per token, which keeps the last good state.  ``quantisation_floor`` makes
+    what is smaller than half a bin of that rounding afterwards either whole or nothing.
 
     Raises KnowledgeError and UsageError for data and settings that do not fit, NumericalError where nothing good
     was reached, NoEffectError where nothing changed.  Memory: weights, gradients and two moments of what is trained;
@@ -68,6 +69,7 @@ class Settings:
     max_retain_rise: float = 2.0
     check_every: int = 25
     max_facts: int = 20000
+    quantisation_floor: Literal["none", "int8", "nf4", "int4", "int3"] = "none"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "rank", "check_every", "max_facts"):
