@@ -64,17 +64,19 @@ class Plan:
 def plan(recipe: Recipe) -> Plan:
     """Say what ``recipe`` will do and need before anything is loaded.
 
-    The peak is an upper estimate: original, twins and one copy as loaded, plus one float32 copy that is fine-tuned.
+    The peak is an upper estimate: original and twins as loaded, with one copy and one float32 copy that is fine-tuned,
+    or with what the largest training of an edit needs (:mod:`repforget.edit.train._cost`).  Times follow from a product
+    of matrices that is timed here.
     """
-    import psutil
-
-    from repforget.models.load import estimate
+    from repforget.edit.train._plan import planned
+    from repforget.models.load import device_of, estimate, free_memory
 
     knowledge = load_knowledge(recipe.knowledge, seed=recipe.seed)
     sizes = [estimate(name, device=recipe.device, dtype=recipe.dtype) for name in (recipe.model, *recipe.twins)]
     own = sizes[0]
-    peak = sum(size.bytes for size in sizes) + own.bytes + 4 * TRAINING_COPIES * own.parameters
-    free = int(psutil.virtual_memory().available)
+    loaded = sum(size.bytes for size in sizes)
+    peak = loaded + own.bytes + 4 * TRAINING_COPIES * own.parameters
+    free = free_memory(device_of(recipe.device))
     if recipe.limits.memory is not None:
         free = min(free, int(recipe.limits.memory * 2**30))
     counts = ", ".join(f"{len(getattr(knowledge, name))} {name}" for name in ("forget", "retain", "neighbours"))
@@ -83,8 +85,13 @@ def plan(recipe: Recipe) -> Plan:
     steps = [Step("load", f"{recipe.model} and {len(recipe.twins)} twins", size),
              Step("knowledge", f"{knowledge.name}: {counts} items", "no forward pass")]  # fmt: skip
     steps += [Step("locate", choice.name, "forwards over the forget statements") for choice in recipe.locate]
+    data, place = knowledge.for_editor(), device_of(recipe.device)
     for choice in recipe.ladder:
-        steps.append(Step("edit", choice.name, "one edit, screened on dev, then at the gate"))
+        training = planned(choice.name, choice.settings, own, data, place)
+        cost = "one edit, screened on dev, then at the gate"
+        if training is not None:
+            peak, cost = max(peak, loaded + training.bytes - own.bytes), f"{training.text}; then {cost}"
+        steps.append(Step("edit", choice.name, cost))
     level = recipe.verify if isinstance(recipe.verify, str) else ", ".join(choice.name for choice in recipe.verify)
     steps.append(Step("sealed", f"{level} verification of the saved edit in a fresh process", f"{arms} arms"))
     notes = list(knowledge.notes)

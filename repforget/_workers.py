@@ -131,7 +131,8 @@ def _serve(group: Any) -> None:
         from repforget.records import Localization
 
         if loaded is None or loaded.name != request["model"]:
-            loaded = load(request["model"], device=_device(request["device"]), dtype=request["dtype"])
+            device = "auto" if request["device"] == "cuda" else request["device"]  # each its own
+            loaded = load(request["model"], device=device, dtype=request["dtype"])
         if loaded.fingerprint != request["fingerprint"]:
             raise ModelLoadError(f"Model '{request['model']}' is not the same in all processes: give every machine the "
                                  "same files.")  # fmt: skip
@@ -144,10 +145,6 @@ def _serve(group: Any) -> None:
             continue
         except RuntimeError:  # it has ended in the middle of a sum
             return
-
-
-def _device(kind: str) -> str:
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if kind == "cuda" else kind
 
 
 def _plain(data: EditData) -> dict[str, Any]:

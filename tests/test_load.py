@@ -241,7 +241,7 @@ def test_device_maps_are_supported(folder: Path) -> None:
 def test_too_little_memory_is_said_before_loading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from repforget.models import load as room
 
-    monkeypatch.setattr(room, "_free_memory", lambda _device: 1000)
+    monkeypatch.setattr(room, "free_memory", lambda _device: 1000)
     with pytest.raises(ResourceError, match="are free on cpu"):
         load(str(folder), device="cpu")
 

@@ -128,10 +128,10 @@ def test_an_error_in_the_first_process_ends_both(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_keeps_a_checkpoint_and_ends_both(folder: Path) -> None:
-    both = launch(folder, {"wait": ("npo", {**SMALL, "steps": 500})}, "wait")
+    both = launch(folder, {"wait": ("npo", {**SMALL, "lr": 1e-6, "steps": 500})}, "wait")
     assert both[0].stdout is not None
     while both[0].stdout.readline().strip() != "3":
-        assert both[0].poll() is None
+        assert both[0].poll() is None, both[0].communicate()
     for process in both:  # as a terminal does
         process.send_signal(signal.SIGINT)
     time.sleep(0.05)

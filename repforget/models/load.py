@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class ModelEstimate:
     """What a model will need, read from its configuration and file headers without loading a weight.
 
     ``bytes`` is what the weights occupy once loaded in ``dtype``; activations, gradients and optimiser come
-    on top.
+    on top.  ``shapes`` are those of the tensors in the files, by name.
     """
 
     name: str
@@ -81,6 +82,7 @@ class ModelEstimate:
     layers: int
     width: int
     vocab_size: int
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 def load(
@@ -109,7 +111,7 @@ def load(
     source, folder = locate(name)
     if device_map is not None and device != "auto":
         raise ModelLoadError(f"Both device '{device}' and device_map were given: choose one of them.")
-    place = _device(device)
+    place = device_of(device)
     config = _config(name, source, trust_remote_code, revision)
     kind = _dtype(dtype, config, place, folder)
     if folder is not None:
@@ -156,33 +158,32 @@ def estimate(
     """Return what a model needs, from its configuration and safetensors headers alone (no weight is loaded)."""
     source, folder = locate(name)
     config = _config(name, source, trust_remote_code, revision)
-    if folder is not None:
-        total, size, code = _files.count(_files.headers(folder))
-    else:
-        total, size, code = _hub_count(name, revision)
-    kind = _dtype(dtype, config, _device(device), folder, code)
+    entries = list(_files.headers(folder)) if folder is not None else _hub_headers(name, revision)
+    total, size, code = _files.count(iter(entries))
+    kind = _dtype(dtype, config, device_of(device), folder, code)
     text = config.get_text_config()
     itemsize = torch.empty((), dtype=kind).element_size()
     return ModelEstimate(name, total, size, total * itemsize, str(kind).removeprefix("torch."),
-                         int(text.num_hidden_layers), int(text.hidden_size), int(text.vocab_size))  # fmt: skip
+                         int(text.num_hidden_layers), int(text.hidden_size), int(text.vocab_size),
+                         tuple((tensor, shape) for tensor, _, shape in entries))  # fmt: skip
 
 
-def _hub_count(name: str, revision: str | None) -> tuple[int, int, str]:
+def _hub_headers(name: str, revision: str | None) -> list[tuple[str, str, tuple[int, ...]]]:
     from huggingface_hub import get_safetensors_metadata
 
     try:
         metadata = get_safetensors_metadata(name, revision=revision)
     except Exception as reason:  # the hub client raises errors of several libraries
         raise _refusal(name, reason) from reason
-    entries = ((tensor, info.dtype, tuple(info.shape)) for file in metadata.files_metadata.values()
-               for tensor, info in file.tensors.items())  # fmt: skip
-    return _files.count(entries)
+    return [(tensor, info.dtype, tuple(info.shape)) for file in metadata.files_metadata.values()
+            for tensor, info in file.tensors.items()]  # fmt: skip
 
 
-def _device(device: str) -> torch.device:
+def device_of(device: str) -> torch.device:
+    """The torch device of a name; "auto" is an accelerator where there is one, each process's own where several run."""
     if device == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         wanted = torch.device(device)
@@ -264,16 +265,15 @@ def _tokenizer(name: str, source: str, trust_remote_code: bool, revision: str | 
 def _refuse_too_large(name: str, folder: Path, dtype: torch.dtype, device: torch.device | None) -> None:
     total, _, _ = _files.count(_files.headers(folder))
     needed = total * torch.empty((), dtype=dtype).element_size()
-    free = _free_memory(device)
-    if free is not None and needed > free:
+    free = needed if device is None or device.type == "mps" else free_memory(device)
+    if needed > free:
         raise ResourceError(f"Model '{name}' needs {needed / 2**30:.1f} GiB for its weights in {dtype} and "
                             f"{free / 2**30:.1f} GiB are free on {device}; use a smaller dtype, another "
                             "device or a device_map.")  # fmt: skip
 
 
-def _free_memory(device: torch.device | None) -> int | None:
-    if device is None or device.type == "mps":
-        return None
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device (those of the machine where the device has none of its own)."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil

@@ -167,7 +167,7 @@ class Keeper:
             return
         tensors = {f"stepper.{name}": t for name, t in self.stepper.state().items()}
         tensors |= {f"combine.{name}": t.detach().to("cpu", copy=True) for name, t in self.carried.items()}
-        tensors |= {f"good.{i}": t for i, t in enumerate(self.watch.good)}
+        tensors |= {f"good.{i}": t.detach().to("cpu") for i, t in enumerate(self.watch.good)}
         self.checkpoint.write(self.step, tensors, [asdict(look) for look in self.watch.looks])
 
 
