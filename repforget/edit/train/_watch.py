@@ -37,6 +37,7 @@ class Watch:
     shared: Settings
     parameters: Sequence[Tensor]
     originals: Sequence[Tensor]  # what the parameters are at the first look
+    kept: Sequence[Row] = ()  # retained facts, looked at whether or not a term keeps them
     looks: list[Look] = field(default_factory=list)
     good: list[Tensor] = field(default_factory=list)
     stopped: str = ""
@@ -45,8 +46,8 @@ class Watch:
     @torch.no_grad()
     def look(self, step: int) -> bool:
         """Look after ``step`` steps; True where training should go on."""
-        rows = {side: _spread([row for t in self.terms if t.side == t.objective.role == side for row in t.data.own])
-                for side in ("forget", "retain")}  # fmt: skip
+        forgotten = [row for t in self.terms if t.side == t.objective.role == "forget" for row in t.data.own]
+        rows = {"forget": _spread(forgotten), "retain": _spread(self.kept)}
         means = [self._mean(rows[side]) for side in ("forget", "retain")] if self.processes.rank == 0 else [0.0, 0.0]
         forget, retain = self.processes.first(means)  # so that all processes go on, or none
         now = Look(step, math.exp(forget) if rows["forget"] else math.nan, -retain)
