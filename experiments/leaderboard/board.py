@@ -29,7 +29,7 @@ ATTACKS = {  # verifier -> the measures whose worst is taken
     "behaviour": ("contrastive",), "logit_lens": ("best_layer",), "reprobe": ("linear",), "patch_depth": ("carried",),
     "quantize": ("nf4", "int8"), "relearn": ("best_step",),
 }  # fmt: skip
-KEPT = ("retain", "neighbours")  # accuracy among alternatives on what must stay
+KEPT = ("retain_exact", "neighbours_exact")  # accuracy of plain answers on what must stay
 SCREEN = ("behaviour", "logit_lens", "collateral")  # what a try is chosen by
 SETTINGS = {"behaviour": {"samples": 0}, "quantize": {"kinds": ["nf4", "int8"]}}
 ITEMS = {"dev": 64, "sealed": 96}
@@ -64,8 +64,7 @@ def measured(model: Any, split: str, verifiers: Any, references: Any) -> dict[st
     view = replace(view, forget=view.forget[: ITEMS[split]])
     out = {}
     for name in verifiers:
-        known = {k: v for k, v in SETTINGS.get(name, {}).items()}
-        (task,) = tasks([{name: {"budget": "quick", **known}}])
+        (task,) = tasks([{name: {"budget": "quick", **SETTINGS.get(name, {})}}])
         for key, scores in measure(task, model, view, references).scores.items():
             if not key.endswith("_prior"):
                 out[f"{name}.{key}"] = float(np.nanmean(scores.values))
@@ -110,8 +109,8 @@ def attempt(row: dict[str, Any], settings: dict[str, Any], seed: int, split: str
     from repforget.locate._dispatch import locate
     from repforget.store import Store, read_json, write_json
 
-    store, key = Store(Path(out)), {"editor": row["editor"], "locate": row["locate"], "settings": settings, "seed": seed,
-                                    "code": code_digest()}  # fmt: skip
+    store = Store(Path(out))
+    key = {"editor": row["editor"], "locate": row["locate"], "settings": settings, "seed": seed, "code": code_digest()}
     known = references()
 
     def make(folder: Path) -> None:
@@ -175,8 +174,10 @@ def run_row(row: dict[str, Any], seeds: list[int], out: str, base: dict[str, Any
     best = min(tried, key=lambda t: t[:2])[2] if tried else row["tries"][0]
     runs = [attempt(row, best, seed, "sealed", out) for seed in seeds]
     good = [r for r in runs if "measured" in r]
-    result: dict[str, Any] = {"name": row["name"], "editor": row["editor"], "settings": best, "tries": len(row["tries"]),
-                              "refused": [r["refused"] for r in runs if "refused" in r]}  # fmt: skip
+    result: dict[str, Any] = {
+        "name": row["name"], "editor": row["editor"], "settings": best, "tries": len(row["tries"]),
+        "refused": [r["refused"] for r in runs if "refused" in r],
+    }  # fmt: skip
     if not good:
         return result
     left = [shares(r["measured"], base["original"]["sealed"], base["floor"]["sealed"]) for r in good]
@@ -187,11 +188,6 @@ def run_row(row: dict[str, Any], seeds: list[int], out: str, base: dict[str, Any
         "seconds": [r["seconds"] for r in good], "bytes": good[0]["bytes"], "artifact": good[0]["artifact"],
         "measured": [r["measured"] for r in good], "notes": [r["notes"] for r in good],
     }  # fmt: skip
-
-
-def front(points: list[tuple[float, float]]) -> list[bool]:
-    """Which points (left, lost) no other is at least as good as in both and better in one."""
-    return [not any(a <= x and b <= y and (a, b) != (x, y) for a, b in points) for x, y in points]
 
 
 def main() -> None:

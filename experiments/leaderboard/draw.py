@@ -39,7 +39,8 @@ def table(body: dict[str, Any]) -> str:
     for k, twin in enumerate(body["twins"]):
         top = max(twin, key=lambda name: twin[name])
         cells = [f"{twin[c]:.2f}" for c in COLUMNS]
-        lines.append("| " + " | ".join([f"*twin {k} (never knew)*", f"{top} {twin[top]:.2f}", *cells, "", "", ""]) + " |")
+        cells = [f"*twin {k} (never knew)*", f"{top} {twin[top]:.2f}", *cells, "", "", ""]
+        lines.append("| " + " | ".join(cells) + " |")
     for r in good:
         name = f"**{r['name']}**" if r["name"] in best else r["name"]
         at = max(range(len(r["worst"])), key=lambda k: r["worst"][k])
@@ -75,10 +76,10 @@ def picture(body: dict[str, Any]) -> str:
             place -= 12
         taken.append((x, place))
         turn = x > LEFT + 0.8 * WIDE
-        parts.append(text(x - 9 if turn else x + 9, place, r["name"], size=11, anchor="end" if turn else "start",
-                          fill=INK if r["name"] in best else FAINT))  # fmt: skip
-    parts.append(text(LEFT + WIDE / 2, TOP + HIGH + 40, "knowledge left under the worst attack (0: as in models that never "
-                      "knew, 1: as in the original)", anchor="middle"))  # fmt: skip
+        side = {"anchor": "end" if turn else "start", "fill": INK if r["name"] in best else FAINT}
+        parts.append(text(x - 9 if turn else x + 9, place, r["name"], size=11, **side))
+    axis = "knowledge left under the worst attack (0: as in models that never knew, 1: as in the original)"
+    parts.append(text(LEFT + WIDE / 2, TOP + HIGH + 40, axis, anchor="middle"))
     parts.append(text(LEFT, TOP - 12, "lost of what must stay (retained facts, neighbours); at the edge: that or more",
                       fill=FAINT))  # fmt: skip
     return svg(LEFT + WIDE + 60, TOP + HIGH + 60, parts, "Forgetting under the worst attack against utility")
