@@ -77,6 +77,7 @@ def test_resumed_training_ends_in_the_same_bytes(
     assert fingerprint(model.module) == model.fingerprint
 
 
+@pytest.mark.filterwarnings("ignore:Half-precision weights")
 @pytest.mark.parametrize("precision", ["masters", "stochastic", "plain"])
 def test_half_precision_resumes_to_the_same_bytes(precision: str, tmp_path: Path) -> None:
     model = edit_models.model()

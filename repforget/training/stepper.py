@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -48,6 +49,9 @@ class Stepper:
         self.parameters = list(parameters)
         self.steps, self.lr, self.schedule, self.warmup, self.clip = steps, lr, schedule, warmup, clip
         self.precision, self.seed = precision, seed
+        if precision == "plain" and any(p.dtype.itemsize < 4 for p in parameters):
+            warnings.warn("Half-precision weights are trained without masters (precision: plain), which swallows steps "
+                          "below their grid: use masters or stochastic.", stacklevel=2)  # fmt: skip
         self.masters = [p if p.dtype.itemsize >= 4 or precision == "plain" else p.detach().float().requires_grad_()
                         for p in self.parameters]  # fmt: skip
         self.optimizer = _optimizer(self.masters, lr, weight_decay, beta2, optimizer, fused)
