@@ -19,6 +19,7 @@ from repforget.edit.train._checkpoint import Checkpoint, Keeper, identity_of
 from repforget.edit.train._choose import Trainable, trainable
 from repforget.edit.train._data import Row, load_rows
 from repforget.edit.train._engine import Engine, Gradients, StepContext
+from repforget.edit.train._memory import advice_for, fitting, recomputed
 from repforget.edit.train._objective import Objective, Role, find, load_part
 from repforget.edit.train._pass import Term
 from repforget.edit.train._settings import Settings, named
@@ -169,7 +170,8 @@ def _steps(
     keeper = Keeper(checkpoint, stepper, carried, watch, engine.processes)
 
     def take(index: int) -> float:
-        found = keeper.begin(compute(index))
+        with recomputed(engine.model, shared.checkpointing), fitting(lambda: advice_for(engine, chosen, shared)):
+            found = keeper.begin(compute(index))
         for side in found.values():  # before they are combined: what cannot move is no part of their angle
             for g, mask in zip(side, chosen.masks, strict=False):
                 if mask is not None:
