@@ -206,3 +206,11 @@ def test_training_turns_forget_states_away() -> None:
     with made.attach(model):
         after = _hidden(model, data.forget)
     assert float(torch.cosine_similarity(before, after, dim=-1).mean()) < 0.1
+
+
+@pytest.mark.parametrize("name", ["rmu", "adaptive_rmu", "representation_rerouting"])
+def test_hidden_objectives_train_faster_than_others(name: str) -> None:
+    model, data = tiny(), people().for_editor()
+    rates = [run_editor(model, data, each, steps=1, batch_size=4).manifest.settings["lr"] for each in (name, "npo")]
+    assert rates[0] == pytest.approx(find(name).rate * rates[1])
+    assert find(name).rate > 1

@@ -67,7 +67,7 @@ class Objective:
     ``bounded`` is False where training can lower the loss for ever; the trainer then watches the retained facts
     more closely.  ``layers`` chooses the layers of an objective on hidden states for a model of a given depth;
     ``targets`` names what is trained by default ("mlp_down": the MLP output projections of the ``span`` layers that
-    end at the deepest of them).
+    end at the deepest of them).  ``rate`` is a multiple of the automatic learning rate of weights.
     """
 
     name: str
@@ -79,6 +79,7 @@ class Objective:
     layers: Callable[[int], tuple[int, ...]] | None = None
     targets: Literal["mlp_down"] | None = None
     span: int | None = None
+    rate: float = 1.0
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @functools.cached_property
@@ -116,7 +117,7 @@ class TrainedEditor(Protocol):
 def objective(
     reduction: Reduction, *, role: Role = "forget", instead: Answers | None = None, bounded: bool = True,
     layers: Callable[[int], tuple[int, ...]] | None = None, targets: Literal["mlp_down"] | None = None,
-    span: int | None = None, defaults: Mapping[str, Any] | None = None,
+    span: int | None = None, rate: float = 1.0, defaults: Mapping[str, Any] | None = None,
 ) -> Callable[[Callable[..., Tensor]], TrainedEditor]:  # fmt: skip
     """Declare an objective: the result is an editor of its name, with ``.objective`` the declaration itself.
 
@@ -126,7 +127,7 @@ def objective(
 
     def declare(function: Callable[..., Tensor]) -> TrainedEditor:
         made = Objective(function.__name__, function, reduction, role, instead, bounded, layers, targets, span,
-                         dict(defaults or {}))  # fmt: skip
+                         rate, dict(defaults or {}))  # fmt: skip
         strange = sorted(set(made.reads) - READABLE)
         if strange:
             raise RepforgetError(f"Objective '{made.name}' reads '{strange[0]}', which the trainer does not offer: "

@@ -79,7 +79,7 @@ def train(
             shared.steps, seed, shared.accumulate, shared.teacher, shared.clamp,
         )  # fmt: skip
         engine.prepare()
-        rate = _rate(model, shared, chosen)
+        rate = _rate(model, shared, chosen, terms)
         full = {**dataclasses.asdict(shared), **(settings or {}), "adapter": chosen.kind, "lr": rate}
         kept = None if checkpoint is None else Checkpoint(checkpoint, identity_of(
             method=method, settings=full, model=model.fingerprint, knowledge=data.digest, terms=_digest(terms),
@@ -147,10 +147,11 @@ def _digest(terms: Sequence[Term]) -> str:
                     [(row.ids, row.start) for row in rows(t)]) for t in terms])  # fmt: skip
 
 
-def _rate(model: LoadedModel, shared: Settings, chosen: Trainable) -> float:
+def _rate(model: LoadedModel, shared: Settings, chosen: Trainable, terms: Sequence[Term]) -> float:
     if shared.lr != "auto":
         return float(shared.lr)
-    return RATE_TIMES_WIDTH / model.width * (1.0 if chosen.kind == "none" else ADAPTER_RATE)
+    fastest = max((term.objective.rate for term in terms if term.side == "forget"), default=1.0)
+    return RATE_TIMES_WIDTH / model.width * max(fastest, 1.0 if chosen.kind == "none" else ADAPTER_RATE)
 
 
 def _steps(

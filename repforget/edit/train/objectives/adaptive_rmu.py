@@ -8,10 +8,10 @@ from torch import Tensor
 
 from repforget.edit.train._depth import at_depth
 from repforget.edit.train._objective import objective
-from repforget.edit.train.objectives.rmu import DEFAULTS, DEPTH, direction
+from repforget.edit.train.objectives.rmu import DEFAULTS, DEPTH, RATE, direction
 
 
-@objective("token_mean", layers=at_depth(DEPTH), targets="mlp_down", span=3, defaults=DEFAULTS)
+@objective("token_mean", layers=at_depth(DEPTH), targets="mlp_down", span=3, rate=RATE, defaults=DEFAULTS)
 def adaptive_rmu(
     hidden: Tensor, *, layers: Literal["auto"] | list[int] = "auto", scale: float = 5.0,
     u_dist: Literal["normal", "uniform01"] = "normal", norms: Tensor, seed: int = 0,

@@ -11,10 +11,11 @@ from repforget.edit.train._depth import at_depth
 from repforget.edit.train._objective import objective
 
 DEPTH = 7 / 32
-DEFAULTS = {"retain": {"hidden_state": {}}, "retain_weight": 100.0}
+RATE = 10.0  # few matrices have to move far
+DEFAULTS = {"retain": {"hidden_state": {}}, "retain_weight": 100.0, "steps": 300}
 
 
-@objective("token_mean", layers=at_depth(DEPTH), targets="mlp_down", span=3, defaults=DEFAULTS)
+@objective("token_mean", layers=at_depth(DEPTH), targets="mlp_down", span=3, rate=RATE, defaults=DEFAULTS)
 def rmu(
     hidden: Tensor, *, layers: Literal["auto"] | list[int] = "auto", coefficient: float = 20.0,
     u_dist: Literal["normal", "uniform01"] = "normal", seed: int = 0,
@@ -23,9 +24,10 @@ def rmu(
 
     ``|h - coefficient u|² / d`` per token [m], mean over layers; u a unit vector drawn once per ``seed``; ``u_dist``:
     symmetric, or non-negative ("uniform01", as released), where any two draws share a direction (cosine 0.75).
-    Source: Li et al. 2024, arXiv 2403.03218, eq. 1.  ``coefficient`` is absolute and has to exceed the usual norm of
+    Source: Li et al. 2024, arXiv 2403.03218.  ``coefficient`` is absolute and has to exceed the usual norm of
     the states by far; :func:`adaptive_rmu` measures it instead.  By default it trains the MLP output projections of
-    the last three layers up to the one read, against :func:`hidden_state` at the same layers with weight 100.
+    the last three layers up to the one read, at ten times the usual rate, against :func:`hidden_state` at the same
+    layers with weight 100.
     Cost: a forward and a backward up to the deepest layer read.
 
     Weakness: near texts become gibberish too, and the direction it adds is one: who finds and removes it, or

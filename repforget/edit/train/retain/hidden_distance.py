@@ -19,7 +19,7 @@ def hidden_distance(
     """Keep the states of the retained texts at ``layers``, with a weight that rises over the training.
 
     ``turn · done · |h - h0| / |h0|`` per token [m], mean over layers; ``done`` is the share of training behind.  "auto"
-    is the layers of the forget objective where it has some.  Source: Zou et al. 2024, arXiv 2406.04313, algorithm 1, as
+    is the layers of the forget objective where it has some.  Source: Zou et al. 2024, arXiv 2406.04313, as
     the counterpart of :func:`representation_rerouting`; there without |h0| (``relative`` false), which makes the
     balance with a cosine depend on how long a model's states are.  Cost: two forwards up to the deepest layer read (one
     without gradient) and one backward.  It holds states at these layers, not what later trained layers make of them.

@@ -15,7 +15,7 @@ def hidden_state(hidden: Tensor, original: Tensor, *, layers: Literal["auto"] | 
     """Keep the states of the retained texts at ``layers`` where the untouched model has them.
 
     ``|h - h0|² / d`` per token [m], mean over layers; "auto" is the layers of the forget objective where it has some.
-    Source: Li et al. 2024, arXiv 2403.03218, eq. 2.  Cost: two forwards up to the deepest layer read (one without
+    Source: Li et al. 2024, arXiv 2403.03218.  Cost: two forwards up to the deepest layer read (one without
     gradient) and one backward.  It holds states at these layers, not what later trained layers make of them.
     """
     return (hidden.float() - original.float()).square().mean((1, 2))

@@ -34,7 +34,7 @@ def latent_adversarial(
     text) at ``layers`` ("auto": the one at 7/32 of the depth) and descends on the answers' negative log-probability in
     ``attack_steps`` steps from zero, each of ``step_size`` radii against the gradient of a token, kept in a ball
     of ``eps`` times the mean length of these states.  The changes are then frozen and the objectives see them; retained
-    rows and what the untouched model is asked stay clean.  Source: Sheshadri et al. 2024, arXiv 2407.15549 (LAT); there
+    rows and what the untouched model is asked stay clean.  Source: LAT, 2024, arXiv 2407.15549; there
     radii are absolute, the descent is Adam's, and four steps on the model share one attack.  Cost: ``attack_steps``
     forwards and backwards over the forget rows more per step.  What holds against this attacker need not hold against a
     larger radius, other layers, or changed weights.
