@@ -22,7 +22,7 @@ from repforget.models.load import LoadedModel
 from repforget.training.optimizers import drawn_loss
 
 Gradients = dict[str, list[Tensor]]
-TEACHER_BYTES = 1 << 30  # of full teacher distributions held; beyond, the most likely outcomes only
+TEACHER_BYTES = 1 << 28  # of full teacher distributions held; beyond, the most likely outcomes only
 OUTCOMES = 64
 DRAWN = 1 << 26  # logits from which the curvature of a step is read
 READ_ROWS = 64  # rows per forward of the untouched model
@@ -92,7 +92,7 @@ class Engine:
             self._keep_teacher(k, term, found, counts, numbers)
 
     def _keep_teacher(
-        self, k: int, term: Term, found: Reading, counts: Sequence[int], numbers: Sequence[int]
+        self, k: int, term: Term, found: Reading, counts: list[int], numbers: Sequence[int]
     ) -> None:
         head = head_of(self.model.module)
         tokens = sum(row.labels for row in term.data.own)
@@ -157,11 +157,7 @@ class Engine:
         share = self.processes.share
         mine = [(share(numbers), share(own), share(instead)) for numbers, own, instead in whole]
         for number, part in enumerate(parts(self.terms, mine, self.model.device.type, self.accumulate)):
-            with torch.enable_grad():
-                by_side = self._losses(index, part, counts, number, asked)
-                for side, loss in by_side.items():
-                    losses[side] += float(loss.detach())
-                self._add(totals, by_side)
+            self._read_part(index, part, counts, number, totals, losses)
         found = {side: self.processes.total([torch.zeros_like(p, dtype=_wide(p)) if g is None else g
                                              for p, g in zip(self.parameters, totals[side], strict=True)])
                  for side in sides}  # fmt: skip
@@ -170,6 +166,17 @@ class Engine:
             losses = dict(zip(losses, sums.tolist(), strict=True))
         self.losses = {**self.losses, **losses}
         return found
+
+    def _read_part(
+        self, index: int, part: Sequence[Taken], counts: Sequence[int], number: int,
+        totals: Mapping[str, list[Tensor | None]], losses: dict[str, float],
+    ) -> None:  # fmt: skip
+        """Add one part's gradients and losses to those of the step; nothing of it is held afterwards."""
+        with torch.enable_grad():
+            by_side = self._losses(index, part, counts, number, tuple(losses))
+            for side, loss in by_side.items():
+                losses[side] += float(loss.detach())
+            self._add(totals, by_side)
 
     def _add(self, totals: Mapping[str, list[Tensor | None]], by_side: Mapping[str, Tensor]) -> None:
         """Add the gradients of one part's losses to the totals, each as soon as it is there."""
@@ -185,7 +192,7 @@ class Engine:
                 torch.autograd.backward(loss, retain_graph=number < len(todo), inputs=self.parameters)
 
     def _losses(
-        self, index: int, taken: Sequence[Taken], counts: Sequence[int], part: int, asked: Sequence[Role]
+        self, index: int, taken: Sequence[Taken], counts: Sequence[int], part: int, asked: Sequence[str]
     ) -> dict[str, Tensor]:
         """The weighted losses by side of one part of a step."""
         requests: list[Request] = []
