@@ -301,7 +301,8 @@ def compare(method: str, vocabulary: int, steps: int, repeats: int) -> dict[str,
         for side in SIDES:
             runs[side].append(measured(side, method, vocabulary, steps))
     real = sum(p + a for p, a in LENGTHS)
-    row: dict[str, Any] = {"method": method, "vocabulary": vocabulary}
+    row: dict[str, Any] = {"method": method, "vocabulary": vocabulary, "steps": steps, "repeats": repeats,
+                           "load": round(os.getloadavg()[0], 1)}  # fmt: skip
     for side, found in runs.items():
         seconds = [s for run in found for s in run["seconds"]]
         row[side] = {
@@ -360,6 +361,7 @@ def main() -> None:
     parser.add_argument("--vocabularies", nargs="+", type=int, default=[32000, 128256])
     parser.add_argument("--steps", type=int, default=3, help="the first is not timed")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--add", action="store_true", help="keep what --out says of other methods and vocabularies")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -369,12 +371,13 @@ def main() -> None:
         torch.set_num_threads(1)
         print(json.dumps(SIDES[chosen.child](chosen.methods[0], chosen.vocabularies[0], chosen.steps)))
         return
-    report: dict[str, Any] = {"machine": machine(), "steps": chosen.steps, "repeats": chosen.repeats, "rows": []}
-    for vocabulary in chosen.vocabularies:
-        for method in chosen.methods:
-            report["rows"].append(compare(method, vocabulary, chosen.steps, chosen.repeats))
-            print(line(report["rows"][-1]), flush=True)
-    chosen.out.write_text(json.dumps(report, indent=2) + "\n")
+    asked = [(vocabulary, method) for vocabulary in chosen.vocabularies for method in chosen.methods]
+    old = json.loads(chosen.out.read_text())["rows"] if chosen.add else []
+    found = [row for row in old if (row["vocabulary"], row["method"]) not in asked]
+    for vocabulary, method in asked:
+        found.append(compare(method, vocabulary, chosen.steps, chosen.repeats))
+        print(line(found[-1]), flush=True)
+        chosen.out.write_text(json.dumps({"machine": machine(), "rows": found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
