@@ -116,7 +116,8 @@ def label_logprobs(
     made at once; beyond, ``chunk`` logits at a time, a stripe of the vocabulary for all positions: the logarithm of the
     sum and the gradient of the states are gathered in one pass (as online softmax: Milakov and Gimelshein 2018, arXiv
     1805.02867).  A trained ``weight`` costs two more products in the backward pass, one where all the exponentials may
-    wait for it (:data:`KEPT`).  Memory: ``chunk`` + 2 m d elements.  The chunked form can be differentiated once.
+    wait for it (:data:`KEPT`).  Memory: ``chunk`` + 2 m d numbers, and what waits.  The chunked form can be
+    differentiated once.
     """
     if chunk is None and len(labels) * len(weight) <= DIRECT:
         return _gathered(_capped(_exact(functional.linear(states, weight, bias)), scale, limit), labels)
@@ -245,9 +246,9 @@ def distribution(
 ) -> Tensor:
     """``function(logits [c, V], slice of the positions) -> [c]`` over all positions of ``states`` [m, d]: [m].
 
-    Up to :data:`DIRECT` logits at once; beyond, ``chunk`` logits at a time, made again in the backward pass.  The
+    Up to :data:`DIRECT` logits at once; beyond, ``chunk`` logits at a time, with their gradients in the same pass.  The
     function must treat positions independently; where it is chunked, gradients flow to the states and the head only,
-    once.  Cost: as :func:`label_logprobs`; beyond :data:`KEPT` a trained head runs the function again.
+    once.  Cost: as :func:`label_logprobs`; a trained head beyond :data:`KEPT` runs the function again.
     """
     size = len(states) * head.size
     if chunk is None and size <= DIRECT:
