@@ -21,7 +21,7 @@ from repforget.knowledge import EditData
 from repforget.models.load import LoadedModel
 from repforget.training import Example, finetune
 
-SMALL = {"texts": 256, "text_tokens": 8, "scenes": 24, "batch_size": 16, "retain_batch": 32}
+SMALL = {"texts": 256, "text_tokens": 8, "others": 32, "scenes": 24, "batch_size": 16, "retain_batch": 32}
 
 
 @cache

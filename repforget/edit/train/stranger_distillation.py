@@ -16,7 +16,7 @@ from torch import Tensor
 
 from repforget.artifact import Edit
 from repforget.edit._collect import subsample
-from repforget.edit.surgery._rows import strangers
+from repforget.edit.surgery._rows import stranger_facts, strangers
 from repforget.edit.train._adapters import model_size_default
 from repforget.edit.train._data import Row, Rows
 from repforget.edit.train._head import head_of, reduced
@@ -33,10 +33,11 @@ from repforget.scoring import generate
 from repforget.scoring.encode import context_limit, encode_many, encode_prompts
 
 DEFAULTS: dict[str, Any] = {
-    "steps": 600, "batch_size": 24, "retain_batch": 72, "retain_weight": 3.5, "schedule": "cosine", "warmup": 15,
+    "steps": 800, "batch_size": 16, "retain_batch": 112, "retain_weight": 3.5, "schedule": "cosine", "warmup": 15,
+    "weight_decay": 0.4,
 }  # fmt: skip
 LEFT_OUT = ("answers", "retain", "retain_on", "stop_probability")
-RATE_TIMES_WIDTH = 0.128  # the learning rate of weights, times the width of the model
+RATE_TIMES_WIDTH = 0.256  # the learning rate of weights, times the width of the model
 READ_ROWS = 64  # rows per forward of the untouched model
 
 
@@ -52,8 +53,8 @@ class Scene(NamedTuple):
 @shared_signature(left_out=LEFT_OUT, defaults=DEFAULTS)
 def stranger_distillation(
     model: LoadedModel, data: EditData, *, where: Localization | None = None, seed: int = 0,
-    progress: Progress | None = None, checkpoint: Path | None = None, texts: int = 10000, text_tokens: int = 20,
-    scenes: int = 1500, top_k: int = 64, **shared: Any,
+    progress: Progress | None = None, checkpoint: Path | None = None, texts: int = 40000, text_tokens: int = 20,
+    others: int = 12000, scenes: int = 1500, top_k: int = 64, **shared: Any,
 ) -> Edit:  # fmt: skip
     """Train the model to speak of every subject to forget as it now speaks of one made-up name, the same throughout.
 
@@ -85,18 +86,19 @@ def stranger_distillation(
     Weakness: a made-up name may be somebody's whom the editor is not shown, and what the model never says by itself is
     not protected.  It does not show that nothing is left inside.
     """
-    if min(texts, text_tokens, top_k) < 1 or scenes < 0:
-        raise UsageError(f"stranger_distillation was given {texts} texts of {text_tokens} tokens, {scenes} scenes and "
-                         f"top_k {top_k}: all must be positive, scenes at least 0.")  # fmt: skip
+    if min(texts, text_tokens, top_k) < 1 or min(scenes, others) < 0:
+        raise UsageError(f"stranger_distillation was given {texts} texts of {text_tokens} tokens, {others} others, "
+                         f"{scenes} scenes, top_k {top_k}: scenes and others may be 0, the rest positive.")  # fmt: skip
     common = _common(model, shared)
     own = own_texts(model, data, texts, text_tokens, seed)
     forget, told = as_strangers(model, data, own, scenes, text_tokens, common.max_facts, seed)
-    kept = kept_rows(model, data, own, common.max_facts, seed)
+    said = [*own, *_about_others(model, data, others, text_tokens, seed)]
+    kept = kept_rows(model, data, said, common.max_facts, seed)
     kl = find("kl", "retain")
     asked = partial(teachers_of, model, top_k=top_k, progress=progress)
     ready = [Term(kl, {}, "forget", common.forget_weight, Rows("strangers", forget), teachers=asked(told)),
              Term(kl, {}, "retain", common.retain_weight, Rows("own texts", kept), teachers=asked(kept))]  # fmt: skip
-    settings = {"texts": texts, "text_tokens": text_tokens, "scenes": scenes, "top_k": top_k}
+    settings = {"texts": texts, "text_tokens": text_tokens, "others": others, "scenes": scenes, "top_k": top_k}
     return train(model, data, "stranger_distillation", [], common, where=where, seed=seed, progress=progress,
                  checkpoint=checkpoint, settings=settings, ready=ready)  # fmt: skip
 
@@ -118,6 +120,13 @@ def own_texts(model: LoadedModel, data: EditData, count: int, tokens: int, seed:
     begun = random.Random(f"own-{seed}").choices(starts, k=count)
     said = generate(model, begun, max_new_tokens=tokens, temperature=1.0, seed=seed)
     return [f"{start} {text}".strip() for start, (text,) in zip(begun, said, strict=True) if text]
+
+
+def _about_others(model: LoadedModel, data: EditData, count: int, tokens: int, seed: int) -> list[str]:
+    """Forget statements about made-up names, completed by the model."""
+    facts = stranger_facts(data, count, seed)
+    said = generate(model, [fact.prompt for fact in facts], max_new_tokens=tokens, temperature=1.0, seed=seed)
+    return [f"{fact.prompt} {text}" for fact, (text,) in zip(facts, said, strict=True) if text]
 
 
 def _row(model: LoadedModel, ids: Sequence[int], start: int) -> Row:
