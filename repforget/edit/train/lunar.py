@@ -66,11 +66,10 @@ def lunar(
     if not unknown:
         raise KnowledgeError("lunar made no prompts that the model cannot answer, because no two subjects have names "
                              "of several words that stand in their prompts: give some (prompts).")  # fmt: skip
-    site = Site("mlp_post", at)
+    site, state = Site("mlp_post", at), Site("resid_post", at)
     stays = [*(fact.prompt + fact.answer for fact in retain), *data.general]
     own = _moments(model, site, asked, tokens, progress)
     kept = _moments(model, site, stays, "prompt", progress)
-    state = Site("resid_post", at)
     there, here = _moments(model, state, unknown, "last"), _moments(model, state, asked, "last")
     way = there.mean_x - here.mean_x
     key = gate(own.mean_x, own.second_moment, kept.second_moment, retain_weight, ridge)
@@ -79,8 +78,7 @@ def lunar(
     arrives, spills = float(key @ own.mean_x), float(key @ kept.second_moment @ key) ** 0.5
     notes = [f"share of the move that arrives: {arrives:.3f} on forget tokens (mean), {spills:.3f} on retained ones "
              "(root mean square)"]  # fmt: skip
-    far = float(way.norm() / here.cov.diagonal().sum().sqrt())
-    if far < FAR:
+    if (far := float(way.norm() / here.cov.diagonal().sum().sqrt())) < FAR:
         notes.append(f"the way to the prompts the model cannot answer is {far:.2f} times the spread of forget states: "
                      "it hardly tells them apart, so expect little")  # fmt: skip
     settings = {"layer": at, "coefficient": coefficient, "tokens": tokens, "prompts": prompts,
