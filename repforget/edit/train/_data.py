@@ -140,8 +140,18 @@ def _fixed(
     model: LoadedModel, facts: Sequence[Fact], choose: Callable[[Fact, random.Random], str], seed: int
 ) -> Callable[[int, int], Row]:
     pairs = [(f.prompt, choose(f, random.Random(f"answer-{seed}-{f.id}"))) for f in facts]
-    rows = [Row(c.ids, c.start) for c in encode_many(model.tokenizer, pairs, limit=context_limit(model))]
+    rows = _other_rows(model, pairs)
     return lambda step, index: rows[index]
+
+
+def _other_rows(model: LoadedModel, pairs: Sequence[tuple[str, str]]) -> list[Row]:
+    coded = encode_many(model.tokenizer, pairs, limit=context_limit(model))
+    long = next((pair for pair, code in zip(pairs, coded, strict=True) if not code.valid), None)
+    if long is not None:
+        raise KnowledgeError(f"'{long[0][:60]}' with '{long[1].strip()[:60]}' in the place of its answer does not fit "
+                             f"the model's context of {context_limit(model)} tokens: give shorter answers or "
+                             "prompts.")  # fmt: skip
+    return [Row(code.ids, code.start) for code in coded]
 
 
 def _fresh(model: LoadedModel, data: EditData, facts: Sequence[Fact], seed: int) -> Callable[[int, int], Row]:
@@ -155,8 +165,7 @@ def _fresh(model: LoadedModel, data: EditData, facts: Sequence[Fact], seed: int)
         names, weights = pools[fact.relation]
         answer = random.Random(f"fresh-{seed}-{step}-{index}").choices(names, weights)[0]
         if (index, answer) not in known:
-            code = encode_many(model.tokenizer, [(fact.prompt, answer)], limit=context_limit(model))[0]
-            known[index, answer] = Row(code.ids, code.start)
+            (known[index, answer],) = _other_rows(model, [(fact.prompt, answer)])
         return known[index, answer]
 
     return row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,9 +73,13 @@ class Settings:
     quantisation_floor: Literal["none", "int8", "nf4", "int4", "int3"] = "none"
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "rank", "check_every", "max_facts"):
-            if getattr(self, name) < 1:
+        for name in ("batch_size", "retain_batch", "accumulate", "rank", "check_every", "max_facts"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"A trained editor needs a positive {name}: {getattr(self, name)} was given.")
+        for name in ("lr", "weight_decay", "clip", "max_retain_rise"):
+            value = getattr(self, name)
+            if value != "auto" and not 0 <= value < math.inf:
+                raise UsageError(f"A trained editor was given {name} {value}: give a number of at least 0.")
         if self.steps < 0 or self.warmup < 0:
             raise UsageError("A trained editor cannot take a negative number of steps: give 0 or more.")
         if self.accumulate > self.batch_size:
