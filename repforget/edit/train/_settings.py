@@ -18,8 +18,8 @@ class Settings:
 
     ``steps`` optimiser steps on ``batch_size`` forget rows each and ``retain_batch`` retain rows (None: as many), in
     ``accumulate`` parts; at most ``max_facts`` facts per set. ``optimizer``, ``schedule``, ``warmup`` (steps),
-    ``weight_decay``, ``clip`` (global gradient norm, 0: none); ``lr`` "auto" is 0.04 / width for weights and five
-    times that for adapters. The loss is ``forget_weight`` x the objective + ``retain_weight`` x the term ``retain``
+    ``weight_decay``, ``clip`` (global gradient norm, 0: none); ``lr`` "auto" is 0.04 / width for weights and
+    3e-4 for adapters. The loss is ``forget_weight`` x the objective + ``retain_weight`` x the term ``retain``
     ("none": no term) on each of the sets ``retain_on`` ("retain", "general", "strangers": made-up subjects, for terms
     that compare with the untouched model; or a file), gradients joined by ``combine`` and taken through the wrappers
     ``robust``; ``clamp`` bounds the loss per token or sequence from below. Trained are the weights below 1 B

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repforget.artifact import Edit
+from repforget.artifact import Edit, Operation, floored
+from repforget.edit._collect import subsample
 from repforget.edit.train._checkpoint import Checkpoint, Keeper, identity_of
 from repforget.edit.train._choose import Trainable, trainable
-from repforget.edit.train._data import Row, load_rows
+from repforget.edit.train._data import Row, fact_rows, load_rows
 from repforget.edit.train._engine import Engine, Gradients, StepContext
 from repforget.edit.train._memory import advice_for, fitting, recomputed
 from repforget.edit.train._objective import Objective, Role, find, load_part
@@ -33,7 +34,8 @@ from repforget.store import digest
 from repforget.training import Stepper
 
 RATE_TIMES_WIDTH = 0.04  # the learning rate of weights, times the width of the model
-ADAPTER_RATE = 5.0  # times that of weights
+ADAPTER_RATE = 3e-4  # of low-rank adapters, whatever the width
+CAUTIOUS = {"sophia": 0.2, "sign": 0.2}  # optimisers whose steps are larger than Adam's
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,12 @@ def train(
             seed=seed, where=None if where is None else digest(where.to_json()), dtype=str(model.dtype),
             device=model.device.type, processes=engine.processes.world,
         ))  # fmt: skip
-        notes = (*chosen.notes, *_steps(engine, chosen, shared, rate, seed, progress, kept))
-        operations = chosen.operations()
+        watched, _ = fact_rows(model, subsample(data.retain, shared.max_facts, seed), "retain")
+        notes = (*chosen.notes, *_steps(engine, chosen, shared, rate, seed, progress, kept, watched))
+        operations: Sequence[Operation] = chosen.operations()
+    if shared.quantisation_floor != "none":
+        operations, said = floored(operations, model, shared.quantisation_floor)
+        notes = (*notes, said)
     return Edit.build(method, full, model, data.digest, operations, notes=notes)
 
 
@@ -151,12 +157,13 @@ def _rate(model: LoadedModel, shared: Settings, chosen: Trainable, terms: Sequen
     if shared.lr != "auto":
         return float(shared.lr)
     fastest = max((term.objective.rate for term in terms if term.side == "forget"), default=1.0)
-    return RATE_TIMES_WIDTH / model.width * max(fastest, 1.0 if chosen.kind == "none" else ADAPTER_RATE)
+    usual = RATE_TIMES_WIDTH / model.width if chosen.kind == "none" else ADAPTER_RATE
+    return usual * fastest * CAUTIOUS.get(shared.optimizer, 1.0)
 
 
 def _steps(
     engine: Engine, chosen: Trainable, shared: Settings, rate: float, seed: int, progress: Progress | None,
-    checkpoint: Checkpoint | None,
+    checkpoint: Checkpoint | None, watched: Sequence[Row] = (),
 ) -> tuple[str, ...]:  # fmt: skip
     """Take the steps that are not behind already; returns what was seen."""
     stepper = Stepper(
@@ -167,7 +174,8 @@ def _steps(
     carried: dict[str, Tensor] = {}
     compute = _computed(engine, shared)
     combine = _combined(engine, shared, stepper, carried)
-    watch = Watch(engine.model, engine.terms, shared, chosen.parameters, chosen.originals, processes=engine.processes)
+    watch = Watch(engine.model, engine.terms, shared, chosen.parameters, chosen.originals, watched,
+                  processes=engine.processes)  # fmt: skip
     keeper = Keeper(checkpoint, stepper, carried, watch, engine.processes)
 
     def take(index: int) -> float:

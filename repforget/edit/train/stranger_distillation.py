@@ -67,24 +67,26 @@ def stranger_distillation(
     A method of this project.  It is distillation from a model without the forget data (compare UNDO, arXiv 2506.06278)
     where that model is the untouched one, asked about somebody else.
 
-    One stranger per subject, not fresh answers at every step: the target is then the same whenever it is met, as
-    special as what a model that never saw the subject says of it, and different from person to person, so that there is
-    less of a common way back that relearning some people would open for the others.
+    One stranger per subject, not fresh answers at every step: the target is the same whenever it is met, as special as
+    what a model that never saw the subject says of it, and different from person to person, so that relearning some
+    people opens less of a way back to the others.  Weight decay takes away what the distillation does not renew.
 
     Args:
-        texts: texts that the model writes about what it likes, for what must stay.  A fact that none of them states
-            may be lost; here twice as many as there are facts were too few.
-        text_tokens: their greatest length, and that of continuations about strangers.
-        scenes: beginnings of such texts in which a subject is put beside the statements.
-        top_k: outcomes per token that the teacher keeps apart; the others are one.
+        texts: texts that p0 writes, of at most ``text_tokens`` tokens, for what must stay.
+        others: forget statements about other made-up names, completed by p0, that stay too.
+        scenes: beginnings of own texts in which a subject is put, beside the statements.
+        top_k: outcomes per token that the teacher keeps apart; it takes the rest as one.
 
-    ``lr`` "auto" is here 0.128 / width for weights, five times that for adapters.  Raises KnowledgeError where no name
-    can be made up (subjects of one word, or not in their prompts) or no text fits the context, UsageError for settings
-    out of range.  Cost: generation of ``texts``, one forward over all rows, then one forward and backward per step on
-    ``batch_size`` + ``retain_batch`` rows; memory: 12 x ``top_k`` bytes per token of all rows.
+    ``lr`` "auto" is here 0.256 / width for weights, five times that for adapters, whose decay takes nothing from the
+    weights themselves.  Raises KnowledgeError where no name can be made up (subjects of one word, or not in their
+    prompts) or no text fits the context, UsageError for settings out of range.  Cost: generation of ``texts`` and
+    ``others``, one forward over all rows, one forward and backward per step on ``batch_size`` + ``retain_batch`` rows;
+    memory: 12 x ``top_k`` bytes per token of all rows.
 
-    Weakness: a made-up name may be somebody's whom the editor is not shown, and what the model never says by itself is
-    not protected.  It does not show that nothing is left inside.
+    NUMBERS
+
+    Weakness: a fact that no own text states may be lost, here a fifth of those while all the others stayed, so that
+    ``texts`` have to be many for each fact; a made-up name may be somebody's whom the editor is not shown.
     """
     if min(texts, text_tokens, top_k) < 1 or min(scenes, others) < 0:
         raise UsageError(f"stranger_distillation was given {texts} texts of {text_tokens} tokens, {others} others, "
@@ -92,7 +94,7 @@ def stranger_distillation(
     common = _common(model, shared)
     own = own_texts(model, data, texts, text_tokens, seed)
     forget, told = as_strangers(model, data, own, scenes, text_tokens, common.max_facts, seed)
-    said = [*own, *_about_others(model, data, others, text_tokens, seed)]
+    said = [*own, *about_others(model, data, others, text_tokens, seed)]
     kept = kept_rows(model, data, said, common.max_facts, seed)
     kl = find("kl", "retain")
     asked = partial(teachers_of, model, top_k=top_k, progress=progress)
@@ -122,7 +124,7 @@ def own_texts(model: LoadedModel, data: EditData, count: int, tokens: int, seed:
     return [f"{start} {text}".strip() for start, (text,) in zip(begun, said, strict=True) if text]
 
 
-def _about_others(model: LoadedModel, data: EditData, count: int, tokens: int, seed: int) -> list[str]:
+def about_others(model: LoadedModel, data: EditData, count: int, tokens: int, seed: int) -> list[str]:
     """Forget statements about made-up names, completed by the model."""
     facts = stranger_facts(data, count, seed)
     said = generate(model, [fact.prompt for fact in facts], max_new_tokens=tokens, temperature=1.0, seed=seed)
