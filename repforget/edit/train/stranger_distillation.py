@@ -78,7 +78,7 @@ def stranger_distillation(
         scenes: beginnings of own texts in which a subject is put, beside the statements.
         top_k: outcomes per token that the teacher keeps apart; it takes the rest as one.
 
-    ``lr`` "auto" is here 0.256 / width for weights, five times that for adapters, whose decay takes nothing from the
+    ``lr`` "auto" is here 0.256 / width for weights, 9e-4 for adapters, whose decay takes nothing from the
     weights themselves.  Raises KnowledgeError where no name can be made up (subjects of one word, or not in their
     prompts) or no text fits the context, UsageError for settings out of range.  Cost: generation of ``texts`` and
     ``others``, one forward over all rows, one forward and backward per step on ``batch_size`` + ``retain_batch`` rows;
