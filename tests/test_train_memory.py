@@ -200,4 +200,4 @@ def test_a_plan_tells_memory_and_time_of_a_training(tmp_path: Any) -> None:
                                     "ladder": [{"npo": {"steps": 10}}, {"npo": {"adapter": "lora"}}, "leace"]})
     steps = [step.cost for step in loop.plan(recipe).steps if step.stage == "edit"]
     assert "10 steps of 64 rows" in steps[0] and "GiB (weights" in steps[0] and "TFLOP/s" in steps[0]
-    assert "in an adapter" in steps[1] and "GiB" not in steps[2]
+    assert "in an adapter on 1.06 M" in steps[1] and "GiB" not in steps[2]

@@ -7,6 +7,7 @@ import math
 import re
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -52,9 +53,9 @@ def planned(
     rate = REACHED * matmul_rate(device, getattr(torch, model.dtype))
     seconds = operations(size, shared, work, adapter=adapter) / rate
     trained = size.low_rank if adapter else size.trained
-    text = (f"{shared.steps} steps of {work.rows} rows (up to {work.longest} tokens), {trained / 1e6:.3g} M of "
-            f"{model.parameters / 1e6:.3g} M parameters{' in an adapter' if adapter else ''}: {need}, about "
-            f"{_duration(seconds)} at {rate / 1e12:.2g} TFLOP/s")  # fmt: skip
+    what = f"{_count(trained)} parameters in an adapter on" if adapter else f"{_count(trained)} of"
+    text = (f"{shared.steps} steps of {work.rows} rows (up to {work.longest} tokens), {what} "
+            f"{_count(model.parameters)} parameters: {need}, about {_duration(seconds)} at {rate / 1e12:.2g} TFLOP/s")  # fmt: skip
     return Planned(need.total, text)
 
 
@@ -105,6 +106,7 @@ def _work(shared: Settings, terms: Sequence[tuple[str, int, bool, bool]], data: 
     return Work(rows, max(a for a, _ in texts), mean[0], mean[1], budget, asked)
 
 
+@cache
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of products of square matrices, measured in some tenths of a second."""
     x = torch.ones(SQUARE, SQUARE, dtype=dtype, device=device)
@@ -114,6 +116,10 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
         float((x @ x)[0, 0])  # wait for the device
         best = max(best, 2.0 * SQUARE**3 / (time.perf_counter() - started))
     return best
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 
 def _duration(seconds: float) -> str:
