@@ -55,7 +55,8 @@ def planned(
     trained = size.low_rank if adapter else size.trained
     what = f"{_count(trained)} parameters in an adapter on" if adapter else f"{_count(trained)} of"
     text = (f"{shared.steps} steps of {work.rows} rows (up to {work.longest} tokens), {what} "
-            f"{_count(model.parameters)} parameters: {need}, about {_duration(seconds)} at {rate / 1e12:.2g} TFLOP/s")  # fmt: skip
+            f"{_count(model.parameters)} parameters: {need}, about {_duration(seconds)} at "
+            f"{rate / 1e12:.2g} TFLOP/s")  # fmt: skip
     return Planned(need.total, text)
 
 
