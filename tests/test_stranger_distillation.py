@@ -13,9 +13,15 @@ from edit_models import model as tiny
 from torch import Tensor
 
 from repforget.edit._dispatch import edit as run_editor
-from repforget.edit.surgery._rows import strangers
+from repforget.edit.surgery._rows import stranger_facts, strangers
 from repforget.edit.train._data import Row
-from repforget.edit.train.stranger_distillation import as_strangers, kept_rows, own_texts, teachers_of
+from repforget.edit.train.stranger_distillation import (
+    about_others,
+    as_strangers,
+    kept_rows,
+    own_texts,
+    teachers_of,
+)
 from repforget.errors import KnowledgeError, UsageError
 from repforget.knowledge import EditData
 from repforget.models.load import LoadedModel
@@ -93,6 +99,16 @@ def test_what_stays_is_about_nobody_to_forget_and_holds_all_retained_facts() -> 
     assert not any(name in text for name in gone for text in texts)
     assert {fact.prompt + fact.answer for fact in data.retain} <= set(texts)
     assert len(texts) > len(data.retain) + len(data.general), "some of the model's own texts are among them"
+
+
+def test_other_made_up_names_are_asked_about_too_and_kept_as_the_model_says() -> None:
+    model, data, *_ = _made()
+    prompts = tuple(fact.prompt for fact in stranger_facts(data, 60, 0))
+    told = about_others(model, data, 60, 8, 0)
+    assert all(text.startswith(prompts) and text not in prompts for text in told)
+    texts = {" ".join(_words(model, row)[1:-1]) for row in kept_rows(model, data, told, 1000, 0)}
+    gone = {fact.subject for fact in data.forget}
+    assert {text for text in told if not any(name in text for name in gone)} <= texts
 
 
 def test_forget_subjects_are_spoken_of_as_strangers_and_the_rest_as_before() -> None:

@@ -84,7 +84,10 @@ def stranger_distillation(
     ``others``, one forward over all rows, one forward and backward per step on ``batch_size`` + ``retain_batch`` rows;
     memory: 12 x ``top_k`` bytes per token of all rows.
 
-    NUMBERS
+    On the organism (one seed, sealed split, beside the two twins): truth .078 while others are relearned (.041, .056),
+    .060 in NF4 (.041, .059), .099 by new linear probes (.032, .037); but .19 by the logit lens and .16 patched into the
+    untouched model (.03 to .04), so that something is left in early layers.  Of what must stay, .99 of the answers and
+    .98 of the near misses' are the same, at a probability of .90.  210 CPU seconds.
 
     Weakness: a fact that no own text states may be lost, here a fifth of those while all the others stayed, so that
     ``texts`` have to be many for each fact; a made-up name may be somebody's whom the editor is not shown.
