@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import combinations
 
 import pytest
+import tiny_models
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from repforget.edit.train._engine import _looked_up, _take
 from repforget.edit.train._parts import Budget, Text, cut
 
 TEXTS = st.tuples(st.integers(0, 2), st.integers(1, 12)).map(lambda p: (p[0],) * p[1])
@@ -56,3 +60,30 @@ def test_as_many_parts_as_asked_for(least: int) -> None:
 
 def test_nothing_to_cut_is_no_part() -> None:
     assert cut([], Budget(10, 1)) == []
+
+
+@pytest.mark.parametrize(("name", "rows_only"), [("llama", True), ("llama_tied", False), ("gpt2", False)])
+def test_gradients_of_an_embedding_that_is_looked_up_add_up(name: str, rows_only: bool) -> None:
+    model = tiny_models.build(name)
+    ids = torch.tensor(tiny_models.sample_ids(3, 7)[::3])
+    parameters = list(model.parameters())
+    totals: list[torch.Tensor | None] = [None] * len(parameters)
+    sparse: list[bool] = []
+
+    def loss() -> torch.Tensor:
+        return model(ids, use_cache=False).logits.float().log_softmax(-1)[..., 5].sum()
+
+    def take(place: int, parameter: torch.Tensor) -> None:
+        sparse.append(parameter.grad is not None and parameter.grad.is_sparse)
+        _take(totals, place, parameter)
+
+    for _ in range(2):
+        with _looked_up(model, parameters):
+            handles = [p.register_post_accumulate_grad_hook(partial(take, i)) for i, p in enumerate(parameters)]
+            torch.autograd.backward(loss(), inputs=parameters)
+            for handle in handles:
+                handle.remove()
+    assert any(sparse) == rows_only and not model.get_input_embeddings().sparse
+    for total, once in zip(totals, torch.autograd.grad(loss(), parameters), strict=True):
+        assert total is not None and not total.is_sparse
+        torch.testing.assert_close(total, 2 * once, rtol=1e-4, atol=1e-5)

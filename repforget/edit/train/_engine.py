@@ -172,7 +172,7 @@ class Engine:
         totals: Mapping[str, list[Tensor | None]], losses: dict[str, float],
     ) -> None:  # fmt: skip
         """Add one part's gradients and losses to those of the step; nothing of it is held afterwards."""
-        with torch.enable_grad():
+        with torch.enable_grad(), _looked_up(self.model.module, self.parameters):
             by_side = self._losses(index, part, counts, number, tuple(losses))
             for side, loss in by_side.items():
                 losses[side] += float(loss.detach())
@@ -345,10 +345,30 @@ def _repeated(own: Sequence[Row], instead: Sequence[Row]) -> Tensor:
     return torch.tensor(out)
 
 
+@contextmanager
+def _looked_up(module: Any, parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, a trained token embedding has gradients of the rows that were read alone, not of its whole vocabulary."""
+    table = module.get_input_embeddings()
+    before = getattr(table, "sparse", None)
+    if before is None or not any(p is table._parameters.get("weight") for p in parameters):
+        yield
+        return
+    table.sparse = True
+    try:
+        yield
+    finally:
+        table.sparse = before
+
+
 def _take(totals: list[Tensor | None], place: int, parameter: Tensor) -> None:
     """Move the gradient of a parameter to its total."""
     gradient, parameter.grad, total = parameter.grad, None, totals[place]
-    if gradient is not None:
+    if gradient is None:
+        return
+    if gradient.is_sparse:
+        total = torch.zeros_like(parameter, dtype=_wide(parameter)) if total is None else total
+        totals[place] = total.index_add_(0, gradient._indices()[0], gradient._values().to(total.dtype))
+    else:
         totals[place] = gradient.to(_wide(parameter)) if total is None else total.add_(gradient)
 
 
