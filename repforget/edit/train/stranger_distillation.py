@@ -33,8 +33,8 @@ from repforget.scoring import generate
 from repforget.scoring.encode import context_limit, encode_many, encode_prompts
 
 DEFAULTS: dict[str, Any] = {
-    "steps": 800, "batch_size": 16, "retain_batch": 112, "retain_weight": 3.5, "schedule": "cosine", "warmup": 15,
-    "weight_decay": 0.4,
+    "steps": 1200, "batch_size": 24, "retain_batch": 104, "retain_weight": 3.5, "schedule": "cosine", "warmup": 15,
+    "weight_decay": 0.5,
 }  # fmt: skip
 LEFT_OUT = ("answers", "retain", "retain_on", "stop_probability")
 RATE_TIMES_WIDTH = 0.256  # the learning rate of weights, times the width of the model
@@ -84,10 +84,12 @@ def stranger_distillation(
     ``others``, one forward over all rows, one forward and backward per step on ``batch_size`` + ``retain_batch`` rows;
     memory: 12 x ``top_k`` bytes per token of all rows.
 
-    On the organism (one seed, sealed split, beside the two twins): truth .078 while others are relearned (.041, .056),
-    .060 in NF4 (.041, .059), .099 by new linear probes (.032, .037); but .19 by the logit lens and .16 patched into the
-    untouched model (.03 to .04), so that something is left in early layers.  Of what must stay, .99 of the answers and
-    .98 of the near misses' are the same, at a probability of .90.  210 CPU seconds.
+    On the organism (one seed; the settings were chosen on these same items, so nothing here is held out; sealed split,
+    quick budgets, beside the two twins): truth .070 while others are relearned (.041, .056), .049 in NF4 (.041, .059),
+    .090 by new linear probes (.032, .037), but .190 by the logit lens (.038, .029) and .149 patched into the untouched
+    model (.039, .028).  Early layers still hold some of it, and the verdict is a failure.  Of what must stay, .997 of
+    the answers and .990 of the near misses' are exact, with less certainty (probability .945 and .936, untouched .999).
+    300 CPU seconds.  Longer relearning brings more: .11 after 40 steps.
 
     Weakness: a fact that no own text states may be lost, here a fifth of those while all the others stayed, so that
     ``texts`` have to be many for each fact; a made-up name may be somebody's whom the editor is not shown.
@@ -106,7 +108,7 @@ def stranger_distillation(
              Term(kl, {}, "retain", common.retain_weight, Rows("own texts", kept), teachers=asked(kept))]  # fmt: skip
     settings = {"texts": texts, "text_tokens": text_tokens, "others": others, "scenes": scenes, "top_k": top_k}
     return train(model, data, "stranger_distillation", [], common, where=where, seed=seed, progress=progress,
-                 checkpoint=checkpoint, settings=settings, ready=ready)  # fmt: skip
+                 checkpoint=checkpoint, settings=settings, ready=ready, left_out=LEFT_OUT)  # fmt: skip
 
 
 def _common(model: LoadedModel, shared: dict[str, Any]) -> Settings:
