@@ -21,7 +21,7 @@ from repforget.edit.train._choose import Trainable, trainable
 from repforget.edit.train._data import Row, fact_rows, load_rows
 from repforget.edit.train._engine import Engine, Gradients, StepContext
 from repforget.edit.train._memory import advice_for, fitting, recomputed
-from repforget.edit.train._objective import Objective, Role, find, load_part
+from repforget.edit.train._objective import Objective, Role, checked, find, load_part
 from repforget.edit.train._pass import Term
 from repforget.edit.train._settings import Settings, named
 from repforget.edit.train._watch import Watch
@@ -62,6 +62,8 @@ def train_objective(
     name, settings = named(shared.retain)
     if name != "none":
         keep = find(name, "retain")
+        if keep.role != "retain":
+            raise UsageError(f"'{name}' forgets and cannot be what keeps (retain): give a retain term, such as kl.")
         bound = keep.bound(settings)
         wanted += [Wanted(keep, bound, on, "retain", shared.retain_weight) for on in shared.retain_on]
     return train(model, data, objective.name, wanted, shared, where=where, seed=seed, progress=progress,
@@ -71,9 +73,12 @@ def train_objective(
 def train(
     model: LoadedModel, data: EditData, method: str, wanted: Sequence[Wanted], shared: Settings, *,
     where: Localization | None = None, seed: int = 0, progress: Progress | None = None, checkpoint: Path | None = None,
-    settings: Mapping[str, Any] | None = None, ready: Sequence[Term] = (),
+    settings: Mapping[str, Any] | None = None, ready: Sequence[Term] = (), left_out: Sequence[str] = (),
 ) -> Edit:  # fmt: skip
-    """Train the terms together, those that are ``ready`` first, and return what changed; the model is left as it is."""
+    """Train the terms together, those that are ``ready`` first, and return what changed; the model is left as it is.
+
+    ``left_out`` are shared settings that the method does not have: the manifest does not claim them.
+    """
     terms = (*ready, *_terms(model, data, wanted, shared, seed))
     with trainable(model, shared, terms, where, seed) as chosen:
         engine = Engine(
@@ -83,6 +88,7 @@ def train(
         engine.prepare()
         rate = _rate(model, shared, chosen, terms)
         full = {**dataclasses.asdict(shared), **(settings or {}), "adapter": chosen.kind, "lr": rate}
+        full = {name: value for name, value in full.items() if name not in left_out}
         kept = None if checkpoint is None else Checkpoint(checkpoint, identity_of(
             method=method, settings=full, model=model.fingerprint, knowledge=data.digest, terms=_digest(terms),
             seed=seed, where=None if where is None else digest(where.to_json()), dtype=str(model.dtype),
@@ -122,7 +128,7 @@ def _terms(
 def _layers(wanted: Wanted, depth: int) -> tuple[int, ...]:
     asked, choose = wanted.settings.get("layers", ()), wanted.objective.layers
     layers = tuple(asked) if asked != "auto" else choose(depth) if choose is not None else tuple(range(depth))
-    if any(not 0 <= layer < depth for layer in layers):
+    if asked == [] or any(not 0 <= layer < depth for layer in layers):
         raise UsageError(f"'{wanted.objective.name}' was given layers {list(layers)}: give some of 0 to {depth - 1}.")
     return layers
 
@@ -263,11 +269,8 @@ def _sum(found: Gradients) -> list[Tensor]:
 
 
 def _check_settings(what: str, function: Any, settings: Mapping[str, Any]) -> None:
-    known = [p.name for p in inspect.signature(function).parameters.values()
-             if p.kind is p.KEYWORD_ONLY and p.name not in ("metric", "losses")]  # fmt: skip
-    unknown = sorted(set(settings) - set(known))
-    if unknown:
-        raise UsageError(f"{what} has no setting '{unknown[0]}': it has {', '.join(known) or 'none'}.")
+    checked(what, function, {p.name: p for p in inspect.signature(function).parameters.values()
+                             if p.kind is p.KEYWORD_ONLY and p.name not in ("metric", "losses")}, settings)  # fmt: skip
 
 
 __all__ = ["Row", "Wanted", "train", "train_objective"]

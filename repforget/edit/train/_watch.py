@@ -21,7 +21,8 @@ ROWS = 64  # rows per side
 
 @dataclass(frozen=True)
 class Look:
-    """What was seen after ``step`` steps: mean probability per forget answer token, retain loss (nats per token)."""
+    """What was seen after ``step`` steps: mean over forget answers of the (geometric) mean probability of their tokens,
+    and the retain loss (nats per token)."""
 
     step: int
     forget: float
@@ -48,9 +49,11 @@ class Watch:
         """Look after ``step`` steps; True where training should go on."""
         forgotten = [row for t in self.terms if t.side == t.objective.role == "forget" for row in t.data.own]
         rows = {"forget": _spread(forgotten), "retain": _spread(self.kept)}
-        means = [self._mean(rows[side]) for side in ("forget", "retain")] if self.processes.rank == 0 else [0.0, 0.0]
+        # Probabilities are averaged, not their logarithms: one answer that is lost would stand for all of them.
+        means = [float(self._means(rows["forget"]).exp().mean()), float(self._means(rows["retain"]).mean())] \
+            if self.processes.rank == 0 else [0.0, 0.0]  # fmt: skip
         forget, retain = self.processes.first(means)  # so that all processes go on, or none
-        now = Look(step, math.exp(forget) if rows["forget"] else math.nan, -retain)
+        now = Look(step, forget if rows["forget"] else math.nan, -retain)
         first = self.looks[0] if self.looks else now
         self.looks.append(now)
         rise = now.retain - first.retain if rows["retain"] else 0.0
@@ -83,11 +86,13 @@ class Watch:
         for parameter, state in zip(self.parameters, self.good, strict=True):
             parameter.copy_(state)
 
-    def _mean(self, rows: Sequence[Row]) -> float:
+    def _means(self, rows: Sequence[Row]) -> Tensor:
+        """Mean log-probability per answer token of each row (one 0 where there are none)."""
         if not rows:
-            return 0.0
+            return torch.zeros(1)
         (found,) = read(self.model, [Request(tuple(rows), frozenset({LABELS}))])
-        return math.nan if found.scores is None else float(found.scores.means.double().mean())
+        assert found.scores is not None  # the request asked for them
+        return found.scores.means.double()
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ from repforget.progress import Progress, track
 from repforget.records import Localization
 from repforget.scoring.encode import context_limit, encode_prompts
 
+LEFT_OUT = ("answers",)
 DEFAULTS = {"retain": "hard_label"}
 DEPTHS = (4 / 32, 5 / 32, 6 / 32, 7 / 32)
 FLUENT_FACTS = 256
@@ -67,7 +68,7 @@ class Asked:
         return Asked(self.plain + ids, self.expert + ids, tuple(novice + ids for novice in self.novices))
 
 
-@shared_signature(left_out=("answers",), defaults=DEFAULTS)
+@shared_signature(left_out=LEFT_OUT, defaults=DEFAULTS)
 def elm(
     model: LoadedModel, data: EditData, *, where: Localization | None = None, seed: int = 0,
     progress: Progress | None = None, checkpoint: Path | None = None, expert: str = "", novice: str = "auto",
@@ -113,14 +114,15 @@ def elm(
     name, settings = named(common.retain)
     if name != "none":
         keep = find(name, "retain")
-        wanted.append(Wanted(keep, keep.bound(settings), "retain", "retain", common.retain_weight))
+        bound = keep.bound(settings)
+        wanted += [Wanted(keep, bound, on, "retain", common.retain_weight) for on in common.retain_on]
     if common.targets == "auto" and where is None:
         common = Settings(**{**DEFAULTS, **shared, "targets": _early(model)})
     own = {"expert": expert, "novice": novice, "novices": novices, "eta_first": eta_first, "eta_last": eta_last,
            "temperature": temperature, "top_k": top_k, "fluency_weight": fluency_weight,
            "fluency_tokens": fluency_tokens, "guidance": guidance}  # fmt: skip
     return train(model, data, "elm", wanted, common, where=where, seed=seed, progress=progress, checkpoint=checkpoint,
-                 settings=own, ready=ready)  # fmt: skip
+                 settings=own, ready=ready, left_out=LEFT_OUT)  # fmt: skip
 
 
 def soft_label(logits: Tensor, teacher: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from repforget.progress import Progress
 from repforget.records import Localization
 
 KEYS = ("objective", "data", "weight", "side", "answers", "settings")
+LEFT_OUT = ("retain", "retain_on", "retain_weight", "forget_weight", "answers")
 
 
-@shared_signature(left_out=("retain", "retain_weight", "forget_weight", "answers"))
+@shared_signature(left_out=LEFT_OUT)
 def trained(
     model: LoadedModel, data: EditData, *, where: Localization | None = None, seed: int = 0,
     progress: Progress | None = None, checkpoint: Path | None = None, terms: list[dict[str, Any]], **shared: Any,
@@ -39,7 +41,7 @@ def trained(
     if not wanted:
         raise UsageError("A trained edit needs at least one term: give terms: [{objective: npo, data: forget}].")
     return train(model, data, "trained", wanted, Settings(**shared), where=where, seed=seed, progress=progress,
-                 checkpoint=checkpoint, settings={"terms": terms})  # fmt: skip
+                 checkpoint=checkpoint, settings={"terms": terms}, left_out=LEFT_OUT)  # fmt: skip
 
 
 def _wanted(entry: Mapping[str, Any], number: int) -> Wanted:
@@ -55,7 +57,10 @@ def _wanted(entry: Mapping[str, Any], number: int) -> Wanted:
     if side not in ("forget", "retain"):
         raise UsageError(f"Term {number + 1} is on side '{side}': write forget or retain.")
     weight = entry.get("weight", 1.0)
-    if not isinstance(weight, int | float):
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
         raise UsageError(f"Term {number + 1} has the weight {weight!r}: give a number.")
-    settings = objective.bound(dict(entry.get("settings") or {}))
+    given = entry.get("settings") or {}
+    if not isinstance(given, Mapping):
+        raise UsageError(f"Term {number + 1} has the settings {given!r}: write them as 'name: value' pairs.")
+    settings = objective.bound(given)
     return Wanted(objective, settings, data, side, float(weight), str(entry.get("answers", "auto")))

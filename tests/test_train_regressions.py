@@ -1,0 +1,74 @@
+"""Faults of the trained editors that were found once: each stays mended."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from contract_tools import tiny_data, tiny_model
+
+from repforget import discover
+from repforget.artifact import Edit
+from repforget.edit._dispatch import edit
+from repforget.edit.train._data import Row, Rows
+from repforget.edit.train._objective import find
+from repforget.edit.train._pass import Term
+from repforget.edit.train._settings import Settings
+from repforget.edit.train._watch import Watch
+
+SMALL: dict[str, Any] = {"steps": 2, "batch_size": 8}
+OF_METHOD: dict[str, dict[str, Any]] = {
+    "trained": {"terms": [{"objective": "npo"}, {"objective": "kl", "data": "retain", "weight": 2.0}]},
+    "stranger_distillation": {"texts": 64, "text_tokens": 8, "others": 0, "scenes": 8, "retain_batch": 8},
+    "elm": {"fluency_weight": 0.0},
+}
+
+
+def made(method: str, **settings: Any) -> Edit:
+    return edit(tiny_model("llama"), tiny_data(), method, **{**SMALL, **settings})
+
+
+def weights(found: Edit) -> torch.Tensor:
+    module = found.applied_to(tiny_model("llama")).module
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+@pytest.mark.parametrize("method", ["npo", *OF_METHOD])
+def test_the_settings_of_a_manifest_are_those_of_the_editor_and_make_the_same_edit(method: str) -> None:
+    first = made(method, **OF_METHOD.get(method, {}))
+    stated = {k: v for k, v in first.manifest.settings.items() if k != "seed"}
+    assert set(stated) == set(discover.method("edit", method).hyperparameters)
+    assert edit(tiny_model("llama"), tiny_data(), method, **stated).digest == first.digest
+
+
+def test_one_lost_answer_does_not_stand_for_all_of_them() -> None:
+    model, npo = tiny_model("llama"), find("npo")
+    rows = tuple(Row(ids, len(ids) - 1) for ids in _forget_ids())
+    term = Term(npo, {"beta": 0.1}, "forget", 1.0, Rows("forget", rows))
+    with torch.no_grad():
+        probabilities = [model.module(torch.tensor([r.ids])).logits[0, -2].softmax(-1)[r.ids[-1]] for r in rows]
+    parameters = list(model.module.parameters())
+    watch = Watch(model, [term], Settings(), parameters, parameters)
+    watch.look(0)
+    assert watch.looks[0].forget == pytest.approx(float(torch.stack(probabilities).mean()), rel=1e-5)
+    assert watch.looks[0].forget > 3 * math.exp(float(torch.stack(probabilities).log().mean()))
+
+
+def _forget_ids() -> list[tuple[int, ...]]:
+    """Forget facts, and one with an answer that nothing would ever say."""
+    model = tiny_model("llama")
+    facts = tiny_data().forget[:3]
+    found = [tuple(model.tokenizer(fact.prompt + fact.answer)["input_ids"]) for fact in facts]
+    with torch.no_grad():
+        worst = int(model.module(torch.tensor([found[0]])).logits[0, -2].argmin())
+    return [*found, (*found[0][:-1], worst)]
+
+
+def test_elm_keeps_every_set_that_it_is_told_to_keep() -> None:
+    plain = made("elm", fluency_weight=0.0, retain="kl", lr=1e-2)
+    both = made("elm", fluency_weight=0.0, retain="kl", lr=1e-2, retain_on=["retain", "general"], retain_weight=5.0)
+    one = made("elm", fluency_weight=0.0, retain="kl", lr=1e-2, retain_weight=5.0)
+    assert not torch.equal(weights(one), weights(plain))
+    assert not torch.equal(weights(both), weights(one))
