@@ -45,7 +45,8 @@ def rows() -> list[dict[str, Any]]:
     for row in book["rows"]:
         known = discover.method("edit", row["editor"]).hyperparameters
         shared = {"steps": book["steps"], "max_retain_rise": 50.0}
-        base = {k: v for k, v in shared.items() if k in known and "adapter" in known}
+        fits = "adapter" in known and not row.get("own_steps")
+        base = {k: v for k, v in shared.items() if k in known} if fits else {}
         tries = [{**base, **row.get("settings", {}), **own} for own in row.get("tries", [{}])]
         found.append({"name": row["name"], "editor": row["editor"], "locate": row.get("locate"), "tries": tries})
     return found
