@@ -109,8 +109,14 @@ def _names(
     known = [name for name, _ in model.module.named_parameters()]
     if shared.targets != "auto":
         found: list[str] = []
+        if not shared.targets:
+            raise UsageError("An empty list of targets trains nothing: name parameters, or set targets: auto.")
         for target in shared.targets:
-            matched = [name for name in known if re.search(target, name)]
+            try:
+                matched = [name for name in known if re.search(target, name)]
+            except re.error as error:
+                raise UsageError(f"The target '{target}' is no regular expression ({error}): give a part of the names "
+                                 "of parameters.") from None  # fmt: skip
             if not matched:
                 raise UsageError(f"No parameter of '{model.name}' matches the target '{target}': "
                                  f"{nearest(target, known)}")  # fmt: skip

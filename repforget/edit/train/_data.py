@@ -50,6 +50,8 @@ class Rows:
 
 def fact_rows(model: LoadedModel, facts: Sequence[Fact], name: str) -> tuple[tuple[Row, ...], tuple[Fact, ...]]:
     """Rows of facts, loss on the answer; those longer than the context are left out, all of them is an error."""
+    if not facts:
+        raise KnowledgeError(f"The data set '{name}' has no facts: give some, or another set.")
     coded = encode_many(model.tokenizer, [(f.prompt, f.answer) for f in facts], limit=context_limit(model))
     kept = [(Row(code.ids, code.start), fact) for code, fact in zip(coded, facts, strict=True) if code.valid]
     if not kept:
@@ -179,6 +181,9 @@ def _lines(path: Path) -> list[Mapping[str, object]]:
     except FileNotFoundError:
         raise UsageError(f"There is no data set or file '{path}': write forget, retain, general, or the path of a "
                          "JSON-lines file.") from None  # fmt: skip
+    except OSError as error:
+        raise UsageError(f"'{path}' cannot be read as a file ({error.strerror}): give the path of a JSON-lines "
+                         "file.") from None  # fmt: skip
     except ValueError as error:
         raise UsageError(f"'{path}' is not a JSON-lines file ({error}): write one JSON object per line.") from None
     if not lines or not all(isinstance(line, dict) for line in lines):
@@ -208,7 +213,12 @@ def _texts(path: Path) -> list[str]:
 
 
 def _answers_file(path: Path, facts: Sequence[Fact]) -> Mapping[str, list[str]]:
-    found = {str(line.get("id")): list(line.get("answers") or ()) for line in _lines(path)}  # type: ignore[call-overload]
+    found: dict[str, list[str]] = {}
+    for number, line in enumerate(_lines(path), 1):
+        answers = line.get("answers")
+        if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+            raise UsageError(f"Line {number} of '{path}' has the answers {answers!r}: give a list of texts.")
+        found[str(line.get("id"))] = answers
     missing = next((_item(f) for f in facts if not found.get(_item(f))), None)
     if missing is not None:
         raise UsageError(f"'{path}' gives no answers for item '{missing}': write one line per item with its id and a "

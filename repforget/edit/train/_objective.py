@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_type_hints
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from repforget import discover
 from repforget.artifact import Edit
 from repforget.edit.train._settings import Settings
-from repforget.errors import RepforgetError, UnknownNameError, nearest
+from repforget.errors import RepforgetError, UnknownNameError, UsageError, nearest
 from repforget.knowledge import EditData
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress
@@ -98,12 +99,8 @@ class Objective:
         return tuple(name for name in inspect.signature(self.function).parameters if name in GIVEN)
 
     def bound(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """``settings`` over the defaults; names are checked, values were checked where the recipe was read."""
-        unknown = sorted(set(settings) - set(self.settings))
-        if unknown:
-            hint = nearest(unknown[0], self.settings) if self.settings else "it has none"
-            raise UnknownNameError(f"Objective '{self.name}' has no setting '{unknown[0]}': {hint}")
-        return {name: settings.get(name, p.default) for name, p in self.settings.items()}
+        """``settings`` over the defaults, names and types checked."""
+        return checked(f"Objective '{self.name}'", self.function, self.settings, settings)
 
 
 class TrainedEditor(Protocol):
@@ -194,6 +191,30 @@ def shared_signature(
         return function
 
     return declare
+
+
+def checked(
+    what: str, function: Callable[..., Any], known: Mapping[str, inspect.Parameter], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """``given`` over the defaults of the ``known`` keyword-only parameters, names and types checked."""
+    from pydantic import ConfigDict, ValidationError, create_model
+
+    unknown = sorted(map(str, set(given) - set(known)))
+    if unknown:
+        hint = nearest(unknown[0], known) if known else "it has none."
+        raise UnknownNameError(f"{what} has no setting '{unknown[0]}': {hint}")
+    # Only these: other annotations may name what is imported for type checkers alone.
+    asked = SimpleNamespace(__annotations__={name: function.__annotations__[name] for name in known})
+    hints = get_type_hints(asked, function.__globals__)
+    settings: dict[str, Any] = {name: (hints[name], p.default) for name, p in known.items()}
+    model = create_model("Settings", __config__=ConfigDict(arbitrary_types_allowed=True), **settings)
+    try:
+        found = model(**given)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        said = " or ".join(e["msg"][:1].lower() + e["msg"][1:] for e in error.errors() if e["loc"][0] == name)
+        raise UsageError(f"{what} was given {name} {given[name]!r}: {said}.") from None
+    return {name: getattr(found, name) for name in known}
 
 
 def find(name: str, role: Role = "forget") -> Objective:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -76,12 +77,15 @@ class Settings:
         for name in ("batch_size", "retain_batch", "accumulate", "rank", "check_every", "max_facts"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"A trained editor needs a positive {name}: {getattr(self, name)} was given.")
-        for name in ("lr", "weight_decay", "clip", "max_retain_rise"):
+        for name in ("lr", "weight_decay", "clip", "max_retain_rise", "forget_weight", "retain_weight"):
             value = getattr(self, name)
             if value != "auto" and not 0 <= value < math.inf:
                 raise UsageError(f"A trained editor was given {name} {value}: give a number of at least 0.")
         if self.steps < 0 or self.warmup < 0:
             raise UsageError("A trained editor cannot take a negative number of steps: give 0 or more.")
+        if not self.retain_on:
+            raise UsageError("A trained editor was given no set to keep facts of (retain_on): name one, or set retain: "
+                             "none.")  # fmt: skip
         if self.accumulate > self.batch_size:
             raise UsageError(f"{self.batch_size} forget rows per step cannot be taken in {self.accumulate} parts: "
                              "give at least one row per part.")  # fmt: skip
@@ -91,7 +95,7 @@ def named(value: Named) -> tuple[str, dict[str, Any]]:
     """``"kl"`` or ``{kl: {settings}}`` as (name, settings)."""
     if isinstance(value, str):
         return value, {}
-    if len(value) != 1:
+    if len(value) != 1 or not isinstance(next(iter(value.values())), Mapping | None):
         raise UsageError(f"A part of a trained editor is written 'name' or 'name: {{setting: value}}': found {value}.")
     ((name, settings),) = value.items()
     return name, dict(settings or {})
