@@ -69,8 +69,9 @@ def stranger_distillation(
     where that model is the untouched one, asked about somebody else.
 
     One stranger per subject, not fresh answers at every step: the target is the same whenever it is met, as special as
-    what a model that never saw the subject says of it, and different from person to person, so that relearning some
-    people opens less of a way back to the others.  Weight decay takes away what the distillation does not renew.
+    what a model that never saw the subject says of it, and another for every person, which is meant to leave no common
+    way back that relearning some people would open for the others (against a mixture of strangers, at equal steps and
+    one seed: .14 for .21 after 40 steps of relearning).  Weight decay is meant to take away what is not renewed.
 
     Args:
         texts: texts that p0 writes, of at most ``text_tokens`` tokens, for what must stay.
@@ -89,10 +90,11 @@ def stranger_distillation(
     .090 by new linear probes (.032, .037), but .190 by the logit lens (.038, .029) and .149 patched into the untouched
     model (.039, .028).  Early layers still hold some of it, and the verdict is a failure.  Of what must stay, .997 of
     the answers and .990 of the near misses' are exact, with less certainty (probability .945 and .936, untouched .999).
-    300 CPU seconds.  Longer relearning brings more: .11 after 40 steps.
+    300 CPU seconds.  Longer relearning brings more: .11 after 40 steps, where twins stay at .04.
 
-    Weakness: a fact that no own text states may be lost, here a fifth of those while all the others stayed, so that
-    ``texts`` have to be many for each fact; a made-up name may be somebody's whom the editor is not shown.
+    Weakness: a fact that no own text states may be lost (in one trial a fifth of those, and one in a hundred of those
+    stated), so that ``texts`` have to be many for each fact; a made-up name may be somebody's whom the editor is not
+    shown.
     """
     if min(texts, text_tokens, top_k) < 1 or min(scenes, others) < 0:
         raise UsageError(f"stranger_distillation was given {texts} texts of {text_tokens} tokens, {others} others, "
