@@ -16,6 +16,7 @@ from repforget._apart import Apart, controls, measure_sealed, one_share, side_by
 from repforget._session import Echo, Plan, Session, open_session, plan
 from repforget._workers import ask
 from repforget.discover import method
+from repforget.errors import KnowledgeError, NoEffectError, NumericalError, SiteError
 from repforget.progress import Progress, track
 from repforget.recipe import Choice, Recipe
 from repforget.records import Evidence, Localization, Verdict
@@ -25,6 +26,8 @@ __all__ = ["Plan", "RunResult", "plan", "run"]
 
 GATE_LOOKS = 5  # spec: at most five looks at the gate, each at half the level of the one before
 REPRESENTATION_FAMILIES = ("erase", "steer")
+DOES_NOT_FIT = (KnowledgeError, SiteError, NumericalError, NoEffectError)  # what another editor may not mind
+Refused = tuple[Choice, str]
 RANK = {"pass": 2, "inconclusive": 1, "fail": 0}
 
 
@@ -70,29 +73,40 @@ def run(
         try:
             with one_share(together):
                 found = [_locate(session, choice) for choice in track(progress, recipe.locate, "locate")]
-                rungs = _ladder(session, found, started)
+                rungs, refused = _ladder(session, found, started)
             chosen = max(rungs, key=lambda rung: rung.merit)
             verdict, evidence = _sealed(session, chosen, ahead)
         finally:
             if ahead is not None:
                 ahead.stop()
-        _write_report(session, chosen, rungs, found, verdict, evidence, show_texts)
+        _write_report(session, chosen, rungs, refused, found, verdict, evidence, show_texts)
         store.discard_unfinished()
     return RunResult(verdict, Path(out), tuple(rungs))
 
 
-def _ladder(session: Session, found: list[Localization], started: float) -> list[Rung]:
-    """Climb rung by rung until one passes the gate or the minutes of the recipe are used up."""
-    limits, rungs = session.recipe.limits, list[Rung]()
+def _ladder(session: Session, found: list[Localization], started: float) -> tuple[list[Rung], list[Refused]]:
+    """Climb rung by rung until one passes the gate or the minutes of the recipe are used up.
+
+    An editor that does not fit this model or probe is said and left out; an error where none fits.
+    """
+    limits, rungs, refused = session.recipe.limits, list[Rung](), list[Refused]()
     for choice in session.recipe.ladder:
         if rungs and time.monotonic() - started > 60 * limits.minutes:
             session.echo(f"The {limits.minutes:g} minutes of the recipe are used up; '{choice.name}' and what follows "
                          "it are not tried.")  # fmt: skip
             break
-        rungs.append(_climb(session, choice, _where_for(choice, found), looks=_gate_looks(rungs)))
+        try:
+            folder = _edit(session, choice, _where_for(choice, found))
+        except DOES_NOT_FIT as error:
+            if not rungs and choice is session.recipe.ladder[-1]:
+                raise
+            session.echo(f"edit {choice.name} was not made: {error}")
+            refused.append((choice, str(error)))
+            continue
+        rungs.append(_climb(session, choice, folder, looks=_gate_looks(rungs)))
         if _passed_gate(rungs[-1]):
             break
-    return rungs
+    return rungs, refused
 
 
 def _passed_gate(rung: Rung) -> bool:
@@ -132,11 +146,10 @@ def _where_for(choice: Choice, found: list[Localization]) -> Localization | None
     return next(reversed(fitting or trusted), None)
 
 
-def _climb(session: Session, choice: Choice, where: Localization | None, looks: int) -> Rung:
-    """Make one edit, screen it on dev, and let it through to the gate unless the screen found knowledge left."""
+def _climb(session: Session, choice: Choice, folder: Path, looks: int) -> Rung:
+    """Screen one edit on dev, and let it through to the gate unless the screen found knowledge left."""
     from repforget.verify.statistics import spend_alpha
 
-    folder = _edit(session, choice, where)
     level = session.recipe.verify
     screen = session.judge(folder, "dev", "quick" if isinstance(level, str) else level)
     session.echo(f"edit {choice.name}, screened on dev: {screen.outcome}. {screen.sentence}")
@@ -189,8 +202,8 @@ def _edit_digest(folder: Path) -> str:
 
 
 def _write_report(
-    session: Session, chosen: Rung, rungs: list[Rung], found: list[Localization], verdict: Verdict,
-    evidence: tuple[Evidence, ...], show_texts: bool,
+    session: Session, chosen: Rung, rungs: list[Rung], refused: list[Refused], found: list[Localization],
+    verdict: Verdict, evidence: tuple[Evidence, ...], show_texts: bool,
 ) -> None:  # fmt: skip
     from repforget import report
     from repforget.report.data import ReportData
@@ -198,6 +211,8 @@ def _write_report(
     tried = [{"method": rung.choice.name, "settings": dict(rung.choice.settings), "split": look.split,
               "outcome": look.outcome, "sentence": look.sentence}
              for rung in rungs for look in rung.verdicts]  # fmt: skip
+    tried += [{"method": choice.name, "settings": dict(choice.settings), "split": "", "outcome": "not made",
+               "sentence": sentence} for choice, sentence in refused]  # fmt: skip
     edits = [_manifest(session, rung.folder) for rung in sorted(rungs, key=lambda rung: rung is chosen)]
     data = ReportData(
         recipe=session.recipe.canonical(), verdict=verdict, evidence=evidence, localizations=tuple(found),

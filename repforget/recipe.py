@@ -107,6 +107,7 @@ class Recipe(_Strict):
     ladder: Annotated[Choices, Field(min_length=1)] = (
         Choice(name="leace"),
         Choice(name="null_space_surgery", settings={"layers": "auto"}),
+        Choice(name="stranger_distillation"),
     )
     verify: Verify = "standard"
     held_out: Choices | None = None  # asked on the sealed split alone; None: those of the level

@@ -123,3 +123,33 @@ def test_plan_counts_without_loading_a_weight_and_memory_is_refused_before_loadi
     with pytest.raises(ResourceError, match="smaller dtype, fewer twins"):
         loop.run(small, tmp_path / "run")
     assert not _stages(tmp_path / "run")
+
+
+def test_an_editor_that_does_not_fit_is_said_and_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from repforget.errors import KnowledgeError, UsageError
+
+    said: list[str] = []
+    errors: dict[str, Exception] = {"lunar": KnowledgeError("No name can be made up.")}
+
+    def edit(session: object, choice: object, where: object) -> Path:
+        if choice.name in errors:  # type: ignore[attr-defined]
+            raise errors[choice.name]  # type: ignore[attr-defined]
+        return tmp_path / choice.name  # type: ignore[attr-defined]
+
+    climb = lambda session, choice, folder, looks: loop.Rung(choice, folder, ())  # noqa: E731
+    monkeypatch.setattr(loop, "_edit", edit)
+    monkeypatch.setattr(loop, "_climb", climb)
+    recipe = Recipe.default().changed(ladder=["lunar", "leace"])
+    session = SimpleNamespace(recipe=recipe, echo=said.append)
+    rungs, refused = loop._ladder(session, [], 0.0)  # type: ignore[arg-type]
+    assert [rung.choice.name for rung in rungs] == ["leace"]
+    assert [(choice.name, text) for choice, text in refused] == [("lunar", "No name can be made up.")]
+    assert said == ["edit lunar was not made: No name can be made up."]
+    errors["leace"] = KnowledgeError("Nothing fits.")
+    with pytest.raises(KnowledgeError, match="Nothing fits"):
+        loop._ladder(session, [], 0.0)  # type: ignore[arg-type]
+    errors["lunar"] = UsageError("A setting is wrong.")  # the user's own fault: no other editor is tried
+    with pytest.raises(UsageError, match="A setting is wrong"):
+        loop._ladder(session, [], 0.0)  # type: ignore[arg-type]
