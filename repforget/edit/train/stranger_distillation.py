@@ -85,12 +85,13 @@ def stranger_distillation(
     ``others``, one forward over all rows, one forward and backward per step on ``batch_size`` + ``retain_batch`` rows;
     memory: 12 x ``top_k`` bytes per token of all rows.
 
-    On the organism (one seed; the settings were chosen on these same items, so nothing here is held out; sealed split,
-    quick budgets, beside the two twins): truth .070 while others are relearned (.041, .056), .049 in NF4 (.041, .059),
-    .090 by new linear probes (.032, .037), but .190 by the logit lens (.038, .029) and .149 patched into the untouched
-    model (.039, .028).  Early layers still hold some of it, and the verdict is a failure.  Of what must stay, .997 of
-    the answers and .990 of the near misses' are exact, with less certainty (probability .945 and .936, untouched .999).
-    300 CPU seconds.  Longer relearning brings more: .11 after 40 steps, where twins stay at .04.
+    On the organism (one seed of the edit; the settings were chosen on these same items, so nothing here is held out;
+    sealed split, quick budgets, beside the two twins): truth .058 to .072 while others are relearned, three attacks
+    (.041, .056), and .086 (.041, .031) on the gate split; .049 in NF4 (.041, .059), .090 by new linear probes (.032,
+    .037), but .190 by the logit lens (.038, .029) and .149 patched into the untouched model (.039, .028).  Early layers
+    still hold some of it, and the verdict is a failure.  Of what must stay, .997 of the answers and .990 of the near
+    misses' are exact, with less certainty (probability .945 and .936, untouched .999).  300 CPU seconds.  Longer
+    relearning brings more: .11 after 40 steps, where twins stay at .04.
 
     Weakness: a fact that no own text states may be lost (in one trial a fifth of those, and one in a hundred of those
     stated), so that ``texts`` have to be many for each fact; a made-up name may be somebody's whom the editor is not
