@@ -72,3 +72,22 @@ def test_elm_keeps_every_set_that_it_is_told_to_keep() -> None:
     one = made("elm", fluency_weight=0.0, retain="kl", lr=1e-2, retain_weight=5.0)
     assert not torch.equal(weights(one), weights(plain))
     assert not torch.equal(weights(both), weights(one))
+
+
+def test_elastic_weights_know_what_an_adapter_matters_for() -> None:
+    plain = made("npo", adapter="lora", rank=4, retain="l2", retain_weight=0.0, steps=4)
+    held = made("npo", adapter="lora", rank=4, retain="ewc", retain_weight=1e6, steps=4)
+    start = weights(made("npo", steps=1, lr=1e-9))
+    assert float((weights(held) - start).norm()) < 0.9 * float((weights(plain) - start).norm())
+
+
+def test_a_term_on_weights_counts_once_however_many_sets_are_kept() -> None:
+    one, two = (weights(made("npo", retain="l2", retain_weight=50.0, retain_on=sets))
+                for sets in (["retain"], ["retain", "general"]))  # fmt: skip
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def test_every_setting_of_a_trained_editor_is_listed_with_its_type() -> None:
+    for name in ("npo", "trained", "elm"):
+        for setting, parameter in discover.method("edit", name).hyperparameters.items():
+            assert isinstance(parameter.annotation, str) and "Union" not in parameter.annotation, setting

@@ -2,8 +2,9 @@
 
 A row is a prefix of a prompt with part of its answer; what counts is the distribution of the token after it.
 Forget rows get the prior over answers of their relation as target.  Kept rows (retained facts, *strangers* and
-general text) get what the model itself says.  Strangers are names nobody bears, put together from parts of real
-names: they stand for the people an editor is not shown, above all those who share a name with a forgotten one.
+general text) get what the model itself says.  Strangers are names that nobody whom the editor is shown bears, put
+together from parts of real names: they stand for the people an editor is not shown, above all those who share a name
+with a forgotten one, and where names are few many of them are those very people.
 """
 
 from __future__ import annotations

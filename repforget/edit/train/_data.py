@@ -72,7 +72,7 @@ def text_rows(model: LoadedModel, texts: Sequence[str], name: str) -> tuple[Row,
 def load_rows(
     model: LoadedModel, data: EditData, name: str, *, instead: Answers | None, answers: str, max_facts: int, seed: int,
 ) -> Rows:  # fmt: skip
-    """The rows of "forget", "retain", "general", "strangers" (forget prompts about subjects nobody bears, answered by
+    """The rows of "forget", "retain", "general", "strangers" (forget prompts about made-up subjects, answered by
     some retained answer) or of a JSON-lines file of prompts and answers (or texts)."""
     if name == "general":
         return Rows(name, text_rows(model, data.general, name))

@@ -16,7 +16,19 @@ from repforget.edit.train._data import Row, step_plan
 from repforget.edit.train._head import head_of, topk_teacher
 from repforget.edit.train._objective import Role, Scores
 from repforget.edit.train._parts import Taken, parts
-from repforget.edit.train._pass import HIDDEN, LABELS, STATES, Known, Reading, Request, Term, read, request_of, values
+from repforget.edit.train._pass import (
+    HIDDEN,
+    LABELS,
+    STATES,
+    Known,
+    Reading,
+    Request,
+    Term,
+    read,
+    request_of,
+    swapped,
+    values,
+)
 from repforget.edit.train._processes import Processes
 from repforget.models.load import LoadedModel
 from repforget.training.optimizers import drawn_loss
@@ -246,10 +258,12 @@ class Engine:
 
     @cached_property
     def importance(self) -> list[Tensor]:
-        """Mean squared gradient of the log-likelihood of single retained rows: the diagonal of the empirical Fisher."""
-        rows = next(term.data.own for term in self.terms if term.side == "retain")[:READ_ROWS]
+        """Mean squared gradient, at the start, of the log-likelihood per answer token of (some) single retained rows:
+        the diagonal of the empirical Fisher.  An adapter counts where it starts, which is the untouched model too."""
+        rows = next(term.data.own for term in self.terms if term.reads("importance"))
+        rows = rows[:: -(-len(rows) // READ_ROWS)]
         out = [torch.zeros_like(p, dtype=_wide(p)) for p in self.parameters]
-        with self.untouched(), torch.enable_grad():
+        with swapped(self.parameters, self.originals), torch.enable_grad():
             for row in rows:
                 loss = self.nll([row])
                 for total, g in zip(out, torch.autograd.grad(loss, self.parameters, allow_unused=True), strict=True):

@@ -9,8 +9,8 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_type_hints
+from types import SimpleNamespace, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -161,12 +161,14 @@ def _describe(
     defaults: Mapping[str, Any], left_out: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Give an editor that takes ``**settings`` the signature, hints and docstring of what it really takes."""
-    shared = {f.name: inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(f.name, f.default))
+    types = get_type_hints(Settings)
+    shared = {f.name: inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, annotation=_written(types[f.name]),
+                                          default=defaults.get(f.name, f.default))
               for f in fields(Settings) if f.name not in left_out}  # fmt: skip
     plain = inspect.signature(run, follow_wrapped=False).parameters.values()
     given = [p for p in plain if p.kind is not p.VAR_KEYWORD and p.name not in own]
     run.__signature__ = inspect.Signature([*given, *own.values(), *shared.values()], return_annotation=Edit)  # type: ignore[attr-defined]
-    types = {name: hint for name, hint in get_type_hints(Settings).items() if name in shared}
+    types = {name: hint for name, hint in types.items() if name in shared}
     run.__annotations__ = {
         "model": LoadedModel, "data": EditData, "where": Localization | None, "seed": int, "progress": Any,
         "checkpoint": Path | None, **hints, **types, "return": Edit,
@@ -174,6 +176,13 @@ def _describe(
     run.shared_settings = frozenset(shared)  # type: ignore[attr-defined]
     texts = (run.__doc__ or "", Settings.__doc__ or "")
     run.__doc__ = "\n\n".join(inspect.cleandoc(text) for text in texts)
+
+
+def _written(kind: Any) -> str:
+    """A type as it is written, aliases spelled out."""
+    if get_origin(kind) in (Union, UnionType):
+        return " | ".join(map(_written, get_args(kind))).replace("NoneType", "None")
+    return kind.__name__ if type(kind) is type else str(kind).replace("typing.", "")
 
 
 def shared_signature(

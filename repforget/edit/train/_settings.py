@@ -36,8 +36,9 @@ class Settings:
     nothing.
 
     Raises KnowledgeError and UsageError for data and settings that do not fit, NumericalError where nothing good
-    was reached, NoEffectError where nothing changed.  Memory: weights, gradients and two moments of what is trained;
-    no copy of the model.  A low probability on the training rows does not show that nothing is left inside.
+    was reached, NoEffectError where nothing changed.  Memory, for what is trained: its start and its last good state,
+    and in float32 gradients, two moments and the masters; nothing of the rest of the model is copied.  A low
+    probability on the training rows does not show that nothing is left inside.
     """
 
     steps: int = 150
@@ -74,7 +75,7 @@ class Settings:
     quantisation_floor: Literal["none", "int8", "nf4", "int4", "int3"] = "none"
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "retain_batch", "accumulate", "rank", "check_every", "max_facts"):
+        for name in ("batch_size", "retain_batch", "accumulate", "rank", "top_layers", "check_every", "max_facts"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"A trained editor needs a positive {name}: {getattr(self, name)} was given.")
         for name in ("lr", "weight_decay", "clip", "max_retain_rise", "forget_weight", "retain_weight"):
@@ -83,6 +84,8 @@ class Settings:
                 raise UsageError(f"A trained editor was given {name} {value}: give a number of at least 0.")
         if self.steps < 0 or self.warmup < 0:
             raise UsageError("A trained editor cannot take a negative number of steps: give 0 or more.")
+        if not 0 <= self.stop_probability <= 1:
+            raise UsageError(f"A trained editor was given stop_probability {self.stop_probability}: give 0 to 1.")
         if not self.retain_on:
             raise UsageError("A trained editor was given no set to keep facts of (retain_on): name one, or set retain: "
                              "none.")  # fmt: skip

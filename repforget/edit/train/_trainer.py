@@ -65,7 +65,8 @@ def train_objective(
         if keep.role != "retain":
             raise UsageError(f"'{name}' forgets and cannot be what keeps (retain): give a retain term, such as kl.")
         bound = keep.bound(settings)
-        wanted += [Wanted(keep, bound, on, "retain", shared.retain_weight) for on in shared.retain_on]
+        sets = shared.retain_on[:1] if keep.reduction == "whole" else shared.retain_on  # weights are held once
+        wanted += [Wanted(keep, bound, on, "retain", shared.retain_weight) for on in sets]
     return train(model, data, objective.name, wanted, shared, where=where, seed=seed, progress=progress,
                  checkpoint=checkpoint, settings=own)  # fmt: skip
 

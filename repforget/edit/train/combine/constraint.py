@@ -19,9 +19,10 @@ def constraint(
     """Minimise the forget loss subject to a retain loss of at most ``epsilon``, by primal-dual steps.
 
     ``d = g_F + λ g_R`` with ``λ <- max(0, λ + rate (L_R - epsilon))`` once per optimiser step, from the loss over the
-    whole step; λ begins at ``start`` and stays there for ``warmup`` steps.  ``epsilon`` "auto" is the first step's
-    retain loss plus ``slack`` (nats).  Source: Entesari et al. 2025, arXiv 2506.05314 (PDU), with any forget
-    objective.  At its solution ``λ (L_R - epsilon) = 0``; on the way there the bound is overstepped.
+    whole step, ``retain_weight`` included; λ begins at ``start`` and stays there for ``warmup`` steps.  ``epsilon``
+    "auto" is the first step's retain loss plus ``slack`` (nats).  Source: Entesari et al. 2025, arXiv 2506.05314
+    (PDU), with any forget objective.  At its solution ``λ (L_R - epsilon) = 0``; on the way there the bound is
+    overstepped.
     """
     if start < 0 or rate < 0:
         raise UsageError(f"The multiplier of a constraint starts at {start} and moves at {rate}: give 0 or more.")

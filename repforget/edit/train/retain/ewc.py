@@ -16,7 +16,7 @@ def ewc(drift: Sequence[Tensor], importance: Sequence[Tensor]) -> Tensor:
 
     ``sum F (theta - theta0)^2 / 2`` over all trained parameters [1], F the diagonal Fisher information on retained
     data.  Source: Kirkpatrick et al. 2016, arXiv 1612.00796, eq. 3.
-    Cost: F once (a backward per retained row), then one pass over the parameters per step.
+    Cost: F once (a backward for each of at most 64 retained rows), then one pass over the parameters per step.
 
     Weakness: second order and diagonal: blind to directions between parameters, and F of a row that is known perfectly
     is nearly zero, so that what is best known is held least.
