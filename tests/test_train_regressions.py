@@ -17,6 +17,7 @@ from repforget.edit.train._objective import find
 from repforget.edit.train._pass import Term
 from repforget.edit.train._settings import Settings
 from repforget.edit.train._watch import Watch
+from repforget.errors import UsageError
 
 SMALL: dict[str, Any] = {"steps": 2, "batch_size": 8}
 OF_METHOD: dict[str, dict[str, Any]] = {
@@ -91,3 +92,16 @@ def test_every_setting_of_a_trained_editor_is_listed_with_its_type() -> None:
     for name in ("npo", "trained", "elm"):
         for setting, parameter in discover.method("edit", name).hyperparameters.items():
             assert isinstance(parameter.annotation, str) and "Union" not in parameter.annotation, setting
+
+
+def test_a_localisation_without_layers_does_not_mean_everything() -> None:
+    from repforget.records import Component, Localization, RandomBand
+
+    where = Localization("test", (Component.parse("embed"),), (1.0,), RandomBand(1, 3, 1.0, 0.1, 0.2, "made up"))
+    with pytest.raises(UsageError, match="names no layer"):
+        edit(tiny_model("llama"), tiny_data(), "npo", where=where, steps=1)
+
+
+def test_a_clamp_below_zero_is_refused() -> None:
+    with pytest.raises(UsageError, match="clamp"):
+        edit(tiny_model("llama"), tiny_data(), "npo", clamp=-1.0, steps=1)

@@ -132,6 +132,9 @@ def _names(
                             "'targets'.")  # fmt: skip
         return tuple(f"{down}.weight" for down in downs)
     layers = set(where.layers()[: shared.top_layers]) if where is not None else set()
+    if where is not None and not layers:
+        raise UsageError(f"The localisation by '{where.method}' names no layer, only "
+                         f"{', '.join(map(str, where.components[:3]))}: give 'targets', or another one.")  # fmt: skip
     if all(term.reads("hidden") for term in terms) and deepest is not None:  # layers above get no gradient
         layers = {layer for layer in layers or range(deepest + 1) if layer <= deepest} or set(range(deepest + 1))
     prefixes = tuple(f"{paths[layer].path}." for layer in sorted(layers))

@@ -89,6 +89,8 @@ class Settings:
         if not self.retain_on:
             raise UsageError("A trained editor was given no set to keep facts of (retain_on): name one, or set retain: "
                              "none.")  # fmt: skip
+        if self.clamp is not None and self.clamp < 0:
+            raise UsageError(f"A trained editor was given clamp {self.clamp}: it bounds losses and is 0 or more.")
         if self.accumulate > self.batch_size:
             raise UsageError(f"{self.batch_size} forget rows per step cannot be taken in {self.accumulate} parts: "
                              "give at least one row per part.")  # fmt: skip

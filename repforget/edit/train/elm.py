@@ -87,8 +87,9 @@ def elm(
 
     Args:
         expert: text in front of the prompt, "{subject}" is filled in; none by default.
-        novice: likewise; "auto" is no text but the prompt about made-up names, which nobody bears, in the place of the
-            subject, the mean over ``novices`` of them: made by this project, for it needs no text written per domain.
+        novice: likewise; "auto" is no text but the prompt about made-up names, which nobody known to it bears, in the
+            place of the subject, the mean over ``novices`` of them: made by this project, for it needs no text written
+            per domain.
         fluency_tokens: length of generated continuations; a fluency_weight of 0 leaves them out.
 
     Raises UsageError for settings out of range, KnowledgeError where contexts are too long or no made-up name fits.

@@ -45,7 +45,8 @@ def lunar(
         coefficient: c, the length of the move in units of r.
         tokens: the forget tokens that are moved: all of the prompt but the first, or the last one alone.
         prompts: texts the model cannot answer or refuses; "auto" is the forget prompts with made-up names, which
-            nobody bears, in place of their subjects: a model that answers those as confidently has no such state, and
+            nobody known to the editor bears, in place of their subjects: a model that answers those as
+            confidently has no such state, and
             the edit does little (the notes say so).
         retain_weight: weight of the retained statements and general texts, all their tokens but first ones.
         ridge: as a share of the mean second moment of M; pulls towards the weights as they are.

@@ -95,7 +95,8 @@ def stranger_distillation(
 
     Weakness: a fact that no own text states may be lost (in one trial a fifth of those, and one in a hundred of those
     stated), so that ``texts`` have to be many for each fact; a made-up name may be somebody's whom the editor is not
-    shown.
+    shown (on the embedded model one in seven is): the subject is then given the facts of another, and retention there
+    owes something to these names being real.
     """
     if min(texts, text_tokens, top_k) < 1 or min(scenes, others) < 0:
         raise UsageError(f"stranger_distillation was given {texts} texts of {text_tokens} tokens, {others} others, "

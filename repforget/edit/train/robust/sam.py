@@ -27,4 +27,4 @@ def sam(step: StepContext, *, rho: float = 0.01) -> Gradients:
         with step.restored():
             shift_(step.parameters, (scale * g for g in forget), step.generator)
             forget = step.gradients(("forget",))["forget"]
-    return {**step.gradients(("retain",)), "forget": forget}  # last, so that losses are those at the weights
+    return {**step.gradients(("retain",)), "forget": forget}  # last: the losses kept for combiners are those here
