@@ -27,6 +27,7 @@ ladder:
   - prior_relabelling: {{steps: 2, robust: [sam, {{smoothing: {{samples: 1}}}}], adapter: lora, rank: 2}}
   - trained:
       steps: 60
+      retain_batch: 24
       combine: {{gru: {{add_retain: true}}}}
       terms:
         - {{objective: simnpo, data: forget, settings: {{beta: 2.5}}}}
@@ -93,11 +94,13 @@ def test_a_wrong_setting_is_reported_with_its_line(
         load_recipe(recipe(folder, tmp_path, (before, after)))
 
 
+@pytest.mark.slow
 def test_a_run_climbs_over_trained_rungs_to_the_one_that_forgets(folder: Path, tmp_path: Path, cli: Run) -> None:
-    code, out, err = cli("run", str(recipe(folder, tmp_path)), "--out", str(tmp_path / "run"))
+    code, _, err = cli("run", str(recipe(folder, tmp_path)), "--out", str(tmp_path / "run"))
     assert code in (0, 10, 11), err
     data = load_report(tmp_path / "run")
-    assert [rung["method"] for rung in data.rungs][:2] == ["npo", "prior_relabelling"]
+    assert list(dict.fromkeys(rung["method"] for rung in data.rungs)) == ["npo", "prior_relabelling", "trained"]
+    assert "not made" not in [rung["outcome"] for rung in data.rungs]
     evidence = next(e for e in data.evidence if e.measure == "exact_match")
     means = {arm: sum(scores.values) / len(scores.values) for arm, scores in evidence.arms.items()}
     assert means["original"] > 0.9
