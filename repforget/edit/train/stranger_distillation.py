@@ -59,7 +59,7 @@ def stranger_distillation(
 ) -> Edit:  # fmt: skip
     """Train the model to speak of every subject to forget as it now speaks of one made-up name, the same throughout.
 
-    Each subject is given a stranger: a name that nobody bears, recombined from the parts of real ones.  Minimised is
+    Each subject is given a stranger: a name that nobody shown bears, recombined from parts of real ones.  Minimised is
     ``KL(p0(. | text about the stranger) || p(. | the same text about the subject))`` per token behind the name, p0 the
     untouched model, on the forget statements with the answer that p0 gives about the stranger and on ``scenes``: texts
     that p0 wrote itself, up to a name, gone on with about the stranger.  So the subject is also forgotten in wordings
@@ -94,9 +94,8 @@ def stranger_distillation(
     relearning brings more: .11 after 40 steps, where twins stay at .04.
 
     Weakness: a fact that no own text states may be lost (in one trial a fifth of those, and one in a hundred of those
-    stated), so that ``texts`` have to be many for each fact; a made-up name may be somebody's whom the editor is not
-    shown (on the embedded model one in seven is): the subject is then given the facts of another, and retention there
-    owes something to these names being real.
+    stated), so that ``texts`` have to be many; a made-up name may be somebody's whom the editor is not shown (on the
+    organism one in seven; retention is the same without): the subject is then given the facts of another.
     """
     if min(texts, text_tokens, top_k) < 1 or min(scenes, others) < 0:
         raise UsageError(f"stranger_distillation was given {texts} texts of {text_tokens} tokens, {others} others, "
