@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from html import escape
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,6 +15,7 @@ COLUMNS = ("behaviour.contrastive", "logit_lens.best_layer", "reprobe.linear", "
            "relearn.best_step")  # fmt: skip
 HEADS = ("answers", "logit lens", "probes", "patching", "4-bit", "relearned")
 WIDE, HIGH, LEFT, TOP = 700.0, 460.0, 70.0, 30.0
+NAMED = 0.75  # share left up to which a row is named in the picture
 MOST = (1.1, 0.12)  # right and upper ends of the axes: share left, share lost
 
 
@@ -70,18 +72,19 @@ def picture(body: dict[str, Any]) -> str:
         x = LEFT + WIDE * min(max(fmean(r["worst"]), 0), MOST[0]) / MOST[0]
         y = TOP + HIGH * (1 - min(max(fmean(r["lost"]), 0), MOST[1]) / MOST[1])
         colour = "#0b3c6f" if r["name"] in best else "#9aa5b1"
-        parts.append(f"<circle cx='{number(x)}' cy='{number(y)}' r='4.5' fill='{colour}'/>")
+        parts.append(f"<circle cx='{number(x)}' cy='{number(y)}' r='4.5' fill='{colour}'>"
+                     f"<title>{escape(r['name'])}</title></circle>")  # fmt: skip
+        if r["name"] not in best and fmean(r["worst"]) > NAMED:
+            continue
         place = y + 4
-        while any(abs(place - b) < 12 and abs(x - a) < 150 for a, b in taken):
+        while any(abs(place - b) < 12 and abs(x - a) < 100 for a, b in taken):
             place -= 12
         taken.append((x, place))
-        turn = x > LEFT + 0.8 * WIDE
-        side = {"anchor": "end" if turn else "start", "fill": INK if r["name"] in best else FAINT}
-        parts.append(text(x - 9 if turn else x + 9, place, r["name"], size=11, **side))
+        parts.append(text(x + 9, place, r["name"], size=11, fill=INK if r["name"] in best else FAINT))
     axis = "knowledge left under the worst attack (0: as in models that never knew, 1: as in the original)"
     parts.append(text(LEFT + WIDE / 2, TOP + HIGH + 40, axis, anchor="middle"))
-    parts.append(text(LEFT, TOP - 12, "lost of what must stay (retained facts, neighbours); at the edge: that or more",
-                      fill=FAINT))  # fmt: skip
+    what = f"lost of what must stay (at the edge: that or more); rows right of {NAMED:g} are named in the table"
+    parts.append(text(LEFT, TOP - 12, what, fill=FAINT))
     return svg(LEFT + WIDE + 60, TOP + HIGH + 60, parts, "Forgetting under the worst attack against utility")
 
 
