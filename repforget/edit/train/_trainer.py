@@ -20,6 +20,7 @@ from repforget.edit.train._checkpoint import Checkpoint, Keeper, identity_of
 from repforget.edit.train._choose import Trainable, trainable
 from repforget.edit.train._data import Row, fact_rows, load_rows
 from repforget.edit.train._engine import Engine, Gradients, StepContext
+from repforget.edit.train._masks import apply_gradient_mask
 from repforget.edit.train._memory import advice_for, fitting, recomputed
 from repforget.edit.train._objective import Objective, Role, checked, find, load_part
 from repforget.edit.train._pass import Term
@@ -191,7 +192,7 @@ def _steps(
         for side in found.values():  # before they are combined: what cannot move is no part of their angle
             for g, mask in zip(side, chosen.masks, strict=False):
                 if mask is not None:
-                    g.masked_fill_(~mask, 0.0)
+                    apply_gradient_mask(g, mask)
         gradient = combine(found)
         stepper.refresh(index, engine.drawn)
         norm = stepper.step(index, gradient)
@@ -272,6 +273,3 @@ def _sum(found: Gradients) -> list[Tensor]:
 def _check_settings(what: str, function: Any, settings: Mapping[str, Any]) -> None:
     checked(what, function, {p.name: p for p in inspect.signature(function).parameters.values()
                              if p.kind is p.KEYWORD_ONLY and p.name not in ("metric", "losses")}, settings)  # fmt: skip
-
-
-__all__ = ["Row", "Wanted", "train", "train_objective"]
