@@ -1,8 +1,8 @@
 """Several launched processes and one command: the first runs it, the others train along whenever it asks them to.
 
-``accelerate launch --multi_gpu --num_processes 2 -m repforget run recipe.yaml``: everything but the training of an edit happens
-once, in the first process.  Before it trains, it tells the others what (as JSON); they make the same edit from the same
-model beside it, each on its share of the rows, and throw it away.
+``accelerate launch --multi_gpu --num_processes 2 -m repforget run recipe.yaml``: everything but the training of an edit
+happens once, in the first process.  Before it trains, it tells the others what (as JSON); they make the same edit from
+the same model beside it, each on its share of the rows, and throw it away.
 """
 
 from __future__ import annotations
