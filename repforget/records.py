@@ -65,18 +65,41 @@ class Site:
 
 @dataclass(frozen=True, order=True)
 class Component:
-    """A unit that a Localization ranks: a whole site, a head (``site.head``) or one neuron of ``mlp_post``."""
+    """A unit that a Localization ranks: a whole site, a head (``site.head``), one neuron of ``mlp_post``, or one
+    ``feature`` of a sparse autoencoder that reads the site (the Localization's settings name its file)."""
 
     site: Site
     neuron: int | None = None
+    feature: int | None = None
 
     def __str__(self) -> str:
+        if self.feature is not None:
+            return f"{self.site}.f{self.feature}"
         return str(self.site) if self.neuron is None else f"{self.site}.n{self.neuron}"
 
     @classmethod
     def parse(cls, text: str) -> Component:
-        match = re.fullmatch(r"(.*)\.n(\d+)", text)
-        return cls(Site.parse(match[1]), int(match[2])) if match else cls(Site.parse(text))
+        match = re.fullmatch(r"(.*)\.([nf])(\d+)", text)
+        if match is None:
+            return cls(Site.parse(text))
+        site, index = Site.parse(match[1]), int(match[3])
+        return cls(site, neuron=index) if match[2] == "n" else cls(site, feature=index)
+
+
+@dataclass(frozen=True)
+class Edge:
+    """An edge of a circuit: what ``source`` writes to the residual stream, as ``target`` reads it, and its score.
+
+    Sources are embed, heads of attn_z and mlp_out (attn_out where heads are not told apart); targets are heads of q, k
+    and v, mlp_in and logits.
+    """
+
+    source: Component
+    target: Component
+    score: float
+
+    def __str__(self) -> str:
+        return f"{self.source} -> {self.target}"
 
 
 @dataclass(frozen=True)
@@ -111,6 +134,7 @@ class Localization:
     settings: Mapping[str, Any] = field(default_factory=dict)
     tables: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)  # name -> rows per layer
     notes: tuple[str, ...] = ()
+    edges: tuple[Edge, ...] = ()  # of a circuit, strongest first; empty for locators that rank components alone
 
     def __post_init__(self) -> None:
         if len(self.components) != len(self.scores):
@@ -128,6 +152,7 @@ class Localization:
             "scores": [float(s) for s in self.scores], "band": band, "cost": dict(self.cost),
             "settings": dict(self.settings), "tables": {k: [list(r) for r in v] for k, v in self.tables.items()},
             "notes": list(self.notes),
+            "edges": [[str(e.source), str(e.target), float(e.score)] for e in self.edges],
         }  # fmt: skip
 
     @classmethod
@@ -136,6 +161,7 @@ class Localization:
         return cls(
             data["method"], tuple(Component.parse(c) for c in data["components"]), tuple(data["scores"]),
             RandomBand(**band), data["cost"], data["settings"], data["tables"], tuple(data["notes"]),
+            tuple(Edge(Component.parse(a), Component.parse(b), score) for a, b, score in data.get("edges", ())),
         )  # fmt: skip
 
 

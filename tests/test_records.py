@@ -18,6 +18,7 @@ from repforget.records import (
     Claim,
     Component,
     Curve,
+    Edge,
     Evidence,
     ItemScores,
     Localization,
@@ -39,8 +40,8 @@ def sites(draw: st.DrawFn) -> Site:
 @given(sites(), st.none() | st.integers(0, 10_000))
 def test_sites_and_components_print_and_parse_back(site: Site, neuron: int | None) -> None:
     assert Site.parse(str(site)) == site
-    component = Component(site, neuron)
-    assert Component.parse(str(component)) == component
+    for component in (Component(site, neuron), Component(site, feature=neuron)):
+        assert Component.parse(str(component)) == component
 
 
 @pytest.mark.parametrize(
@@ -64,14 +65,15 @@ def _localization() -> Localization:
                   Component(Site("mlp_out", 2), 7))  # fmt: skip
     band = RandomBand(k=2, draws=50, top=0.9, low=0.1, high=0.4, effect="joint patch effect")
     return Localization("activation_patching", components, (0.9, 0.5, 0.2, 0.1), band, {"forwards": 12.0},
-                        {"mode": "denoise"}, {"mlp_out": [[0.2], [0.0], [0.9]]}, ("note",))  # fmt: skip
+                        {"mode": "denoise"}, {"mlp_out": [[0.2], [0.0], [0.9]]}, ("note",),
+                        (Edge(components[0], Component(Site("logits")), 0.4),))  # fmt: skip
 
 
 def test_localization_round_trips_and_lists_layers_once() -> None:
     where = _localization()
     again = Localization.from_json(json.loads(json.dumps(where.to_json())))
     assert again.components == where.components
-    assert again.band == where.band
+    assert again.band == where.band and again.edges == where.edges and len(again.edges) == 1
     assert again.band.beats_random
     assert where.layers() == (2, 0)
     assert where.layers("attn_z") == (0,)
