@@ -229,6 +229,26 @@ def test_a_reduced_teacher_bounds_the_divergence_from_below(
     assert losses[1] > 0.8 * losses[0]
 
 
+def test_a_hard_label_is_a_token_even_where_all_the_others_together_are_likelier(
+    model: LoadedModel, data: EditData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import repforget.edit.train._engine as module
+    import repforget.edit.train._head as head
+
+    found = []
+    for limit in (1 << 30, 0):
+        monkeypatch.setattr(module, "TEACHER_BYTES", limit)
+        monkeypatch.setattr(module, "OUTCOMES", 2)
+        monkeypatch.setattr(head, "TAIL", 1.0)
+        opened = Opened(model, data, wanted("simnpo", 1.0, "hard_label"))
+        with opened.stack:
+            engine = opened.engine()
+            opened.nudge()
+            found.append((engine.gradients(0, ("retain",))["retain"], engine.losses["retain"]))
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-6)
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-8, rtol=1e-4)
+
+
 def test_clamped_tokens_have_no_gradient(model: LoadedModel, data: EditData) -> None:
     opened = Opened(model, data, wanted("grad_ascent"), clamp=0.0)
     with opened.stack:

@@ -32,9 +32,10 @@ Role = Literal["forget", "retain"]
 Answers = Literal["refusal", "alternative", "fresh"]
 READABLE = frozenset({"own", "instead", "reference", "instead_reference", "logits", "labels", "place", "pattern",
                       "teacher", "hidden", "original", "drift", "importance"})  # fmt: skip
-# Keyword-only parameters that the trainer fills in: ``done``, the share of training behind (0..1), and ``norms`` [l],
-# the mean length of the untouched model's states at each of the layers over (some hundred of) the forget rows.
-GIVEN = frozenset({"seed", "done", "norms"})
+# Keyword-only parameters that the trainer fills in: ``done``, the share of training behind (0..1), ``norms`` [l], the
+# mean length of the untouched model's states at each of the layers over (some hundred of) the forget rows, and
+# ``rest``, whether the last outcome of the teacher stands for all that have none of their own.
+GIVEN = frozenset({"seed", "done", "norms", "rest"})
 
 
 @dataclass(frozen=True, eq=False)

@@ -173,6 +173,7 @@ def values(
         "instead_reference": known.instead_reference, "hidden": own and own.hidden, "original": known.original,
         **{name: given.get(name) for name in ("drift", "importance")},
     }  # fmt: skip
+    given = {**given, "rest": known.outcomes is not None}
     settings = {**term.settings, **{name: given[name] for name in objective.given}}
     if not term.reads("logits"):
         return objective.function(*(offered[name] for name in objective.reads), **settings)
