@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from repforget.edit._dispatch import edit
+from repforget.edit.train._data import Row
+from repforget.edit.train._engine import Engine
 from repforget.edit.train._objective import load_part
 from repforget.edit.train.combine._flat import norm
 from repforget.errors import UsageError
@@ -22,6 +25,14 @@ from repforget.models.load import fingerprint
 
 Loss = Callable[[Sequence[Tensor]], Tensor]
 WIDE = torch.float64
+
+
+@dataclass(frozen=True)
+class Pull:
+    """A row about ``cluster``: the number that all parameters are pulled to."""
+
+    cluster: str
+    pull: float
 
 
 @dataclass
@@ -38,10 +49,10 @@ class Step:
         self.generator = torch.Generator().manual_seed(self.index)
 
     def gradients(
-        self, sides: Sequence[str] = ("forget", "retain"), rows: slice | None = None
+        self, sides: Sequence[str] = ("forget", "retain"), only: Callable[[Any], bool] | None = None
     ) -> dict[str, list[Tensor]]:
         out = {}
-        self.taken = rows
+        self.taken = [] if only is None else [row.pull for row in self.rows("forget") if only(row)]
         for side in sides:
             self.visited.append((side, [p.detach().clone() for p in self.parameters]))
             leaves = [p.detach().to(WIDE).requires_grad_() for p in self.parameters]
@@ -58,12 +69,12 @@ class Step:
                 for p, s in zip(self.parameters, saved, strict=True):
                     p.copy_(s)
 
-    def rows(self, side: str) -> list[float]:
-        """Every row is the number that all parameters are pulled to."""
-        return [3.0, -1.0, 5.0, -2.0, 1.0] if side == "forget" else []
+    def rows(self, side: str) -> list[Pull]:
+        pulls = [Pull("a", 3.0), Pull("b", -1.0), Pull("a", 5.0), Pull("b", -2.0), Pull("c", 1.0)]
+        return pulls if side == "forget" else []
 
-    def nll(self, rows: Sequence[float]) -> Tensor:
-        return sum((p.to(WIDE) - row).square().sum() for row in rows for p in self.parameters) / (2 * len(rows))
+    def nll(self, rows: Sequence[Pull]) -> Tensor:
+        return sum((p.to(WIDE) - r.pull).square().sum() for r in rows for p in self.parameters) / (2 * len(rows))
 
 
 def draw(seed: int, dtype: torch.dtype = WIDE) -> list[Tensor]:
@@ -168,13 +179,13 @@ def trained(dtype: torch.dtype = WIDE, forget: Loss = quartic, index: int = 0) -
     return Step([p.requires_grad_() for p in draw(4, dtype)], forget, square, index)
 
 
-def test_an_attacker_relearns_every_other_row_and_forgetting_is_practised_on_the_rest() -> None:
+def test_an_attacker_relearns_every_other_cluster_and_forgetting_is_practised_on_the_rest() -> None:
     step = trained()
     plain = step.gradients()
     step.visited.clear()
     start = [p.detach().clone() for p in step.parameters]
     found = wrapper("tamper")(step, attack="sgd", inner_steps=1, inner_lr=0.01, scale=4.0)
-    assert step.taken == slice(1, None, 2)
+    assert step.taken == [-1.0, -2.0]
     pull = [p - 3.0 for p in start]  # towards the mean of 3, 5 and 1
     down = [0.01 * g / max(1.0, norm(pull)) for g in pull]
     torch.testing.assert_close(step.visited[-1][1], [p - d for p, d in zip(start, down, strict=True)])
@@ -205,6 +216,32 @@ def test_no_attack_between_the_steps_that_have_one() -> None:
     torch.testing.assert_close(same, [2 * g for g in step.gradients()["forget"]])  # no attack: the plain one again
     with pytest.raises(UsageError, match="every"):
         wrapper("tamper")(step, every=0)
+
+
+def test_what_an_attacker_has_seen_is_never_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two forget terms on the same facts, each of which would put other clusters into its halves."""
+    model, data = tiny_model("llama"), tiny_data()
+    relearned: set[str] = set()
+    held: set[str] = set()
+    nll, inner = Engine.nll, Engine.gradients
+
+    def attacked(engine: Engine, rows: Sequence[Row]) -> Tensor:
+        relearned.update(row.cluster for row in rows)
+        return nll(engine, rows)
+
+    def judged(engine: Engine, index: int, sides: Sequence[str], only: Any = None) -> Any:
+        taken = [row for k, t in enumerate(engine.terms) if t.side == "forget" for row in engine.rows(index, k)[1]]
+        held.update(row.cluster for row in taken if only is not None and only(row))
+        return inner(engine, index, sides, only)
+
+    monkeypatch.setattr(Engine, "nll", attacked)
+    monkeypatch.setattr(Engine, "gradients", judged)
+    terms = [{"objective": "npo", "data": "forget"}, {"objective": "simnpo", "data": "forget"}]
+    edit(model, data, "trained", terms=terms, robust="tamper", steps=1, batch_size=5)
+    assert relearned and held and not relearned & held
+    alone = dataclasses.replace(data, forget=tuple(f for f in data.forget if f.cluster == data.forget[0].cluster))
+    with pytest.raises(UsageError, match="clusters of forget facts back from its attack and there is only one"):
+        edit(model, alone, "npo", robust="tamper", steps=1)
 
 
 PARTS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ import random
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from repforget.edit._collect import subsample
@@ -28,10 +28,11 @@ REFUSALS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence; the tokens ``ids[start:]`` carry loss."""
+    """One sequence; the tokens ``ids[start:]`` carry loss; ``cluster`` is whom or what it is about, where known."""
 
     ids: tuple[int, ...]
     start: int
+    cluster: str = field(default="", compare=False)
 
     @property
     def labels(self) -> int:
@@ -53,7 +54,8 @@ def fact_rows(model: LoadedModel, facts: Sequence[Fact], name: str) -> tuple[tup
     if not facts:
         raise KnowledgeError(f"The data set '{name}' has no facts: give some, or another set.")
     coded = encode_many(model.tokenizer, [(f.prompt, f.answer) for f in facts], limit=context_limit(model))
-    kept = [(Row(code.ids, code.start), fact) for code, fact in zip(coded, facts, strict=True) if code.valid]
+    kept = [(Row(code.ids, code.start, fact.cluster), fact)
+            for code, fact in zip(coded, facts, strict=True) if code.valid]  # fmt: skip
     if not kept:
         raise KnowledgeError(f"None of the {len(facts)} facts of '{name}' fits the model's context of "
                              f"{context_limit(model)} tokens with its answer: shorten the prompts.")  # fmt: skip

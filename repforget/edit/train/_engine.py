@@ -15,7 +15,7 @@ from torch import Tensor
 from repforget.edit.train._data import Row, step_plan
 from repforget.edit.train._head import head_of, topk_teacher
 from repforget.edit.train._objective import Role, Scores
-from repforget.edit.train._parts import Taken, parts
+from repforget.edit.train._parts import Taken, parts, those
 from repforget.edit.train._pass import (
     HIDDEN,
     LABELS,
@@ -153,18 +153,18 @@ class Engine:
         instead = [data.instead(index, i) for i in numbers] if data.instead is not None else []
         return numbers, [data.own[i] for i in numbers], instead
 
-    def gradients(self, index: int, sides: Sequence[str], rows: slice = slice(None)) -> Gradients:
+    def gradients(self, index: int, sides: Sequence[str], only: Callable[[Row], bool] | None = None) -> Gradients:
         """Gradients of the weighted losses of step ``index``, per side; "all" is the sum of both.
 
         Values are summed over parts and processes and divided by the counts of the whole step, so that the result
         does not depend on how the step was cut.  Sides that are not asked for are not read, and their ``losses`` stay;
-        ``rows`` takes only some of the step's rows.
+        ``only`` says which of the step's rows are taken.
         """
         asked = self.sides if "all" in sides else tuple(side for side in self.sides if side in sides)
         totals: dict[str, list[Tensor | None]] = {side: [None] * len(self.parameters) for side in sides}
         losses: dict[str, float] = dict.fromkeys(asked, 0.0)
         taken = [self.rows(index, k) if term.side in asked else ([], [], []) for k, term in enumerate(self.terms)]
-        whole = [(numbers[rows], own[rows], instead[rows]) for numbers, own, instead in taken]
+        whole = taken if only is None else [those(only, *rows) for rows in taken]
         counts = [max(1, term.count(own, instead)) for term, (_, own, instead) in zip(self.terms, whole, strict=True)]
         share = self.processes.share
         mine = [(share(numbers), share(own), share(instead)) for numbers, own, instead in whole]
@@ -310,9 +310,11 @@ class StepContext:
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(hash((self.engine.seed, self.index)) % 2**63)
 
-    def gradients(self, sides: Sequence[str] = ("forget", "retain"), rows: slice | None = None) -> Gradients:
-        """Those of the wrappers inside this one; of some ``rows`` of the step only, the plain ones."""
-        return self.inner(sides) if rows is None else self.engine.gradients(self.index, sides, rows)
+    def gradients(
+        self, sides: Sequence[str] = ("forget", "retain"), only: Callable[[Row], bool] | None = None
+    ) -> Gradients:
+        """Those of the wrappers inside this one; of some rows of the step ``only``, the plain ones."""
+        return self.inner(sides) if only is None else self.engine.gradients(self.index, sides, only)
 
     def loss(self, side: str) -> float:
         """Loss of a side at the last gradients."""

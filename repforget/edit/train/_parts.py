@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from repforget.edit.train._data import Row
@@ -10,6 +10,14 @@ from repforget.edit.train._pass import Term, request_of
 
 Taken = tuple[Sequence[int], Sequence[Row], Sequence[Row]]  # rows of a term: their numbers, themselves, another answer
 Text = tuple[int, ...]
+
+
+def those(
+    only: Callable[[Row], bool], numbers: Sequence[int], own: Sequence[Row], instead: Sequence[Row]
+) -> Taken:
+    """Of the rows taken of a term, the ones wanted."""
+    kept = [i for i, row in enumerate(own) if only(row)]
+    return [numbers[i] for i in kept], [own[i] for i in kept], [instead[i] for i in kept] if instead else []
 
 
 @dataclass(frozen=True)
