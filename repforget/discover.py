@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -91,24 +91,37 @@ class Method:
         except ValidationError as error:
             faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise RecipeError(f"Settings of method '{self.name}' are wrong: {faults}.") from None
-        return {name: getattr(checked, name) for name in model.model_fields}
+        full = {name: getattr(checked, name) for name in model.model_fields}
+        for _, wrong in self._inside(full):
+            raise wrong
+        return full
 
-    def faults(self, given: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-        """Every (setting, what is wrong with it) of ``given``, unknown names with their nearest; empty if none."""
+    def faults(self, given: Mapping[str, Any]) -> tuple[tuple[tuple[str | int, ...], str], ...]:
+        """Every (place, what is wrong there) of ``given``, unknown names with their nearest; empty if none."""
         from pydantic import ValidationError
 
         known = self.hyperparameters
         fault = self._budget_fault(given)
         if fault is not None:
-            return (("budget", f"method '{self.name}' has no budget {fault}"),)
+            return ((("budget",), f"method '{self.name}' has no budget {fault}"),)
         given = self._spelled_out(given)
-        found = [(name, f"method '{self.name}' has no such setting; {nearest(name, known)}")
-                 for name in given if name not in known]  # fmt: skip
+        found: list[tuple[tuple[str | int, ...], str]] = [
+            ((name,), f"method '{self.name}' has no such setting; {nearest(name, known)}")
+            for name in given if name not in known
+        ]  # fmt: skip
         try:
-            self._settings_model()(**{name: value for name, value in given.items() if name in known})
+            checked = self._settings_model()(**{name: value for name, value in given.items() if name in known})
         except ValidationError as error:
-            found += [(str(entry["loc"][0]), entry["msg"][:1].lower() + entry["msg"][1:]) for entry in error.errors()]
+            found += [((str(e["loc"][0]),), e["msg"][:1].lower() + e["msg"][1:]) for e in error.errors()]
+        else:
+            full = {name: getattr(checked, name) for name in known}
+            found += [(place, str(fault).removesuffix(".")) for place, fault in self._inside(full)]
         return tuple(found)
+
+    def _inside(self, full: Mapping[str, Any]) -> Iterable[tuple[tuple[str | int, ...], RepforgetError]]:
+        """What the method itself finds wrong inside its settings: the attribute ``faults`` of its function."""
+        own: Callable[[Mapping[str, Any]], Any] | None = getattr(self.function, "faults", None)
+        return () if own is None else own(full)  # type: ignore[no-any-return]
 
     def _budget_fault(self, given: Mapping[str, Any]) -> str | None:
         wanted = given.get("budget")

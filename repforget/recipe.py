@@ -189,7 +189,7 @@ def _method_faults(data: Mapping[str, Any], check_settings: bool) -> list[Fault]
                 faults.append(Fault(location, f"there is no method '{choice.name}' in {room}; {hint}"))
             elif check_settings and choice.settings:
                 wrong = discover.method(room, choice.name).faults(choice.settings)
-                faults += [Fault((*location, choice.name, setting), text) for setting, text in wrong]
+                faults += [Fault((*location, choice.name, *place), text) for place, text in wrong]
     return faults
 
 

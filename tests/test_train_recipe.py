@@ -94,6 +94,27 @@ def test_a_wrong_setting_is_reported_with_its_line(
         load_recipe(recipe(folder, tmp_path, (before, after)))
 
 
+@pytest.mark.parametrize(("before", "after", "words"), [
+    ("settings: {beta: 2.5}", "settings: {betta: 2.5}", r"line 12: .*terms\[0\].*'simnpo' has no setting 'betta'.*'beta'"),
+    ("settings: {beta: 2.5}", "settings: {beta: much}", r"line 12: .*terms\[0\].*beta 'much'.*valid number"),
+    ("objective: kl, data", "objective: kll, data", r"line 14: .*no objective 'kll'.*'kl'"),
+    ("weight: 0.5", "wieght: 0.5", r"line 13: .*unknown key 'wieght'.*'weight'"),
+    ("weight: 0.5", "weight: half", r"line 13: .*weight 'half'"),
+    ("{kl: {}}", "{kl: {betta: 1}}", r"line 5: .*retain: .*'kl' has no setting 'betta'"),
+    ("retain: {kl: {}}", "retain: npo", r"line 5: .*retain: .*'npo' forgets"),
+    ("{add_retain: true}", "{add_retian: true}", r"line 10: .*combine: .*'add_retian'.*'add_retain'"),
+    ("robust: [sam, ", "robust: [smam, ", r"line 6: .*robust: .*no robust wrapper 'smam'.*'sam'"),
+    ("{samples: 1}", "{samples: few}", r"line 6: .*robust: .*samples 'few'.*valid integer"),
+    ("batch_size: 8", "batch_size: 0", r"line 5: .*npo: .*positive batch_size"),
+])  # fmt: skip
+def test_a_wrong_setting_inside_a_setting_is_reported_with_its_line(
+    folder: Path, tmp_path: Path, before: str, after: str, words: str
+) -> None:
+    with pytest.raises(RecipeError, match=words) as raised:
+        load_recipe(recipe(folder, tmp_path, (before, after)))
+    assert str(raised.value).count("\n") == 0 and not str(raised.value).endswith("..")
+
+
 @pytest.mark.slow
 def test_a_run_climbs_over_trained_rungs_to_the_one_that_forgets(folder: Path, tmp_path: Path, cli: Run) -> None:
     code, _, err = cli("run", str(recipe(folder, tmp_path)), "--out", str(tmp_path / "run"))

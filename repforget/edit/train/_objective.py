@@ -175,8 +175,15 @@ def _describe(
         "checkpoint": Path | None, **hints, **types, "return": Edit,
     }  # fmt: skip
     run.shared_settings = frozenset(shared)  # type: ignore[attr-defined]
+    run.faults = _faults  # type: ignore[attr-defined]
     texts = (run.__doc__ or "", Settings.__doc__ or "")
     run.__doc__ = "\n\n".join(inspect.cleandoc(text) for text in texts)
+
+
+def _faults(full: Mapping[str, Any]) -> Iterable[tuple[tuple[str | int, ...], RepforgetError]]:
+    from repforget.edit.train._nested import faults
+
+    return faults(full)
 
 
 def _written(kind: Any) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from repforget.artifact import Edit
+from repforget.edit.train._nested import faults
 from repforget.edit.train._objective import find, shared_signature
 from repforget.edit.train._settings import Settings
 from repforget.edit.train._trainer import Wanted, train
-from repforget.errors import UsageError, nearest
+from repforget.errors import RepforgetError, UsageError, nearest
 from repforget.knowledge import EditData
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress
@@ -42,6 +43,19 @@ def trained(
         raise UsageError("A trained edit needs at least one term: give terms: [{objective: npo, data: forget}].")
     return train(model, data, "trained", wanted, Settings(**shared), where=where, seed=seed, progress=progress,
                  checkpoint=checkpoint, settings={"terms": terms}, left_out=LEFT_OUT)  # fmt: skip
+
+
+def _faults(full: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], RepforgetError]]:
+    """What is wrong inside the settings, and where."""
+    yield from faults(full)
+    for number, entry in enumerate(full["terms"]):
+        try:
+            _wanted(entry, number)
+        except RepforgetError as error:
+            yield ("terms", number), error
+
+
+trained.faults = _faults  # type: ignore[attr-defined]
 
 
 def _wanted(entry: Mapping[str, Any], number: int) -> Wanted:
