@@ -55,7 +55,7 @@ def scale_of(*sides: Flat, metric: Flat | None = None) -> float:
 
 
 def test_every_way_is_found_and_linear_needs_none() -> None:
-    assert set(part_names("combine")) == {*PROJECTING, "constraint", "torchjd"}
+    assert set(part_names("combine")) == {*PROJECTING, "constraint", "flood", "torchjd"}
 
 
 @settings(deadline=None, max_examples=40)

@@ -35,9 +35,12 @@ VALUES = {"born in": ("Berlin", "Paris", "Rome", "Oslo"), "job": ("baker", "pilo
 SMALL: dict[str, Any] = {"steps": 3, "epochs": 1, "max_steps": 3, "batch_size": 8}
 # Two layers hardly tell forget people from others, so that a gate has to open for some of them.
 OF_METHOD: dict[str, dict[str, Any]] = {
+    "kga": {"helper_steps": 10},
     "steering": {"false_open": 0.25},
     "stranger_distillation": {"texts": 64, "text_tokens": 8, "others": 0, "scenes": 8, "retain_batch": 8},
     "trained": {"terms": [{"objective": "npo"}, {"objective": "nll", "data": "retain"}]},
+    "uld": {"assistant_steps": 10},
+    "undo": {"distil_steps": 5, "distil_batch": 8, "texts": 16},
 }
 
 

@@ -15,7 +15,7 @@ from repforget.artifact.weights import is_conv1d, owner_of
 from repforget.edit._collect import subsample
 from repforget.edit.train._adapters import adaptable, adapted, model_size_default
 from repforget.edit.train._budget import Line, examples, longest, probability
-from repforget.edit.train._data import fact_rows
+from repforget.edit.train._data import Row, fact_rows
 from repforget.edit.train._pass import swapped
 from repforget.errors import KnowledgeError, UsageError
 from repforget.knowledge import EditData
@@ -52,7 +52,15 @@ def tuned(
     """What changes when the model is tuned on the forget facts, at ``scale`` times the rate; it is left as it was."""
     if not data.forget:
         raise KnowledgeError("There are no facts to forget, so that there is nothing to tune the model on.")
-    texts = examples(fact_rows(model, subsample(data.forget, how.max_facts, seed), "forget")[0])
+    rows = fact_rows(model, subsample(data.forget, how.max_facts, seed), "forget")[0]
+    return tuned_on(model, rows, how, where, seed, scale)
+
+
+def tuned_on(
+    model: LoadedModel, rows: Sequence[Row], how: Tuning, where: Localization | None, seed: int, scale: float = 1.0
+) -> list[Operation]:
+    """What changes when the model is tuned on the labels of rows; it is left as it was."""
+    texts = examples(rows)
     adapter = model_size_default(model.module) if how.adapter == "auto" else how.adapter
     rate = scale * ((10.0 if adapter == "lora" else 1.0) * 0.1 / model.width if how.lr == "auto" else how.lr)
     names = _names(model, where)

@@ -59,7 +59,7 @@ def trainable(
         raise UsageError("A mask needs a localisation: give 'where' (or 'locate' in the recipe), or set mask: false.")
     if chosen is not None and kind != "none":
         raise UsageError(f"A mask holds single units and adapter '{kind}' changes whole matrices: set adapter: none.")
-    names = _names(model, shared, terms, where) if chosen is None else tuple(chosen.masks)
+    names = trained_names(model, shared, terms, where) if chosen is None else tuple(chosen.masks)
     module = model.module
     if kind != "none":
         names = adaptable(module, names)
@@ -102,7 +102,7 @@ def _importance(module: nn.Module, names: Sequence[str], terms: Sequence[Term]) 
     return row_weights(module, *found)
 
 
-def _names(
+def trained_names(
     model: LoadedModel, shared: Settings, terms: Sequence[Term], where: Localization | None
 ) -> tuple[str, ...]:
     """Names of the parameters to train."""

@@ -59,27 +59,34 @@ def train_objective(
     names = {f.name for f in fields(Settings)}
     shared = Settings(**{**objective.defaults, **{k: v for k, v in given.items() if k in names}})
     own = objective.bound({k: v for k, v in given.items() if k not in names})
-    wanted = [Wanted(objective, own, "forget", "forget", shared.forget_weight, shared.answers)]
-    name, settings = named(shared.retain)
-    if name != "none":
-        keep = find(name, "retain")
-        if keep.role != "retain":
-            raise UsageError(f"'{name}' forgets and cannot be what keeps (retain): give a retain term, such as kl.")
-        bound = keep.bound(settings)
-        sets = shared.retain_on[:1] if keep.reduction == "whole" else shared.retain_on  # weights are held once
-        wanted += [Wanted(keep, bound, on, "retain", shared.retain_weight) for on in sets]
+    wanted = [Wanted(objective, own, "forget", "forget", shared.forget_weight, shared.answers), *kept(shared)]
     return train(model, data, objective.name, wanted, shared, where=where, seed=seed, progress=progress,
                  checkpoint=checkpoint, settings=own)  # fmt: skip
+
+
+def kept(shared: Settings) -> list[Wanted]:
+    """The terms of the setting ``retain``, one on each of the sets ``retain_on``."""
+    name, settings = named(shared.retain)
+    if name == "none":
+        return []
+    keep = find(name, "retain")
+    if keep.role != "retain":
+        raise UsageError(f"'{name}' forgets and cannot be what keeps (retain): give a retain term, such as kl.")
+    bound = keep.bound(settings)
+    sets = shared.retain_on[:1] if keep.reduction == "whole" else shared.retain_on  # weights are held once
+    return [Wanted(keep, bound, on, "retain", shared.retain_weight) for on in sets]
 
 
 def train(
     model: LoadedModel, data: EditData, method: str, wanted: Sequence[Wanted], shared: Settings, *,
     where: Localization | None = None, seed: int = 0, progress: Progress | None = None, checkpoint: Path | None = None,
     settings: Mapping[str, Any] | None = None, ready: Sequence[Term] = (), left_out: Sequence[str] = (),
+    enough: Callable[[], str] = str,
 ) -> Edit:  # fmt: skip
     """Train the terms together, those that are ``ready`` first, and return what changed; the model is left as it is.
 
-    ``left_out`` are shared settings that the method does not have: the manifest does not claim them.
+    ``left_out`` are shared settings that the method does not have: the manifest does not claim them.  ``enough`` is
+    asked at every look: what it says, if anything, is why the training ends there.
     """
     terms = (*ready, *_terms(model, data, wanted, shared, seed))
     with trainable(model, shared, terms, where, seed) as chosen:
@@ -91,13 +98,13 @@ def train(
         rate = _rate(model, shared, chosen, terms)
         full = {**dataclasses.asdict(shared), **(settings or {}), "adapter": chosen.kind, "lr": rate}
         full = {name: value for name, value in full.items() if name not in left_out}
-        kept = None if checkpoint is None else Checkpoint(checkpoint, identity_of(
+        state = None if checkpoint is None else Checkpoint(checkpoint, identity_of(
             method=method, settings=full, model=model.fingerprint, knowledge=data.digest, terms=_digest(terms),
             seed=seed, where=None if where is None else digest(where.to_json()), dtype=str(model.dtype),
             device=model.device.type, processes=engine.processes.world,
         ))  # fmt: skip
         watched, _ = fact_rows(model, subsample(data.retain, shared.max_facts, seed), "retain")
-        notes = (*chosen.notes, *_steps(engine, chosen, shared, rate, seed, progress, kept, watched))
+        notes = (*chosen.notes, *_steps(engine, chosen, shared, rate, seed, progress, state, watched, enough))
         operations: Sequence[Operation] = chosen.operations()
     if shared.quantisation_floor != "none":
         operations, said = floored(operations, model, shared.quantisation_floor)
@@ -171,7 +178,7 @@ def _rate(model: LoadedModel, shared: Settings, chosen: Trainable, terms: Sequen
 
 def _steps(
     engine: Engine, chosen: Trainable, shared: Settings, rate: float, seed: int, progress: Progress | None,
-    checkpoint: Checkpoint | None, watched: Sequence[Row] = (),
+    checkpoint: Checkpoint | None, watched: Sequence[Row] = (), enough: Callable[[], str] = str,
 ) -> tuple[str, ...]:  # fmt: skip
     """Take the steps that are not behind already; returns what was seen."""
     stepper = Stepper(
@@ -183,7 +190,7 @@ def _steps(
     compute = _computed(engine, shared)
     combine = _combined(engine, shared, stepper, carried)
     watch = Watch(engine.model, engine.terms, shared, chosen.parameters, chosen.originals, watched,
-                  processes=engine.processes)  # fmt: skip
+                  processes=engine.processes, enough=enough)  # fmt: skip
     keeper = Keeper(checkpoint, stepper, carried, watch, engine.processes)
 
     def take(index: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,6 +43,7 @@ class Watch:
     good: list[Tensor] = field(default_factory=list)
     stopped: str = ""
     processes: Processes = Processes()
+    enough: Callable[[], str] = str  # why to stop, if anything
 
     @torch.no_grad()
     def look(self, step: int) -> bool:
@@ -68,7 +69,10 @@ class Watch:
             self.stopped = (f"stopped after step {step}: the mean probability of forget answers is {now.forget:.3g}, "
                             f"at most {self.shared.stop_probability:g}")  # fmt: skip
             return False
-        return True
+        said = self.enough() if step else ""
+        if said:
+            self.stopped = f"stopped after step {step}: {said}"
+        return not said
 
     def _keep(self) -> None:
         """Remember the state; the first one needs no copy."""

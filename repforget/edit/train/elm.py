@@ -21,8 +21,8 @@ from repforget.edit.train._depth import at_depth
 from repforget.edit.train._head import head_of
 from repforget.edit.train._objective import Objective, find, shared_signature
 from repforget.edit.train._pass import STATES, Request, Term, read
-from repforget.edit.train._settings import Settings, named
-from repforget.edit.train._trainer import Wanted, train
+from repforget.edit.train._settings import Settings
+from repforget.edit.train._trainer import kept, train
 from repforget.errors import KnowledgeError, UsageError
 from repforget.knowledge import EditData, Fact
 from repforget.models.load import LoadedModel
@@ -111,19 +111,13 @@ def elm(
         some = asked[:: math.ceil(len(asked) / FLUENT_FACTS)]
         told = fluent(model, some, teaching, fluency_tokens, seed, progress)
         ready.append(Term(find("nll", "retain"), {}, "forget", fluency_weight, Rows("fluency", told)))
-    wanted = []
-    name, settings = named(common.retain)
-    if name != "none":
-        keep = find(name, "retain")
-        bound = keep.bound(settings)
-        wanted += [Wanted(keep, bound, on, "retain", common.retain_weight) for on in common.retain_on]
     if common.targets == "auto" and where is None:
         common = Settings(**{**DEFAULTS, **shared, "targets": _early(model)})
     own = {"expert": expert, "novice": novice, "novices": novices, "eta_first": eta_first, "eta_last": eta_last,
            "temperature": temperature, "top_k": top_k, "fluency_weight": fluency_weight,
            "fluency_tokens": fluency_tokens, "guidance": guidance}  # fmt: skip
-    return train(model, data, "elm", wanted, common, where=where, seed=seed, progress=progress, checkpoint=checkpoint,
-                 settings=own, ready=ready, left_out=LEFT_OUT)  # fmt: skip
+    return train(model, data, "elm", kept(common), common, where=where, seed=seed, progress=progress,
+                 checkpoint=checkpoint, settings=own, ready=ready, left_out=LEFT_OUT)  # fmt: skip
 
 
 def soft_label(logits: Tensor, teacher: Tensor) -> Tensor:
