@@ -73,6 +73,21 @@ def test_the_recipe_names_editors_and_settings_that_exist() -> None:
         assert (found["adapter"], found["rank"]) == ("lora", 16)
 
 
+def test_questions_are_put_as_these_models_were_trained_everywhere() -> None:
+    """In the template of Llama 3.2, with the system prompt and the date of OpenUnlearning in the place of today's."""
+    from repforget.cli._options import parse_settings
+
+    dates = "Cutting Knowledge Date: December 2023\nToday Date: 10 Apr 2025"
+    turns = (("system", f"{dates}\n\nYou are a helpful assistant."), ("user", "{question}"))
+    said = "".join(f"<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>" for role, text in turns)
+    probe = yaml.safe_load((FOLDER / "probe.yaml").read_text())
+    assert probe["ask"] == said + "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    text = (FOLDER / "README.md").read_text()
+    (ask,) = (line.removeprefix("ask=").strip("'") for line in text.splitlines() if line.startswith("ask="))
+    assert parse_settings([ask, 'separator=""']) == {"template": probe["ask"], "separator": probe["separator"]}
+    assert "template=chat --" not in text
+
+
 @pytest.mark.slow
 def test_the_recipe_runs_from_end_to_end_and_exports(tmp_path: Path) -> None:
     from peft import PeftModel
