@@ -12,6 +12,7 @@ from repforget.artifact.operations import (
     AddVector,
     Affine,
     BiasDelta,
+    ClampFeatures,
     DenseDelta,
     Gate,
     LowRankDelta,
@@ -25,7 +26,7 @@ from repforget.artifact.operations import (
 from repforget.artifact.placebo import placebo_of
 
 __all__ = [
-    "AddVector", "Affine", "ArtifactKind", "BiasDelta", "DenseDelta", "Edit", "EditManifest", "Gate",
+    "AddVector", "Affine", "ArtifactKind", "BiasDelta", "ClampFeatures", "DenseDelta", "Edit", "EditManifest", "Gate",
     "LowRankDelta", "Operation", "Parity", "ScaleUnits", "SparseDelta", "Undo", "Untie", "average", "detached",
     "floored", "load_edit", "magnitude_floor", "placebo_of", "size", "target",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from repforget.artifact.operations import (
+    ClampFeatures,
     Gate,
     Operation,
     ScaleUnits,
@@ -253,6 +254,11 @@ def _check_site(operation: SiteOperation, model: LoadedModel) -> None:
                                 "0.")  # fmt: skip
         return
     held = {name: value for name, value in vars(operation).items() if isinstance(value, Tensor)}
+    if isinstance(operation, ClampFeatures):
+        n = len(operation.encoder)
+        if any(held.pop(name).shape != (n,) for name in ("bias", "threshold", "factor", "value")):
+            raise ArtifactError(f"The clamp at {operation.site} has {n} features: give one bias, threshold, factor and "
+                                "value for each.")  # fmt: skip
     tensors = {name: value.shape[0 if name == "left" else -1] for name, value in held.items()}
     gate = getattr(operation, "gate", None)
     if isinstance(gate, Gate):

@@ -3,7 +3,7 @@
 An affine map or added vector at the output of a linear module goes into its rows and bias, at the input into
 its columns and bias; at a norm output into every reader.  A vector added to the residual stream goes into the
 bias of the projection that writes there.  Everything else has no exact weight form (``spec``: skip
-connections, gates, norms after a writer, batched experts) and stays a hook.
+connections, gates, clamped features, norms after a writer, batched experts) and stays a hook.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from repforget.artifact.attach import attach, hook_operations
 from repforget.artifact.operations import (
     AddVector,
     Affine,
+    ClampFeatures,
+    LinearOperation,
     Operation,
     ScaleUnits,
     SiteOperation,
@@ -122,7 +124,7 @@ def _writer(sites: SiteMap, site: Site) -> str | None:
 
 def _places(module: nn.Module, operation: SiteOperation, untied: bool) -> tuple[_Place, ...] | None:
     """Where the weights can carry a site operation exactly; None where they cannot."""
-    if getattr(operation, "gate", None) is not None:
+    if isinstance(operation, ClampFeatures) or getattr(operation, "gate", None) is not None:
         return None
     constant = isinstance(operation, AddVector)
     if isinstance(operation, AddVector) and operation.positions != "all":
@@ -172,7 +174,7 @@ def _store(slots: Slots, owner: nn.Module, matrix: Tensor) -> None:
     slots["weight"] = matrix.T.contiguous() if is_conv1d(owner) else matrix
 
 
-def _into_rows(operation: SiteOperation, owner: nn.Module, columns: slice | list[int] | None) -> Change:
+def _into_rows(operation: LinearOperation, owner: nn.Module, columns: slice | list[int] | None) -> Change:
     """y = Wx + b becomes op(y): rows of W and entries of b, for the given outputs."""
     rows = slice(None) if columns is None else columns
 
@@ -204,7 +206,7 @@ def _mapped(operation: Affine | ScaleUnits, x: Tensor, *, centred: bool) -> Tens
     return x - moved @ operation.right.to(x).T @ operation.left.to(x).T
 
 
-def _into_columns(operation: SiteOperation, owner: nn.Module, columns: slice | list[int] | None) -> Change:
+def _into_columns(operation: LinearOperation, owner: nn.Module, columns: slice | list[int] | None) -> Change:
     """y = Wx + b becomes W op(x) + b: columns of W, and what the constant part of op adds to b."""
     part = slice(None) if columns is None else columns
 
@@ -229,7 +231,7 @@ def _into_columns(operation: SiteOperation, owner: nn.Module, columns: slice | l
     return run
 
 
-def _into_table(operation: SiteOperation) -> Change:
+def _into_table(operation: LinearOperation) -> Change:
     def run(slots: Slots) -> None:
         table = slots["weight"]
         if isinstance(operation, AddVector):
@@ -248,7 +250,8 @@ def fold_changes(
     grouped = changes_by_owner(module, weight_operations(operations))
     rank = site_map(module).rank
     own = site_operations(operations)
-    folded = sorted((op for op in own if can(op)), key=lambda op: rank(op.site))
+    linear = [op for op in own if not isinstance(op, ClampFeatures) and can(op)]
+    folded = sorted(linear, key=lambda op: rank(op.site))
     placed = [(op, place) for op in folded for place in _places(module, op, True) or ()]
     outward = [(op, place) for op, place in placed if place.side != "in"]
     # The operation nearest to the weight goes in first: at an output in order, at an input in reverse.

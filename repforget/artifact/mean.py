@@ -9,13 +9,11 @@ import torch
 
 from repforget.artifact.edit import Edit
 from repforget.artifact.operations import (
-    AddVector,
-    Affine,
     BiasDelta,
     DenseDelta,
     LowRankDelta,
     Operation,
-    ScaleUnits,
+    SiteOperation,
     Untie,
     scaled,
     target,
@@ -56,7 +54,7 @@ def _check(base: str, edit: Edit) -> None:
         raise ArtifactError(f"Edit '{edit.manifest.method}' was made for other weights than the first one: average "
                             "edits of one base.")  # fmt: skip
     for op in edit.operations:
-        if isinstance(op, Affine | AddVector | ScaleUnits):
+        if isinstance(op, SiteOperation):
             raise ArtifactError(f"Edit '{edit.manifest.method}' changes activations at {target(op)}, which has no "
                                 "exact average: compose such edits with Edit.then.")  # fmt: skip
 

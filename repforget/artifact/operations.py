@@ -1,8 +1,8 @@
 """The few kinds of operation an edit consists of: plain frozen values, no model in sight.
 
-Site operations change activations (``affine``, ``add_vector``, ``scale_units``); weight operations change
-parameters (``low_rank``, ``dense``, ``sparse``, ``bias``, ``untie``).  Weight operations are applied to the
-base weights first; site operations then act in their order on what the network computes.  Tensors are float32
+Site operations change activations (``affine``, ``add_vector``, ``scale_units``, ``clamp_features``); weight
+operations change parameters (``low_rank``, ``dense``, ``sparse``, ``bias``, ``untie``).  Weight operations are applied
+to the base weights first; site operations then act in their order on what the network computes.  Tensors are float32
 on the CPU; computation follows the device of the activation or parameter.
 """
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from repforget.errors import ArtifactError
+from repforget.features import Scaling, encoded
 from repforget.records import Site
 
 Positions = Literal["all", "last", "prompt", "generated"]
@@ -84,6 +85,32 @@ class ScaleUnits:
 
 
 @dataclass(frozen=True, eq=False)
+class ClampFeatures:
+    """``x -> x + sum_i (factor_i f_i + value_i - f_i) d_i`` over active features i of a sparse autoencoder.
+
+    ``f = encoder x + bias`` where that exceeds ``threshold``; the rest of x, with the autoencoder's error, stays as it
+    is.  Factor 0 with value 0 ablates a feature, with another value clamps it; factor 1 with value 0 is the identity.
+    ``scaling`` is the autoencoder's, applied to x before encoding and undone in what is added.  With ``share``, a
+    sequence is left alone until more than that share of its tokens so far had one of the features active (``prior``
+    idle tokens counted in front), and changed from there on: earlier tokens alone decide, with a cache and without.
+    Never changed or counted: padding and the first token.
+    """
+
+    site: Site
+    encoder: Tensor  # [n, d]
+    bias: Tensor  # [n]
+    threshold: Tensor  # [n], at least 0
+    decoder: Tensor  # [n, d]
+    factor: Tensor  # [n]
+    value: Tensor  # [n]
+    scaling: Scaling = "none"
+    share: float | None = None
+    prior: float = 0.0
+    gate: Gate | None = None
+    kind: ClassVar[str] = "clamp_features"
+
+
+@dataclass(frozen=True, eq=False)
 class LowRankDelta:
     """``W += u @ v`` in Linear orientation ([out, in], also where the module is a transposed Conv1D)."""
 
@@ -128,7 +155,8 @@ class Untie:
     kind: ClassVar[str] = "untie"
 
 
-SiteOperation: TypeAlias = Affine | AddVector | ScaleUnits
+LinearOperation: TypeAlias = Affine | AddVector | ScaleUnits
+SiteOperation: TypeAlias = LinearOperation | ClampFeatures
 WeightOperation: TypeAlias = LowRankDelta | DenseDelta | SparseDelta | BiasDelta | Untie
 Operation: TypeAlias = SiteOperation | WeightOperation
 KINDS: Mapping[str, type[Any]] = {
@@ -138,12 +166,12 @@ KINDS: Mapping[str, type[Any]] = {
 
 def site_operations(operations: Sequence[Operation]) -> list[SiteOperation]:
     """Those of ``operations`` that change activations, in order."""
-    return [op for op in operations if isinstance(op, Affine | AddVector | ScaleUnits)]
+    return [op for op in operations if isinstance(op, SiteOperation)]
 
 
 def weight_operations(operations: Sequence[Operation]) -> list[WeightOperation]:
     """Those of ``operations`` that change parameters, in order."""
-    return [op for op in operations if not isinstance(op, Affine | AddVector | ScaleUnits)]
+    return [op for op in operations if not isinstance(op, SiteOperation)]
 
 
 def target(operation: Operation) -> str:
@@ -180,6 +208,9 @@ def scaled(operation: Operation, a: float) -> Operation:
             return dataclasses.replace(operation, scale=operation.scale * a)
         case ScaleUnits():
             return dataclasses.replace(operation, factor=1.0 + a * (operation.factor - 1.0))
+        case ClampFeatures():
+            factor = 1.0 + a * (operation.factor - 1.0)
+            return dataclasses.replace(operation, factor=factor, value=a * operation.value)
         case LowRankDelta():
             return dataclasses.replace(operation, u=operation.u * a)
         case DenseDelta() | BiasDelta():
@@ -208,8 +239,8 @@ def inverse(operation: Operation) -> Operation:
                                 "fold.")  # fmt: skip
         case ScaleUnits():
             return dataclasses.replace(operation, factor=1.0 / operation.factor)
-        case Affine() | AddVector(gate=Gate()):
-            raise ArtifactError(f"The operation at {operation.site} is gated by the activation it changes "
+        case Affine() | AddVector(gate=Gate()) | ClampFeatures():
+            raise ArtifactError(f"The operation at {operation.site} depends on the activation it changes "
                                 "and has no exact inverse: attach the edit instead of inverting "
                                 "it.")  # fmt: skip
         case Untie():
@@ -227,6 +258,8 @@ def is_zero(operation: Operation) -> bool:
             return operation.scale == 0.0 or not operation.vector.any()
         case ScaleUnits():
             return bool((operation.factor == 1).all())
+        case ClampFeatures():
+            return not ((operation.factor != 1) | (operation.value != 0))[operation.decoder.any(1)].any()
         case LowRankDelta():
             return not (operation.u.double() @ operation.v.double()).any()
         case DenseDelta() | BiasDelta():
@@ -238,8 +271,8 @@ def is_zero(operation: Operation) -> bool:
 
 
 def size(operation: Operation) -> float:
-    """Frobenius norm of what the operation adds: of the delta, of ``scale * vector``, of ``left @ right``,
-    of factor - 1.
+    """Frobenius norm of what the operation adds: of the delta, of ``scale * vector``, of ``left @ right``, of
+    factor - 1, of the rows (factor - 1, value) times the lengths of their decoder rows.
     """
     match operation:
         case Affine():
@@ -248,6 +281,9 @@ def size(operation: Operation) -> float:
             return abs(operation.scale) * float(operation.vector.double().norm())
         case ScaleUnits():
             return float((operation.factor.double() - 1).norm())
+        case ClampFeatures():
+            moves = torch.stack([operation.factor.double() - 1, operation.value.double()])
+            return float((moves * operation.decoder.double().norm(dim=1)).norm())
         case LowRankDelta():
             return float(torch.linalg.norm(operation.u.double() @ operation.v.double()))
         case DenseDelta() | BiasDelta():
@@ -268,8 +304,17 @@ def change(operation: SiteOperation, x: Tensor, tensors: Mapping[str, Tensor]) -
         added = torch.zeros_like(x)
         added[..., tensors["index"]] = x[..., tensors["index"]] * (tensors["factor"] - 1.0)
         return added
+    if isinstance(operation, ClampFeatures):
+        f, unit = active_features(operation, x, tensors)
+        moved = torch.where(f > 0, (tensors["factor"] - 1.0) * f + tensors["value"], 0.0)
+        return moved @ tensors["decoder"] * unit
     centred = x - tensors["center"] if "center" in tensors else x
     return -(centred @ tensors["right"].T) @ tensors["left"].T
+
+
+def active_features(operation: ClampFeatures, x: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Values [.., n] of the operation's features, 0 where idle, and the factor [.., 1] that undoes its scaling."""
+    return encoded(x, tensors["encoder"], tensors["bias"], tensors["threshold"], operation.scaling)
 
 
 def apply_to_weight(operation: WeightOperation, weight: Tensor, *, transposed: bool) -> Tensor:

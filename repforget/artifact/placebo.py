@@ -12,6 +12,7 @@ from repforget.artifact.operations import (
     AddVector,
     Affine,
     BiasDelta,
+    ClampFeatures,
     DenseDelta,
     LowRankDelta,
     Operation,
@@ -27,7 +28,8 @@ def placebo_of(edit: Edit, model: LoadedModel, seed: int = 0) -> Edit:
 
     Every operation keeps its kind, site, gate and size: low-rank deltas keep all singular values, affine maps
     keep the geometry of their two factors (an ablation stays one), dense and bias deltas their Frobenius
-    norm, sparse deltas and unit scalings their values, at random places.  Deterministic per seed.  What it
+    norm, sparse deltas and unit scalings their values, at random places; clamped features are active where they were
+    and written along turned directions.  Deterministic per seed.  What it
     does not match is the effect on activations: random directions carry less of their variance than fitted
     ones.
 
@@ -68,6 +70,10 @@ def _random(
             index = _distinct(site_map(model.module).size(op.site), len(op.index), g)
             order = torch.randperm(len(op.factor), generator=g)
             return dataclasses.replace(op, index=index, factor=op.factor[order])
+        case ClampFeatures():
+            basis, coordinates = torch.linalg.qr(op.decoder.T.double())
+            turned = _orthonormal(basis.shape[0], basis.shape[1], g) @ coordinates
+            return dataclasses.replace(op, decoder=turned.T.float().contiguous())
         case Untie():
             return op
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from repforget.artifact.operations import AddVector, Affine, Gate, SiteOperation, change
+from repforget.artifact.operations import AddVector, ClampFeatures, Gate, SiteOperation, active_features, change
 from repforget.errors import ArtifactError, NumericalError
+from repforget.features import share_open
 from repforget.models.sites import site_map
 from repforget.records import Site
 
@@ -168,20 +169,37 @@ def gate_function(gate: Gate, number: int, state: Pass) -> SiteFunction:
         is_open = is_open & state.real(x)
         if not gate.first:
             is_open = is_open & ~state.first(x)
-        before = state.opened.get(number)
-        if before is None or state.start == 0:
-            before = is_open.new_zeros(len(x), state.start)
-        before = before[:, : state.start].to(x.device)
-        if len(before) != len(x):
-            if len(x) % max(len(before), 1):
-                raise ArtifactError(f"A gate saw {len(before)} rows in the prompt and {len(x)} in a later "
-                                    "step: keep the rows of a batch together while a cache is in "
-                                    "use.")  # fmt: skip
-            before = before.repeat_interleave(len(x) // len(before), dim=0)
-        both = torch.cat([before, is_open], dim=1)
+        both = _appended(state, number, is_open)
         state.opened[number] = both.long().cumsum(dim=1) > 0 if gate.scope == "prefix" else both
 
     return read
+
+
+def _appended(state: Pass, number: int, now: Tensor) -> Tensor:
+    """What was noted under ``number`` for the cached columns, followed by ``now`` [b, s]: [b, columns so far]."""
+    before = state.opened.get(number)
+    if before is None or state.start == 0:
+        before = now.new_zeros(len(now), state.start)
+    before = before[:, : state.start].to(now.device)
+    if len(before) != len(now):
+        if len(now) % max(len(before), 1):
+            raise ArtifactError(f"A gate saw {len(before)} rows in the prompt and {len(now)} in a later "
+                                "step: keep the rows of a batch together while a cache is in "
+                                "use.")  # fmt: skip
+        before = before.repeat_interleave(len(now) // len(before), dim=0)
+    return torch.cat([before, now], dim=1)
+
+
+def _clamped(operation: ClampFeatures, x: Tensor, tensors: Mapping[str, Tensor], number: int, state: Pass) -> Tensor:
+    """[b, s] bool: the tokens of the present pass whose features are clamped."""
+    counts = state.real(x) & ~state.first(x)
+    if operation.share is None:
+        return counts
+    active = (active_features(operation, x, tensors)[0] > 0).any(-1) & counts
+    seen = state.opened[-1 - number] = _appended(state, -1 - number, active)  # gates count from 0
+    known = torch.ones_like(seen) if state.mask is None else state.mask[:, : seen.shape[1]].to(x.device)
+    tokens = (known.long().cumsum(1) - 1).clamp(min=0)  # without the first
+    return share_open(seen, tokens, operation.share, operation.prior)[:, state.start :]
 
 
 def _positions(operation: AddVector, x: Tensor, state: Pass) -> Tensor:
@@ -202,7 +220,7 @@ def _positions(operation: AddVector, x: Tensor, state: Pass) -> Tensor:
 def site_function(operation: SiteOperation, number: int, state: Pass) -> SiteFunction:
     """The function that carries out one site operation on activations [b, s, d]; never in place."""
     tensors = _Tensors(_arrays(operation))
-    gated = isinstance(operation, Affine | AddVector) and operation.gate is not None
+    gated = getattr(operation, "gate", None) is not None
     placed = isinstance(operation, AddVector) and operation.positions != "all"
 
     def edit(x: Tensor) -> Tensor:
@@ -213,6 +231,9 @@ def site_function(operation: SiteOperation, number: int, state: Pass) -> SiteFun
             chosen = state.opened[number][:, state.start : state.start + x.shape[1]].to(x.device)
         if placed and isinstance(operation, AddVector):
             where = _positions(operation, x, state)
+            chosen = where if chosen is None else chosen & where
+        if isinstance(operation, ClampFeatures):
+            where = _clamped(operation, wide, tensors.like(wide), number, state)
             chosen = where if chosen is None else chosen & where
         if chosen is not None:
             added = torch.where(chosen.unsqueeze(-1), added, added.new_zeros(()))
@@ -245,7 +266,8 @@ def site_functions(operations: Sequence[SiteOperation], state: Pass) -> dict[Sit
 
 def needs_pass(operations: Sequence[SiteOperation]) -> bool:
     """True when some operation depends on padding, cache or prompt."""
-    return any(getattr(op, "gate", None) is not None or needs_prompt([op]) for op in operations)
+    return any(getattr(op, "gate", None) is not None or isinstance(op, ClampFeatures) or needs_prompt([op])
+               for op in operations)  # fmt: skip
 
 
 def needs_prompt(operations: Sequence[SiteOperation]) -> bool:
