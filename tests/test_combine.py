@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -288,8 +291,17 @@ def test_torchjd_agrees_where_it_is_installed() -> None:
 
 def test_without_torchjd_one_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchjd.aggregation", None)
-    with pytest.raises(MissingExtraError, match="pip install"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'repforget\[multi\]'"):
         way("torchjd")(flat(0), flat(1), {})
+
+
+def test_every_extra_that_a_sentence_names_is_there() -> None:
+    root = Path(__file__).parents[1]
+    offered = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {name for path in (root / "repforget").rglob("*.py")
+             for name in re.findall(r"repforget\[(\w+)\]", path.read_text())}  # fmt: skip
+    assert "multi" in named and named <= set(offered)
+    assert any(requirement.startswith("torchjd") for requirement in offered["multi"])
 
 
 @settings(deadline=None, max_examples=40)

@@ -50,6 +50,6 @@ def _aggregator(name: str, options: dict[str, Any]) -> Callable[[Tensor], Tensor
         made: Callable[[Tensor], Tensor] = getattr(aggregation, name)(**options)
     except ImportError as error:
         raise MissingExtraError(f"Aggregator '{name}' needs the library torchjd with its solvers, which is not "
-                                f"installed ({error}): run pip install 'torchjd[full]', or combine by ngdiff, pcgrad, "
-                                "mgda, gru or blur.") from None  # fmt: skip
+                                f"installed ({error}): run pip install 'repforget[multi]', or combine by ngdiff, "
+                                "pcgrad, mgda, gru or blur.") from None  # fmt: skip
     return made
