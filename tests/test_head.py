@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from repforget.edit.train import _head
-from repforget.edit.train._head import distribution, head_of, label_logprobs, reduced, select_head, topk_teacher
+from repforget.edit.train._head import distribution, head_of, label_logprobs, reduced, select_head, summed, topk_teacher
 from repforget.errors import NumericalError, SiteError
 
 M, D, V = 9, 5, 23
@@ -46,6 +46,32 @@ def test_values_and_gradients_are_those_of_log_softmax(
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
     for a, b in zip(torch.autograd.grad(got, (states, weight, bias), upstream), wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kept", [0, 10**6])
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_gradients_of_heads_add_up_where_they_belong(
+    kind: torch.dtype, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_head, "KEPT", kept)
+    states, weight, bias, labels = problem(kind)
+    head = Fixed(weight, bias, 1.0, None)
+    trained = [bias, head.weight]
+
+    def losses() -> list[Tensor]:
+        return [label_logprobs(states, head.weight, bias, labels, chunk=4 * M).sum(),
+                distribution(states, head, entropy, chunk=2 * V).sum()]  # fmt: skip
+
+    want = torch.autograd.grad(sum(losses()), head.weight)[0]
+    totals: list[Tensor | None] = [None, None]
+    for loss in losses():
+        with summed(trained, totals):
+            loss.backward(inputs=trained)
+        assert head.weight.grad is None
+    (none, total) = totals
+    assert none is None and total is not None and total.dtype == (kind if kind == torch.float64 else torch.float32)
+    torch.testing.assert_close(total.to(kind), want, rtol=0, atol=1e-11 if kind == torch.float64 else 0.3)
+    assert float(want.abs().max()) > 1
 
 
 @pytest.mark.parametrize(("scale", "limit"), CAPS)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from repforget.edit.train._data import Row, step_plan
-from repforget.edit.train._head import head_of, topk_teacher
+from repforget.edit.train._head import head_of, summed, topk_teacher
 from repforget.edit.train._objective import Role, Scores
 from repforget.edit.train._parts import Taken, parts, those
 from repforget.edit.train._pass import (
@@ -196,6 +196,7 @@ class Engine:
         todo = [(side, loss) for side, loss in wanted.items() if isinstance(loss, Tensor) and loss.requires_grad]
         for number, (side, loss) in enumerate(todo, 1):
             with ExitStack() as stack:
+                stack.enter_context(summed(self.parameters, totals[side]))
                 for place, parameter in enumerate(self.parameters):
                     parameter.grad = None
                     take = partial(_take, totals[side], place)

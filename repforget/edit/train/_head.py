@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,8 @@ CHUNK = 2**21  # logits at a time beyond, of single labels
 WHOLE = 2**23  # logits at a time beyond, of whole distributions: every chunk reads the whole head
 KEPT = 2**25  # numbers of one call that may wait for the backward pass of a trained head (128 MiB in float32)
 TAIL = 0.05  # largest mean probability that a teacher may leave outside its top outcomes
+
+_sums: dict[int, tuple[list[Tensor | None], int]] = {}  # by id of a head's weight: where its gradients are added up
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,19 @@ def select_head(model: Any) -> Iterator[Selected]:
         handle.remove()
 
 
+@contextmanager
+def summed(parameters: Sequence[Tensor], totals: list[Tensor | None]) -> Iterator[None]:
+    """Inside, backward passes add the gradient of a chunked head among ``parameters`` to its place in ``totals`` (in
+    float32 or better, made where it is None) and hand autograd none: no second table of vocabulary x width is held."""
+    before = dict(_sums)
+    _sums.update({id(p): (totals, place) for place, p in enumerate(parameters)})
+    try:
+        yield
+    finally:
+        _sums.clear()
+        _sums.update(before)
+
+
 def label_logprobs(
     states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *,
     chunk: int | None = None, scale: float = 1.0, limit: float | None = None,
@@ -174,7 +189,7 @@ class _LabelLogprobs(torch.autograd.Function):
         of_weight = of_bias = None
         if rest:
             states, weight, bias, labels, lse, pull, *kept = rest
-            of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+            of_weight, given = _gradient(weight, ctx.needs_input_grad[1])
             of_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
             for n, (part, index, inside) in enumerate(_stripes(labels, len(weight), ctx.stripe)):
                 share = -ctx.scale * g
@@ -186,14 +201,25 @@ class _LabelLogprobs(torch.autograd.Function):
                     p.scatter_(1, index, p.gather(1, index).masked_fill_(inside, 0))
                     p = p if t is None else p.mul_(t)
                 if of_weight is not None:
-                    torch.mm(p.to(states.dtype).T, (states * share).to(states.dtype), out=of_weight[part])
+                    _add_product(of_weight[part], p.to(states.dtype).T, (states * share).to(states.dtype))
                 if of_bias is not None:
                     of_bias[part] = (p.T @ share)[:, 0]
             if of_weight is not None:
-                of_weight.index_add_(0, labels, (states * (pull * g)).to(states.dtype))
+                of_weight.index_add_(0, labels, (states * (pull * g)).to(of_weight.dtype))
             if of_bias is not None:
                 of_bias.index_add_(0, labels, (pull * g)[:, 0].to(of_bias.dtype))
+            of_weight = None if of_weight is None or given else of_weight.to(ctx.kind)
         return of_states, of_weight, of_bias, None, None, None, None, None
+
+
+def _gradient(weight: Tensor, wanted: bool) -> tuple[Tensor | None, bool]:
+    """What the gradient of a head is added to, None if none is wanted; and whether that is where it belongs."""
+    if not wanted:
+        return None, False
+    totals, place = _sums.get(id(weight), ([None], 0))
+    if (found := totals[place]) is None:
+        totals[place] = found = torch.zeros_like(weight, dtype=_wide(weight))
+    return found, id(weight) in _sums
 
 
 def _stripes(labels: Tensor, size: int, stripe: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -299,7 +325,7 @@ class _Distribution(torch.autograd.Function):
         of_weight = of_bias = None
         if rest:
             states, weight, bias, kept = rest
-            of_weight = torch.zeros_like(weight, dtype=_wide(weight)) if ctx.needs_input_grad[1] else None
+            of_weight, given = _gradient(weight, ctx.needs_input_grad[1])
             of_bias = torch.zeros_like(bias, dtype=_wide(bias)) if ctx.needs_input_grad[2] else None
             for part in ctx.parts if kept is None else [slice(None)]:
                 slope = _slope(ctx.function, states, weight, bias, part, True)[1] if kept is None else kept
@@ -307,7 +333,8 @@ class _Distribution(torch.autograd.Function):
                     _add_product(of_weight, slope.T, (states[part] * g[part, None]).to(slope.dtype))
                 if of_bias is not None:
                     of_bias += slope.T.to(g.dtype) @ g[part]
-            of_weight, of_bias = (None if x is None else x.to(ctx.kind) for x in (of_weight, of_bias))
+            of_bias = None if of_bias is None else of_bias.to(ctx.kind)
+            of_weight = None if of_weight is None or given else of_weight.to(ctx.kind)
         return of_states, of_weight, of_bias, None, None, None
 
 
