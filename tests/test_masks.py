@@ -143,6 +143,62 @@ def test_random_and_inverted_selections_differ_from_the_selection() -> None:
         random_units(model, units("embed"), 0)
 
 
+NEURONS = tuple(f"mlp_post.{layer}.n{n}" for n in range(4) for layer in (0, 1))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 99))
+def test_controls_have_the_budget_of_the_located_units(k: int, seed: int) -> None:
+    model = tiny("llama")
+    where = ranked(*NEURONS, *(f"attn_z.{layer}.h{head}" for layer in (0, 1) for head in (0, 2)), k=k)
+    real = masks(model, where)
+    for kind in ("random", "inverted"):
+        control = masks(model, where, units=kind, seed=seed)
+        assert control.parameters == real.parameters == counted(model, control)
+        assert by_role(model, control) == by_role(model, real)
+        assert control.notes[0].startswith(f"mask: {k} {kind} units of {real.parameters} parameters")
+
+
+def test_inverted_units_are_the_other_end_of_the_ranking() -> None:
+    model = tiny("llama")
+    where = ranked(*NEURONS, k=4)
+    real, other = masks(model, where), masks(model, where, units="inverted")
+    assert {*real.components, *other.components} == set(where.components)
+    both = masks_of(model, where.components)
+    assert real.masks.keys() == other.masks.keys() == both.masks.keys()
+    for name, whole in both.masks.items():
+        assert torch.equal(real.masks[name] ^ other.masks[name], whole), "each entry belongs to one of them"
+
+
+@pytest.mark.parametrize("kind", ["located", "random", "inverted"])
+def test_a_control_is_asked_for_in_a_recipe_and_said_in_the_manifest(kind: str) -> None:
+    model, data = tiny("llama"), people().for_editor()
+    where = ranked(*NEURONS, k=2)
+
+    def made(mask: Any, seed: int = 0) -> Any:
+        return run_editor(model, data, "npo", where=where, mask=mask, seed=seed, steps=2, lr=1e-2, batch_size=4)
+
+    edit = made(kind)
+    assert edit.manifest.settings["mask"] == kind
+    (note,) = (note for note in edit.manifest.notes if note.startswith("mask: "))
+    expected = masks(model, where, units=kind, seed=0)
+    assert note == expected.notes[0] and f"2 {kind} units" in note
+    assert edit.digest == made(kind).digest
+    changed, before = edit.applied_to(model).module, dict(model.module.named_parameters())
+    entries = 0
+    for name, now in changed.named_parameters():
+        different = now != before[name]
+        inside = expected.masks.get(name, torch.tensor(False)).expand(different.shape)
+        assert not bool((different & ~inside).any()), "no bit outside the units changes"
+        entries += int(different.sum())
+    assert entries > 0
+    if kind == "located":
+        assert {op.weight for op in made(True).operations} == {op.weight for op in edit.operations}
+    if kind == "random":
+        notes = {tuple(masks(model, where, units="random", seed=seed).components) for seed in range(4)}
+        assert len(notes) > 1
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_training_under_a_mask_leaves_every_other_bit(architecture: str) -> None:
     """With momentum from before the mask, decay, and NaN gradients outside it."""

@@ -15,9 +15,9 @@ from repforget.artifact import DenseDelta, Operation, SparseDelta
 from repforget.artifact.weights import owner_of
 from repforget.edit.train._adapters import adaptable, adapted, model_size_default
 from repforget.edit.train._fila import row_weights, squared_gradients
-from repforget.edit.train._masks import masks, reproject
+from repforget.edit.train._masks import Masks, masks, reproject
 from repforget.edit.train._pass import Term, swapped
-from repforget.edit.train._settings import Settings
+from repforget.edit.train._settings import Settings, Units
 from repforget.errors import SiteError, UsageError, nearest
 from repforget.models.load import LoadedModel
 from repforget.models.sites import site_map
@@ -54,7 +54,7 @@ def trainable(
 ) -> Iterator[Trainable]:
     """Open the chosen parameters for training; afterwards the model is bit for bit what it was."""
     kind = model_size_default(model.module) if shared.adapter == "auto" else shared.adapter
-    chosen = masks(model, where) if shared.mask and where is not None else None
+    chosen = _masked(model, shared, where, seed) if shared.mask and where is not None else None
     if shared.mask and where is None:
         raise UsageError("A mask needs a localisation: give 'where' (or 'locate' in the recipe), or set mask: false.")
     if chosen is not None and kind != "none":
@@ -88,6 +88,11 @@ def trainable(
         with torch.no_grad():
             for parameter, original in zip(own, start, strict=True):
                 parameter.copy_(original)
+
+
+def _masked(model: LoadedModel, shared: Settings, where: Localization, seed: int) -> Masks:
+    units: Units = "located" if isinstance(shared.mask, bool) else shared.mask
+    return masks(model, where, units=units, seed=seed)
 
 
 def _importance(module: nn.Module, names: Sequence[str], terms: Sequence[Term]) -> dict[str, Tensor]:

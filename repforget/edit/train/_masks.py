@@ -9,13 +9,14 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from repforget.artifact.weights import canonical
+from repforget.edit.train._settings import Units
 from repforget.errors import SiteError, UsageError
 from repforget.models.load import LoadedModel
 from repforget.models.sites import SiteMap, site_map
@@ -44,19 +45,32 @@ class Masks:
 
 def masks(
     model: LoadedModel, where: Localization, *, top: int | None = None, budget: int | None = None,
-    mlp_part: MlpPart = "all",
+    mlp_part: MlpPart = "all", units: Units = "located", seed: int = 0,
 ) -> Masks:  # fmt: skip
     """Masks of the best units of ``where``: as many as its band was measured with, or ``top``, or those whose
     parameters fit into ``budget``.
 
     ``mlp_part`` says what of an MLP may change: ``up+gate`` decide when a neuron fires, ``down`` what it writes.
-    Raises UsageError where nothing is selected, SiteError for units that own no parameter.
+    ``units`` "random" (drawn by ``seed``) or "inverted" (ranked lowest) takes as many others in their place: what
+    editing those does as well is not owed to the localisation.  Raises UsageError where nothing is selected, SiteError
+    for units that own no parameter.
     """
     chosen = where.components[: (where.band.k if top is None else top) if budget is None else None]
     if not chosen:
         raise UsageError(f"The localisation by '{where.method}' selects no unit: give a larger 'top', or train without "
                          "a mask.")  # fmt: skip
-    return masks_of(model, chosen, mlp_part=mlp_part, budget=budget)
+    found = masks_of(model, chosen, mlp_part=mlp_part, budget=budget)
+    if units == "located":
+        return replace(found, notes=(_said(found, units), *found.notes))
+    own = found.components
+    others = random_units(model, own, seed) if units == "random" else inverted_units(where, own)
+    control = masks_of(model, others, mlp_part=mlp_part)
+    compared = f"{_said(control, units)}, in the place of {len(own)} located ones of {found.parameters}: a control"
+    return replace(control, notes=(compared, *control.notes))
+
+
+def _said(found: Masks, units: Units) -> str:
+    return f"mask: {len(found.components)} {units} units of {found.parameters} parameters"
 
 
 def masks_of(

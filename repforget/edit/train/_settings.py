@@ -10,6 +10,7 @@ from typing import Any, Literal
 from repforget.errors import UsageError
 from repforget.training import AnyOptimizer, Schedule
 
+Units = Literal["located", "random", "inverted"]
 Named = str | dict[str, Any]  # "kl" or {kl: {settings}}
 
 
@@ -26,7 +27,8 @@ class Settings:
     ``robust``; ``clamp`` bounds the loss per token or sequence from below. Trained are the weights below 1 B
     parameters and LoRA of ``rank`` and ``alpha`` (auto: twice the rank) above, or what ``adapter`` says ("none", or a
     tuner of peft), on ``targets`` (regular expressions over parameter names; auto: the best ``top_layers`` of the
-    localisation, else everything), with ``mask`` its units only. ``answers`` are put in the place of the true ones
+    localisation, else everything), with ``mask`` its units only ("located" or true; for controls as many "random" ones,
+    drawn by the seed, or "inverted": those it ranks lowest). ``answers`` are put in the place of the true ones
     where the objective reads others ("refusal", "alternative", "fresh" or a JSON-lines file). The untouched model is
     asked once (``teacher`` "cached") or at every step ("live"). Half-precision weights have float32 ``precision``
     masters, or are rounded at random ("stochastic"); ``checkpointing`` computes activations again to save memory.
@@ -62,7 +64,7 @@ class Settings:
     alpha: float | Literal["auto"] = "auto"
     targets: Literal["auto"] | list[str] = "auto"
     top_layers: int = 4
-    mask: bool = False
+    mask: bool | Units = False
     answers: str = "auto"
     teacher: Literal["auto", "cached", "live"] = "auto"
     precision: Literal["masters", "stochastic", "plain"] = "masters"
