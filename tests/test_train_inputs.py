@@ -103,3 +103,17 @@ def test_fewer_rows_than_parts(model: LoadedModel, data: EditData, facts: int, s
         for name, value in vars(one).items():
             if isinstance(value, torch.Tensor):
                 torch.testing.assert_close(getattr(two, name), value, rtol=1e-4, atol=1e-7)
+
+
+def test_without_retained_facts_it_trains_where_nothing_is_to_be_kept_and_says_so(
+    model: LoadedModel, data: EditData
+) -> None:
+    bare = dataclasses.replace(data, retain=(), pool={})
+    made = edit(model, bare, "npo", retain="none", **{**SMALL, "steps": 30, "lr": 1e-2, "check_every": 3})
+    (said,) = made.manifest.notes
+    assert "mean probability of forget answers" in said and said.endswith("no retained facts to watch: what it costs "
+                                                                          "was not seen")  # fmt: skip
+    watched = edit(model, data, "npo", retain="none", **SMALL)
+    assert "retain loss" in watched.manifest.notes[0]
+    refused(model, bare, KnowledgeError, "'retain' has no facts")
+    refused(model, bare, NumericalError, "forget answers became nan", "grad_ascent", retain="none", lr=1e30, clip=0.0)

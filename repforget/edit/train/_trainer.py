@@ -103,7 +103,8 @@ def train(
             seed=seed, where=None if where is None else digest(where.to_json()), dtype=str(model.dtype),
             device=model.device.type, processes=engine.processes.world,
         ))  # fmt: skip
-        watched, _ = fact_rows(model, subsample(data.retain, shared.max_facts, seed), "retain")
+        facts = subsample(data.retain, shared.max_facts, seed)
+        watched = fact_rows(model, facts, "retain")[0] if facts else ()
         notes = (*chosen.notes, *_steps(engine, chosen, shared, rate, seed, progress, state, watched, enough))
         operations: Sequence[Operation] = chosen.operations()
     if shared.quantisation_floor != "none":

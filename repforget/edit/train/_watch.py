@@ -60,8 +60,9 @@ class Watch:
         rise = now.retain - first.retain if rows["retain"] else 0.0
         if not math.isfinite(forget) or not rise <= self.shared.max_retain_rise:
             kept = self.looks[-2].step if len(self.looks) > 1 else 0
-            self.stopped = (f"diverged by step {step}: the retain loss rose from {first.retain:.3g} to "
-                            f"{now.retain:.3g} nats per token; the state of step {kept} is kept")  # fmt: skip
+            why = (f"the retain loss rose from {first.retain:.3g} to {now.retain:.3g} nats per token" if rows["retain"]
+                   else f"the mean probability of forget answers became {forget}")  # fmt: skip
+            self.stopped = f"diverged by step {step}: {why}; the state of step {kept} is kept"
             self.restore()
             return False
         self._keep()
@@ -103,9 +104,10 @@ class Watch:
         kept = self.looks[:-1] if self.stopped.startswith("diverged") else self.looks
         first, last = kept[0], kept[-1]
         gone = f"mean probability of forget answers {first.forget:.3g} -> {last.forget:.3g}, "
-        said = (f"training rows: {'' if math.isnan(first.forget) else gone}retain loss {first.retain:.3g} -> "
-                f"{last.retain:.3g} nats per token")  # fmt: skip
-        between = [look for look in front(kept) if look.step not in (first.step, last.step)]
+        watched = f"retain loss {first.retain:.3g} -> {last.retain:.3g} nats per token" if self.kept else \
+            "no retained facts to watch: what it costs was not seen"  # fmt: skip
+        said = f"training rows: {'' if math.isnan(first.forget) else gone}{watched}"
+        between = [look for look in front(kept) if self.kept and look.step not in (first.step, last.step)]
         passed = f"trade-offs on the way that neither end beats: {'; '.join(lines(between))}"
         return (said, *((passed,) if between else ()), *((self.stopped,) if self.stopped else ()))
 
