@@ -71,6 +71,15 @@ class BandPlan:
     seed: int
 
 
+def mean_gap(gap: Array) -> float:
+    """Mean of what patching could move; UsageError where there is nothing."""
+    mean = float(gap.mean())
+    if mean <= 1e-6:
+        raise UsageError(f"There is nothing to locate: the prompts with the knowledge score its answers only "
+                         f"{mean:.1e} higher than those without it; choose facts that the model answers.")  # fmt: skip
+    return mean
+
+
 @dataclass(frozen=True)
 class Moves:
     """How far each patch moves each forget run [p, n] and retain run [p, m], and the gap it could close
@@ -90,11 +99,7 @@ class Moves:
         because a donor that knows the retain facts leaves no gap there.
         """
         first = np.ones(len(self.gap), dtype=bool) if seed is None else ~in_second_half(self.clusters, seed)
-        gap = float(self.gap[first].mean())
-        if gap <= 1e-6:
-            raise UsageError(f"There is nothing to locate: the prompts with the knowledge score its answers "
-                             f"only {gap:.1e} higher than those without it; choose facts that the model "
-                             "answers.")  # fmt: skip
+        gap = mean_gap(self.gap[first])
         score = self.forget[:, first].mean(axis=1) / gap
         if contrast and self.retain.shape[1]:
             kept = np.ones(self.retain.shape[1], dtype=bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -67,3 +68,27 @@ def freeze(norm: nn.Module, state: Tensor) -> FrozenNorm:
     output = norm(state).double() - offset
     scale = (output * unscaled).sum(-1, keepdim=True) / unscaled.square().sum(-1, keepdim=True).clamp(min=1e-300)
     return FrozenNorm(factor, offset, centred, scale)
+
+
+def secant(norm: nn.Module, start: Tensor, end: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the linear map of additive parts of ``end - start`` that adds up to ``norm(end) - norm(start)`` exactly.
+
+    For the inverse root of a mean square, s(end) - s(start) = -s(start)^2 s(end)^2 / (s(start) + s(end)) times the
+    change of the mean square, which is linear in the parts of the change; a part of zero therefore gives zero. Parts
+    [..., *start.shape], float64.
+    """
+    first, last = freeze(norm, start), freeze(norm, end)
+
+    def centred(x: Tensor) -> Tensor:
+        x = x.double()
+        return x - x.mean(-1, keepdim=True) if first.centred else x
+
+    middle = (centred(start) + centred(end)) / 2
+    total = first.scale + last.scale
+    bend = 2 * first.scale.square() * last.scale.square() / (middle.shape[-1] * total.clamp(min=1e-300))
+
+    def split(part: Tensor) -> Tensor:
+        part = centred(part)
+        return first.gain * (part * total / 2 - middle * bend * (part * middle).sum(-1, keepdim=True))
+
+    return split
