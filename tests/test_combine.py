@@ -90,6 +90,34 @@ def test_equal_lengths_raise_neither_loss(seed: int, own_space: bool) -> None:
 
 
 @settings(deadline=None, max_examples=40)
+@given(seeds, st.floats(0.6, 1.9))
+def test_the_automatic_rate_is_the_lowest_point_of_a_parabola(seed: int, target: float) -> None:
+    """A retain loss that is quadratic along the step, at its lowest ``target`` steps ahead; found only when asked."""
+    forget, retain = pair(seed)
+    asked: list[float] = []
+
+    def probe(direction: Flat, steps: float) -> float:
+        asked.append(steps)
+        return 5.0 + 0.3 * (steps - target) ** 2
+
+    state: dict[str, Tensor] = {}
+    given = way("ngdiff")(forget, retain, {})
+    for step in range(1, 7):
+        found = way("ngdiff")(forget, retain, state, rate="auto", every=3, probe=probe)
+        torch.testing.assert_close(found, given)
+        assert ("rate" in state) == (step >= 3)
+    assert float(state["rate"]) == pytest.approx(target)
+    assert len(asked) == 6 and asked[:3] == [-1.0, 0.0, 1.0]
+    far = {"rate": torch.tensor(1.0)}
+    way("ngdiff")(forget, retain, far, rate="auto", every=1, probe=lambda d, steps: (steps - 50.0) ** 2)
+    assert float(far["rate"]) == 2.0, "at most twice at a time"
+    way("ngdiff")(forget, retain, far, rate="auto", every=1, probe=lambda d, steps: steps)
+    assert float(far["rate"]) == 1.0, "a loss that rises ahead halves it"
+    with pytest.raises(UsageError, match="every 0 steps"):
+        way("ngdiff")(forget, retain, {}, every=0)
+
+
+@settings(deadline=None, max_examples=40)
 @given(seeds, st.booleans())
 def test_pcgrad_removes_the_conflict_and_nothing_else(seed: int, own_space: bool) -> None:
     metric = positive(seed + 9)

@@ -244,10 +244,24 @@ def test_what_an_attacker_has_seen_is_never_held_back(monkeypatch: pytest.Monkey
         edit(model, alone, "npo", robust="tamper", steps=1)
 
 
+def test_a_learning_rate_that_is_far_too_small_is_found_to_be_so() -> None:
+    model, data = tiny_model("llama"), tiny_data()
+
+    def moved(rate: str) -> float:
+        made = edit(model, data, "npo", optimizer="sgd", lr=1e-5, schedule="constant", warmup=0, steps=8, batch_size=4,
+                    retain_batch=8, clip=0.0, combine={"ngdiff": {"rate": rate, "every": 1}})  # fmt: skip
+        assert fingerprint(model.module) == model.fingerprint
+        changed = dict(made.applied_to(model).module.named_parameters())
+        return norm([changed[name] - p for name, p in model.module.named_parameters()])
+
+    assert moved("auto") > 5 * moved("given")
+
+
 PARTS: dict[str, dict[str, Any]] = {
     "plain": {}, "sam": {"robust": {"sam": {"rho": 0.5}}}, "smoothing": {"robust": {"smoothing": {"sigma": 0.2}}},
     "tamper": {"robust": "tamper"}, "nested": {"robust": ["tamper", {"sam": {"rho": 0.5}}, "smoothing"]},
     "ngdiff": {"combine": "ngdiff"}, "pcgrad": {"combine": "pcgrad"}, "mgda": {"combine": "mgda"},
+    "its own rate": {"combine": {"ngdiff": {"rate": "auto", "every": 1}}},
     "gru": {"combine": "gru"}, "gru of the optimiser": {"combine": {"gru": {"space": "preconditioned"}}},
     "blur": {"combine": "blur"}, "constraint": {"combine": {"constraint": {"start": 3.0}}},
     "sign": {"optimizer": "sign", "lr": 1e-3}, "sophia": {"optimizer": "sophia", "lr": 1e-3},

@@ -48,7 +48,7 @@ def parts_block(folder: str) -> str:
         made = getattr(part, "objective", None)
         function: Any = made.function if isinstance(made, Objective) else part
         own = inspect.cleandoc(function.__doc__ or "")
-        given = ("metric", "losses", "seed", "done", "norms", "rest")
+        given = ("metric", "losses", "probe", "seed", "done", "norms", "rest")
         settings = [f"`{p.name}={p.default!r}`" for p in inspect.signature(function).parameters.values()
                     if p.kind is p.KEYWORD_ONLY and p.name not in given]  # fmt: skip
         cells = (f"`{name}`", _first(own), ", ".join(settings) or "none", sentence(own, "Source"))

@@ -12,7 +12,7 @@ from repforget.edit.train._objective import Objective, checked, find, load_part
 from repforget.edit.train._settings import Named, Settings, named
 from repforget.errors import RepforgetError, UsageError
 
-CONTEXT = ("metric", "losses")  # given to a part by the trainer
+CONTEXT = ("metric", "losses", "probe")  # given to a part by the trainer
 LABELS = {"robust": "Robust wrapper '{}'", "combine": "'combine: {}'"}
 
 

@@ -22,7 +22,8 @@ from repforget.edit.train._data import Row, fact_rows, load_rows
 from repforget.edit.train._engine import Engine, Gradients, StepContext
 from repforget.edit.train._masks import apply_gradient_mask
 from repforget.edit.train._memory import advice_for, fitting, recomputed
-from repforget.edit.train._objective import Objective, Role, checked, find, load_part
+from repforget.edit.train._nested import part, retain_term, way, wrappers
+from repforget.edit.train._objective import Objective, Role
 from repforget.edit.train._pass import Term
 from repforget.edit.train._settings import Settings, named
 from repforget.edit.train._watch import Watch
@@ -66,13 +67,10 @@ def train_objective(
 
 def kept(shared: Settings) -> list[Wanted]:
     """The terms of the setting ``retain``, one on each of the sets ``retain_on``."""
-    name, settings = named(shared.retain)
-    if name == "none":
+    found = retain_term(shared.retain)
+    if found is None:
         return []
-    keep = find(name, "retain")
-    if keep.role != "retain":
-        raise UsageError(f"'{name}' forgets and cannot be what keeps (retain): give a retain term, such as kl.")
-    bound = keep.bound(settings)
+    keep, bound = found
     sets = shared.retain_on[:1] if keep.reduction == "whole" else shared.retain_on  # weights are held once
     return [Wanted(keep, bound, on, "retain", shared.retain_weight) for on in sets]
 
@@ -201,7 +199,7 @@ def _steps(
             for g, mask in zip(side, chosen.masks, strict=False):
                 if mask is not None:
                     apply_gradient_mask(g, mask)
-        gradient = combine(found)
+        gradient = combine(found, index)
         stepper.refresh(index, engine.drawn)
         norm = stepper.step(index, gradient)
         chosen.keep_outside()
@@ -228,15 +226,10 @@ def _steps(
 
 def _computed(engine: Engine, shared: Settings) -> Callable[[int], Gradients]:
     """How the gradients of a step are made: plainly, or through wrappers, the first of the list outermost."""
-    given = shared.robust if isinstance(shared.robust, list) else [shared.robust]
-    wrappers = [named(entry) for entry in given if entry != "none"]
-    plain = named(shared.combine)[0] == "linear"
-    if not wrappers:
-        sides: tuple[str, ...] = ("all",) if plain else ("forget", "retain")
+    parts = [part("robust", entry) for entry in wrappers(shared.robust)]
+    if not parts:
+        sides: tuple[str, ...] = ("all",) if way(shared.combine) is None else ("forget", "retain")
         return lambda index: engine.gradients(index, sides)
-    parts = [(load_part("robust", name), settings) for name, settings in wrappers]
-    for (name, _), (function, settings) in zip(wrappers, parts, strict=True):
-        _check_settings(f"Robust wrapper '{name}'", function, settings)
 
     def compute(index: int) -> Gradients:
         inner: Callable[..., Gradients] = partial(engine.gradients, index)
@@ -253,31 +246,43 @@ def _wrapped(function: Any, settings: Mapping[str, Any], step: StepContext) -> C
 
 def _combined(
     engine: Engine, shared: Settings, stepper: Stepper, state: dict[str, Tensor]
-) -> Callable[[Gradients], list[Tensor]]:
+) -> Callable[[Gradients, int], list[Tensor]]:
     """How the gradients of both sides become one; ``state`` is what that carries from step to step."""
-    name, settings = named(shared.combine)
-    if name == "linear":
-        return lambda found: found["all"] if "all" in found else _sum(found)
+    found_way, rate = way(shared.combine), stepper.lr
+    if found_way is None:
+        return lambda found, index: found["all"] if "all" in found else _sum(found)
+    name, _ = named(shared.combine)
     if "retain" not in engine.sides or "forget" not in engine.sides:
         raise UsageError(f"'combine: {name}' joins two gradients and there is no retain term: give 'retain', or set "
                          "combine: linear.")  # fmt: skip
-    function = load_part("combine", name)
+    function, settings = found_way
     asked = set(inspect.signature(function).parameters)
-    _check_settings(f"'combine: {name}'", function, settings)
 
-    def combine(found: Gradients) -> list[Tensor]:
-        context = {"metric": stepper.metric if "metric" in asked else None, "losses": engine.losses}
+    def combine(found: Gradients, index: int) -> list[Tensor]:
+        context = {"metric": stepper.metric if "metric" in asked else None, "losses": engine.losses,
+                   "probe": partial(_retained, engine, index, stepper, rate) if "probe" in asked else None}
         extra = {key: value for key, value in context.items() if key in asked}
         joined: list[Tensor] = function(found["forget"], found["retain"], state, **settings, **extra)
+        if "rate" in state:  # a learning rate that was found, as a multiple of the given one
+            stepper.lr = rate * float(state["rate"])
         return joined
 
     return combine
 
 
+def _retained(
+    engine: Engine, index: int, stepper: Stepper, rate: float, direction: Sequence[Tensor], steps: float
+) -> float:
+    """Retain loss of the rows of step ``index`` after so many ``steps`` along minus a direction."""
+    step = StepContext(engine, index, partial(engine.gradients, index))
+    before, metric = dict(engine.losses), stepper.metric
+    with step.restored(), torch.no_grad():
+        for place, (p, d) in enumerate(zip(engine.parameters, direction, strict=True)):
+            p.sub_((steps * rate * (d if metric is None else d * metric[place])).to(p.dtype))
+        step.gradients(("retain",))
+        found, engine.losses = step.loss("retain"), before
+    return found
+
+
 def _sum(found: Gradients) -> list[Tensor]:
     return [torch.stack(list(parts)).sum(0) for parts in zip(*found.values(), strict=True)]
-
-
-def _check_settings(what: str, function: Any, settings: Mapping[str, Any]) -> None:
-    checked(what, function, {p.name: p for p in inspect.signature(function).parameters.values()
-                             if p.kind is p.KEYWORD_ONLY and p.name not in ("metric", "losses")}, settings)  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Literal
 
@@ -14,6 +14,7 @@ from repforget.errors import UsageError
 
 Flat = list[Tensor]
 Space = Literal["raw", "preconditioned"]
+Probe = Callable[[Flat, float], float]  # retain loss of the step's rows so many steps along minus a direction
 CHUNK = 1 << 22  # entries that are widened to float64 at a time
 MOST = 12  # objectives whose supports are tried one by one
 
