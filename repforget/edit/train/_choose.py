@@ -15,6 +15,7 @@ from repforget.artifact import DenseDelta, Operation, SparseDelta
 from repforget.artifact.weights import owner_of
 from repforget.edit.train._adapters import adaptable, adapted, model_size_default
 from repforget.edit.train._fila import row_weights, squared_gradients
+from repforget.edit.train._lookup import Lookup, looked_up, lookup
 from repforget.edit.train._masks import Masks, masks, reproject
 from repforget.edit.train._pass import Term, swapped
 from repforget.edit.train._settings import Settings, Units
@@ -75,12 +76,13 @@ def trainable(
                 yield Trainable(own, [p.detach().clone() for p in own], adapter.off, adapter.operations, kind)
         return
     table = dict(module.named_parameters())
-    own = [table[name] for name in names]
+    rows = None if chosen is not None else lookup(model, shared, terms, names)
+    own = [rows.rows if rows is not None and name == rows.name else table[name] for name in names]
     start = [p.detach().clone() for p in own]
     try:
-        with only(module, own):
+        with only(module, own), looked_up(rows):
             yield Trainable(
-                own, start, lambda: swapped(own, start), lambda: _deltas(names, own, start), kind,
+                own, start, lambda: swapped(own, start), lambda: _deltas(names, own, start, rows), kind,
                 () if chosen is None else chosen.notes,
                 () if chosen is None else tuple(chosen.masks[name].to(model.device) for name in names),
             )  # fmt: skip
@@ -146,16 +148,18 @@ def trained_names(
     return tuple(name for name in known if name.startswith(prefixes)) if prefixes else tuple(known)
 
 
-def _deltas(names: Sequence[str], trained: Sequence[Tensor], start: Sequence[Tensor]) -> list[Operation]:
+def _deltas(
+    names: Sequence[str], trained: Sequence[Tensor], start: Sequence[Tensor], rows: Lookup | None
+) -> list[Operation]:
     """What changed, by parameter; stored by index where little of it did."""
     found: list[Operation] = []
     for name, now, before in zip(names, trained, start, strict=True):
         delta = now.detach().float().cpu() - before.float().cpu()
-        changed = delta.flatten().nonzero()[:, 0]
-        if len(changed) == 0:
-            continue
-        if len(changed) < SPARSE * delta.numel():
-            found.append(SparseDelta(name, changed, delta.flatten()[changed]))
-        else:
+        changed, looked = int(delta.count_nonzero()), rows is not None and name == rows.name
+        if changed and not looked and changed >= SPARSE * delta.numel():
             found.append(DenseDelta(name, delta))
+        elif changed:
+            index = delta.flatten().nonzero()[:, 0]
+            place = rows.index(index) if rows is not None and looked else index
+            found.append(SparseDelta(name, place, delta.flatten()[index]))
     return found
