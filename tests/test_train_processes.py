@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 
 import edit_models
 import pytest
+from torch import Tensor, nn
 
 from repforget._workers import without_launcher
 from repforget.artifact import load_edit
@@ -38,51 +40,62 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "wrapper": ("npo", {"robust": {"sam": {"rho": 0.01}}}),
 }
 SCRIPT = """
-import json, sys
+import json, os, sys, time
 import torch
 torch.set_num_threads(1)
 import edit_models, test_train_processes
 from pathlib import Path
 from repforget._workers import ask, together
 from repforget.edit._dispatch import edit
-from repforget.models.load import load
+from repforget.models.load import fingerprint, load
+from repforget.records import Localization
 from repforget.training import Stepper
 
 folder, cases, event = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
+step = Stepper.step
+
+def eventful(self, index, gradients):
+    if "error" in event and index == 2 and os.environ["RANK"] == "0":
+        raise OSError("a disk is gone")
+    if "measure" in event and index == 2:
+        print(test_train_processes.held(), flush=True)
+    if "wait" in event:
+        print(index, flush=True)
+        time.sleep(0.3)
+    return step(self, index, gradients)
+
+Stepper.step = eventful
 with together() as first:
     if not first:
         print("served", flush=True)
         sys.exit(0)
     model, data = load(str(folder / "model"), device="cpu"), edit_models.people().for_editor()
-    step = Stepper.step
-
-    def eventful(self, index, gradients):
-        if event == "error" and index == 1:
-            raise OSError("a disk is gone")
-        if event == "wait":
-            print(index, flush=True)
-            import time; time.sleep(0.3)
-        return step(self, index, gradients)
-
-    Stepper.step = eventful
     for name, (method, settings) in cases.items():
-        kept = folder / "state" if event == "wait" else None
-        ask(model, data, method, settings, where=None, seed=0, checkpoint=kept)
+        kept = folder / "state" if "wait" in event else None
+        where = None if (given := settings.pop("where", None)) is None else Localization.from_json(given)
+        ask(model, data, method, settings, where=where, seed=0, checkpoint=kept)
         try:
-            edit(model, data, method, checkpoint=kept, **settings).save(folder / name)
+            edit(model, data, method, where=where, checkpoint=kept, **settings).save(folder / name)
         except KeyboardInterrupt:
             sys.exit(130)
+        assert fingerprint(model.module) == model.fingerprint, name
 """
 
 
-def launch(folder: Path, cases: dict[str, Any], event: str = "") -> list[subprocess.Popen[str]]:
+def held() -> int:
+    """Bytes of all tensors that are alive."""
+    found = [x for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter)]
+    return sum({s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in found)}.values())
+
+
+def launch(folder: Path, cases: dict[str, Any], event: str = "", **env: str) -> list[subprocess.Popen[str]]:
     """Both processes, as a launcher would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     path = os.pathsep.join([str(HERE), str(HERE.parent)])
     common = {**without_launcher(), "PYTHONPATH": path, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", **env}  # fmt: skip
     return [
         subprocess.Popen(
             [sys.executable, "-c", SCRIPT, str(folder), json.dumps(cases), event], text=True,
@@ -148,9 +161,16 @@ def test_each_row_has_one_process() -> None:
     assert Processes(2, 3).share(rows[:2]) == []
 
 
-def test_shards_are_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UsageError, match=r"shards \(FSDP or DeepSpeed\)"):
+@pytest.mark.parametrize("name, said", [
+    ("ACCELERATE_USE_DEEPSPEED", "asked for DeepSpeed, .* --use_fsdp"), ("ACCELERATE_USE_FSDP", "--fsdp_version 2"),
+    ("FSDP_OFFLOAD_PARAMS", "fsdp_offload_params"), ("FSDP_ACTIVATION_CHECKPOINTING", "checkpointing: true"),
+])  # fmt: skip
+def test_what_a_launcher_may_not_ask_is_refused_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, name: str, said: str
+) -> None:
+    for switch in {name, *(["ACCELERATE_USE_FSDP"] if name.startswith("FSDP") else [])}:
+        monkeypatch.setenv(switch, "true")
+    with pytest.raises(UsageError, match=said):
         edit(edit_models.model(), edit_models.people(), "npo", **SMALL)
 
 

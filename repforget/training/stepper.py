@@ -15,7 +15,7 @@ from repforget.training.optimizers import Sign, Sophia
 
 Schedule = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw", "adam", "sgd", "nesterov", "adagrad", "adadelta"]
-AnyOptimizer = Literal[Optimizer, "sign", "sophia"]
+AnyOptimizer = Literal[Optimizer, "descent", "sign", "sophia"]
 Precision = Literal["masters", "stochastic", "plain"]
 MOMENTUM = 0.9  # of the two forms of stochastic gradient descent
 REFRESH = 10  # steps for which an estimate of curvature serves
@@ -37,7 +37,8 @@ class Stepper:
     Half-precision parameters have float32 masters (``precision="masters"``), so that steps too small for their grid
     still add up; with "stochastic" the parameter itself is the state and is rounded to its grid at random, right in
     the mean; "plain" rounds to the nearest, which swallows small steps.  With ``fused`` the Adams take one pass over
-    memory, other roundings and a tenth of the time.  Memory: two float32 moments per parameter for the Adams, one more
+    memory, other roundings and a tenth of the time.  ``total`` adds numbers up over processes that hold other parts of
+    the same parameters, for the global norm.  Memory: two float32 moments per parameter for the Adams, one more
     copy for masters.
     """
 
@@ -45,10 +46,11 @@ class Stepper:
         self, parameters: Sequence[Tensor], *, steps: int, lr: float, optimizer: AnyOptimizer = "adamw",
         schedule: Schedule = "cosine", warmup: int = 0, weight_decay: float = 0.0, beta2: float = 0.98,
         clip: float = 1.0, precision: Precision = "masters", seed: int = 0, fused: bool = False,
+        total: Callable[[Tensor], Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.parameters = list(parameters)
         self.steps, self.lr, self.schedule, self.warmup, self.clip = steps, lr, schedule, warmup, clip
-        self.precision, self.seed = precision, seed
+        self.precision, self.seed, self.total = precision, seed, total
         if precision == "plain" and any(p.dtype.itemsize < 4 for p in parameters):
             warnings.warn("Half-precision weights are trained without masters (precision: plain), which swallows steps "
                           "below their grid: use masters or stochastic.", stacklevel=2)  # fmt: skip
@@ -76,11 +78,20 @@ class Stepper:
             if master is not parameter and self.precision == "stochastic":
                 master.data = parameter.detach().float()
             master.grad = None if gradient is None else gradient.to(master.dtype)
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.clip if self.clip > 0 else math.inf)
+        norm = self._clip(self.clip if self.clip > 0 else math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.write(index)
         return float(norm)
+
+    def _clip(self, limit: float) -> Tensor:
+        """Shorten the gradients to a global norm of at most ``limit``; returns the norm before."""
+        if self.total is None:
+            return torch.nn.utils.clip_grad_norm_(self.masters, limit)
+        own = torch.nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None])
+        norm = self.total(own.double().square()).sqrt()
+        torch.nn.utils.clip_grads_with_norm_(self.masters, limit, norm)
+        return norm
 
     def refresh(self, index: int, drawn: Callable[[int], tuple[Sequence[Tensor | None], int]]) -> None:
         """Every tenth step, let an optimiser that wants curvature take it from the gradients that ``drawn`` makes."""
@@ -146,6 +157,8 @@ def _optimizer(
             return torch.optim.Adam(groups, lr=lr, betas=(0.9, beta2), fused=fused)
         case "sgd" | "nesterov":
             return torch.optim.SGD(groups, lr=lr, momentum=MOMENTUM, nesterov=kind == "nesterov")
+        case "descent":
+            return torch.optim.SGD(groups, lr=lr)
         case "adagrad":
             return torch.optim.Adagrad(groups, lr=lr)
         case "adadelta":

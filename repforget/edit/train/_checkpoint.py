@@ -15,6 +15,7 @@ from torch import Tensor
 
 from repforget.edit.train._engine import Gradients
 from repforget.edit.train._processes import Processes
+from repforget.edit.train._shards import Shards
 from repforget.edit.train._watch import Look, Watch
 from repforget.errors import ArtifactError, ResourceError, UsageError
 from repforget.store import canonical, checksum, read_json, refusing, write_json
@@ -131,6 +132,7 @@ class Keeper:
     carried: dict[str, Tensor]
     watch: Watch
     processes: Processes = Processes()
+    shards: Shards | None = None
     step: int | None = field(default=None, init=False)
 
     def begin(self, gradients: Gradients) -> Gradients:
@@ -148,6 +150,8 @@ class Keeper:
             self.watch.look(0)
             return 0
         step, tensors, looks = found
+        if self.shards is not None:
+            tensors = {name: self.shards.own(t) for name, t in tensors.items()}
         parts: dict[str, dict[str, Tensor]] = {"stepper": {}, "combine": {}, "good": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
@@ -161,14 +165,22 @@ class Keeper:
 
     def write(self, *, always: bool = False) -> None:
         """Write the present state, unless it is changing or the last writing is too recent."""
-        if self.checkpoint is None or self.step is None or self.processes.rank > 0:
+        first = self.processes.rank == 0
+        if self.checkpoint is None or self.step is None:
             return
-        if not (always or self.checkpoint.due):
+        if self.shards is None:
+            if not first or not (always or self.checkpoint.due):
+                return
+        elif always or not self.processes.first([self.checkpoint.due])[0]:  # one process alone is interrupted
             return
         tensors = {f"stepper.{name}": t for name, t in self.stepper.state().items()}
         tensors |= {f"combine.{name}": t.detach().to("cpu", copy=True) for name, t in self.carried.items()}
         tensors |= {f"good.{i}": t.detach().to("cpu") for i, t in enumerate(self.watch.good)}
-        self.checkpoint.write(self.step, tensors, [asdict(look) for look in self.watch.looks])
+        for name, t in tensors.items():
+            whole = t if self.shards is None else self.shards.whole(t)
+            tensors[name] = whole if first else t
+        if first:
+            self.checkpoint.write(self.step, tensors, [asdict(look) for look in self.watch.looks])
 
 
 def identity_of(**parts: Any) -> dict[str, Any]:

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from repforget.artifact import DenseDelta, Operation, SparseDelta
 from repforget.artifact.weights import owner_of
-from repforget.edit.train._adapters import adaptable, adapted, model_size_default
+from repforget.edit.train._adapters import Adapter, adaptable, adapted, model_size_default
 from repforget.edit.train._fila import row_weights, squared_gradients
 from repforget.edit.train._lookup import Lookup, looked_up, lookup
 from repforget.edit.train._masks import Masks, masks, reproject
 from repforget.edit.train._pass import Term, swapped
+from repforget.edit.train._processes import Processes
 from repforget.edit.train._settings import Settings, Units
+from repforget.edit.train._shards import Shards, check_shards, in_shards
 from repforget.errors import SiteError, UsageError, nearest
 from repforget.models.load import LoadedModel
 from repforget.models.sites import site_map
@@ -31,15 +33,19 @@ SPARSE = 1 / 3  # share of changed entries below which a delta is stored by inde
 
 @dataclass(frozen=True)
 class Trainable:
-    """What is trained: tensors, their values at the start, how to see the untouched model, and the finished change."""
+    """What is trained: tensors, their values at the start, how to see the untouched model, and the finished change.
 
-    parameters: list[nn.Parameter]
+    Where the launcher asks for ``shards``, tensors are this process's part, and theirs is the model that runs.
+    """
+
+    parameters: Sequence[Tensor]
     originals: list[Tensor]
     untouched: Callable[[], AbstractContextManager[Any]]
     operations: Callable[[], list[Operation]]
     kind: str
     notes: tuple[str, ...] = ()
     masks: tuple[Tensor | None, ...] = ()
+    shards: Shards | None = None
 
     @torch.no_grad()
     def keep_outside(self) -> None:
@@ -60,6 +66,9 @@ def trainable(
         raise UsageError("A mask needs a localisation: give 'where' (or 'locate' in the recipe), or set mask: false.")
     if chosen is not None and kind != "none":
         raise UsageError(f"A mask holds single units and adapter '{kind}' changes whole matrices: set adapter: none.")
+    processes = Processes.launched()
+    if processes.sharded:
+        check_shards(model, shared, terms, kind)
     names = trained_names(model, shared, terms, where) if chosen is None else tuple(chosen.masks)
     module = model.module
     if kind != "none":
@@ -72,29 +81,39 @@ def trainable(
         with adapted(module, kind, names, rank=shared.rank, alpha=shared.alpha, seed=seed,
                      importance=importance) as adapter:  # fmt: skip
             own = list(adapter.parameters.values())
-            with only(module, own):
-                yield Trainable(own, [p.detach().clone() for p in own], adapter.off, adapter.operations, kind)
+            with only(module, own), in_shards(model, own, processes) as shards:
+                held = own if shards is None else shards.parameters
+                yield Trainable(held, [p.detach().clone() for p in held], adapter.off,
+                                lambda: _finished(adapter, own, shards), kind, shards=shards)  # fmt: skip
         return
     table = dict(module.named_parameters())
-    rows = None if chosen is not None else lookup(model, shared, terms, names)
+    rows = None if chosen is not None or processes.sharded else lookup(model, shared, terms, names)
     own = [rows.rows if rows is not None and name == rows.name else table[name] for name in names]
-    start = [p.detach().clone() for p in own]
-    try:
-        with only(module, own), looked_up(rows):
+    marks = () if chosen is None else tuple(chosen.masks[name].to(model.device) for name in names)
+    whole = [mark.expand_as(p) for mark, p in zip(marks, own, strict=False)]
+    with only(module, own), looked_up(rows), in_shards(model, own, processes) as shards:
+        held, marks = (own, marks) if shards is None else (shards.parameters, tuple(map(shards.own, whole)))
+        start = [p.detach().clone() for p in held]
+        try:
             yield Trainable(
-                own, start, lambda: swapped(own, start), lambda: _deltas(names, own, start, rows), kind,
-                () if chosen is None else chosen.notes,
-                () if chosen is None else tuple(chosen.masks[name].to(model.device) for name in names),
+                held, start, lambda: swapped(held, start), lambda: _deltas(names, held, start, shards, rows), kind,
+                () if chosen is None else chosen.notes, marks, shards,
             )  # fmt: skip
-    finally:
-        with torch.no_grad():
-            for parameter, original in zip(own, start, strict=True):
-                parameter.copy_(original)
+        finally:
+            with torch.no_grad():
+                for parameter, original in zip(held, start, strict=True):
+                    parameter.copy_(original)
 
 
 def _masked(model: LoadedModel, shared: Settings, where: Localization, seed: int) -> Masks:
     units: Units = "located" if isinstance(shared.mask, bool) else shared.mask
     return masks(model, where, units=units, seed=seed)
+
+
+def _finished(adapter: Adapter, own: Sequence[nn.Parameter], shards: Shards | None) -> list[Operation]:
+    if shards is not None:
+        shards.put_back(own)
+    return adapter.operations()
 
 
 def _importance(module: nn.Module, names: Sequence[str], terms: Sequence[Term]) -> dict[str, Tensor]:
@@ -149,12 +168,14 @@ def trained_names(
 
 
 def _deltas(
-    names: Sequence[str], trained: Sequence[Tensor], start: Sequence[Tensor], rows: Lookup | None
-) -> list[Operation]:
+    names: Sequence[str], trained: Sequence[Tensor], start: Sequence[Tensor], shards: Shards | None,
+    rows: Lookup | None,
+) -> list[Operation]:  # fmt: skip
     """What changed, by parameter; stored by index where little of it did."""
     found: list[Operation] = []
     for name, now, before in zip(names, trained, start, strict=True):
         delta = now.detach().float().cpu() - before.float().cpu()
+        delta = delta if shards is None else shards.whole(delta)
         changed, looked = int(delta.count_nonzero()), rows is not None and name == rows.name
         if changed and not looked and changed >= SPARSE * delta.numel():
             found.append(DenseDelta(name, delta))

@@ -15,7 +15,7 @@ from torch import Tensor
 from repforget.edit.train._data import Row, step_plan
 from repforget.edit.train._head import head_of, summed, topk_teacher
 from repforget.edit.train._objective import Role, Scores
-from repforget.edit.train._parts import Taken, parts, those
+from repforget.edit.train._parts import Taken, shares, those
 from repforget.edit.train._pass import (
     HIDDEN,
     LABELS,
@@ -25,11 +25,13 @@ from repforget.edit.train._pass import (
     Request,
     Term,
     read,
+    repeated,
     request_of,
     swapped,
     values,
 )
 from repforget.edit.train._processes import Processes
+from repforget.edit.train._shards import Shards
 from repforget.models.load import LoadedModel
 from repforget.training.optimizers import drawn_loss
 
@@ -57,6 +59,7 @@ class Engine:
     teacher: str = "auto"
     clamp: float | None = None
     processes: Processes = field(default_factory=Processes.launched)
+    shards: Shards | None = None
     losses: dict[str, float] = field(default_factory=dict)  # of the last gradients, by side
     _cache: dict[tuple[int, str, int], Any] = field(default_factory=dict)
 
@@ -83,6 +86,9 @@ class Engine:
                 rows = [term.data.own[i] if side == "own" else term.data.instead(0, i) for i in visited]  # type: ignore[misc]
                 for at in range(0, len(rows), READ_ROWS):
                     self._ask(k, term, side, rows[at : at + READ_ROWS], visited[at : at + READ_ROWS])
+        for term in self.terms:
+            if "norms" in term.objective.given:
+                self._norms(term)
 
     def _live(self, term: Term, side: str) -> bool:
         """True where the untouched model is asked at every step: for answers that change, or where that was chosen."""
@@ -144,7 +150,7 @@ class Engine:
                 outcomes, teacher = (torch.cat([p[j] for p in parts]).to(device) for j in (0, 1))
             else:
                 teacher = torch.cat(parts).to(device)
-        pattern = _repeated(own, instead).to(device) if term.reads("pattern") else None
+        pattern = repeated(own, instead).to(device) if term.reads("pattern") else None
         return Known(reference, other, teacher, outcomes, original, pattern)
 
     def rows(self, index: int, k: int) -> tuple[list[int], list[Row], list[Row]]:
@@ -165,14 +171,12 @@ class Engine:
         losses: dict[str, float] = dict.fromkeys(asked, 0.0)
         taken = [self.rows(index, k) if term.side in asked else ([], [], []) for k, term in enumerate(self.terms)]
         whole = taken if only is None else [those(only, *rows) for rows in taken]
-        counts = [max(1, term.count(own, instead)) for term, (_, own, instead) in zip(self.terms, whole, strict=True)]
-        share = self.processes.share
-        mine = [(share(numbers), share(own), share(instead)) for numbers, own, instead in whole]
-        for number, part in enumerate(parts(self.terms, mine, self.model.device.type, self.accumulate)):
+        mine = shares(self.terms, whole, self.model.device.type, self.accumulate, self.processes)
+        for number, (part, counts) in enumerate(mine):
             self._read_part(index, part, counts, number, totals, losses)
-        found = {side: self.processes.total([torch.zeros_like(p, dtype=_wide(p)) if g is None else g
-                                             for p, g in zip(self.parameters, totals[side], strict=True)])
-                 for side in sides}  # fmt: skip
+        total = self.processes.total if self.shards is None else list  # those of shards are added up already
+        found = {side: total([torch.zeros_like(p, dtype=_wide(p)) if g is None else g
+                              for p, g in zip(self.parameters, totals[side], strict=True)]) for side in sides}
         if self.processes.world > 1:
             (sums,) = self.processes.total([torch.tensor(list(losses.values()), dtype=torch.float64)])
             losses = dict(zip(losses, sums.tolist(), strict=True))
@@ -180,7 +184,7 @@ class Engine:
         return found
 
     def _read_part(
-        self, index: int, part: Sequence[Taken], counts: Sequence[int], number: int,
+        self, index: int, part: Sequence[Taken], counts: Sequence[float], number: int,
         totals: Mapping[str, list[Tensor | None]], losses: dict[str, float],
     ) -> None:  # fmt: skip
         """Add one part's gradients and losses to those of the step; nothing of it is held afterwards."""
@@ -195,6 +199,11 @@ class Engine:
         wanted = {side: sum(by_side.values()) if side == "all" else by_side.get(side) for side in totals}
         todo = [(side, loss) for side, loss in wanted.items() if isinstance(loss, Tensor) and loss.requires_grad]
         for number, (side, loss) in enumerate(todo, 1):
+            if self.shards is not None:
+                self.shards.backward(loss)
+                for place, parameter in enumerate(self.parameters):
+                    _take(totals[side], place, parameter)
+                continue
             with ExitStack() as stack:
                 stack.enter_context(summed(self.parameters, totals[side]))
                 for place, parameter in enumerate(self.parameters):
@@ -205,7 +214,7 @@ class Engine:
                 torch.autograd.backward(loss, retain_graph=number < len(todo), inputs=self.parameters)
 
     def _losses(
-        self, index: int, taken: Sequence[Taken], counts: Sequence[int], part: int, asked: Sequence[str]
+        self, index: int, taken: Sequence[Taken], counts: Sequence[float], part: int, asked: Sequence[str]
     ) -> dict[str, Tensor]:
         """The weighted losses by side of one part of a step."""
         requests: list[Request] = []
@@ -351,15 +360,6 @@ def _about(term: Term, rows: Sequence[Row], side: str) -> Request:
 def _rows_of(rows: Sequence[Row], device: torch.device) -> Tensor:
     counts = torch.tensor([row.labels for row in rows])
     return torch.repeat_interleave(torch.arange(len(rows)), counts).to(device)
-
-
-def _repeated(own: Sequence[Row], instead: Sequence[Row]) -> Tensor:
-    """For each answer token of ``own`` the token that the other answer, said over and over, has at its place [m]."""
-    out: list[int] = []
-    for row, other in zip(own, instead, strict=True):
-        said = other.ids[other.start :]
-        out += [said[k % len(said)] for k in range(row.labels)]
-    return torch.tensor(out)
 
 
 @contextmanager

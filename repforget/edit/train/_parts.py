@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from repforget.edit.train._data import Row
 from repforget.edit.train._pass import Term, request_of
+from repforget.edit.train._processes import Processes
 
 Taken = tuple[Sequence[int], Sequence[Row], Sequence[Row]]  # rows of a term: their numbers, themselves, another answer
 Text = tuple[int, ...]
@@ -32,8 +34,33 @@ BUDGETS = {"cpu": Budget(512, 64)}  # one more part writes every gradient once m
 ACCELERATOR = Budget(16384, 2048)  # small parts would leave most of it idle
 
 
-def parts(terms: Sequence[Term], rows: Sequence[Taken], device: str, least: int) -> list[list[Taken]]:
-    """Cut the rows of all terms into ``least`` parts or more (never none); each has rows of all terms, or of some."""
+def shares(
+    terms: Sequence[Term], rows: Sequence[Taken], device: str, least: int, processes: Processes
+) -> list[tuple[list[Taken], Sequence[float]]]:
+    """The parts of a step that this process reads, and what the sum of each term's values is divided by.
+
+    With a model in shards all processes have the same parts with rows of the same terms; one that has no row of its
+    own reads another's, divided by infinity.
+    """
+    counts = [max(1, term.count(own, instead)) for term, (_, own, instead) in zip(terms, rows, strict=True)]
+    share = processes.share
+    if not processes.sharded:
+        mine = [(share(numbers), share(own), share(instead)) for numbers, own, instead in rows]
+        return [(part, counts) for part in parts(terms, mine, device, least)]
+    return [([(share(n) or n[:1], share(own) or own[:1], share(instead) or instead[:1]) for n, own, instead in part],
+             [count if share(n) else math.inf for (n, _, _), count in zip(part, counts, strict=True)])
+            for part in parts(terms, rows, device, least, processes.world)]  # fmt: skip
+
+
+def parts(
+    terms: Sequence[Term], rows: Sequence[Taken], device: str, least: int, together: int = 1
+) -> list[list[Taken]]:
+    """Cut the rows of all terms into ``least`` parts or more (never none); each has rows of all terms, or of some.
+
+    ``together`` processes share out each part.
+    """
+    budget = BUDGETS.get(device, ACCELERATOR)
+    budget = Budget(budget.tokens * together, budget.extra * together)
     asked = [[bool(request_of(term, (), side).needs) for side in ("own", "instead")] for term in terms]
     units, texts = [], []
     for k, (numbers, own, instead) in enumerate(rows):
@@ -43,7 +70,7 @@ def parts(terms: Sequence[Term], rows: Sequence[Taken], device: str, least: int)
                 units.append((k, i))
                 texts.append(run)
     out: list[list[Taken]] = []
-    for chosen in cut(texts, BUDGETS.get(device, ACCELERATOR), least) or [[]]:
+    for chosen in cut(texts, budget, least) or [[]]:
         places = [sorted(units[j][1] for j in chosen if units[j][0] == k) for k in range(len(rows))]
         out.append([([numbers[i] for i in at], [own[i] for i in at], [instead[i] for i in at] if instead else [])
                     for (numbers, own, instead), at in zip(rows, places, strict=True)])  # fmt: skip

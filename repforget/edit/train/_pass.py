@@ -92,7 +92,8 @@ def read(model: LoadedModel, requests: Sequence[Request]) -> list[Reading]:
             index.setdefault(row.ids, len(index))
     batch = Batch.pad(list(index), pad_id(model.tokenizer)).to(model.device)
     layers = sorted({layer for request in requests for layer in request.layers})
-    projected = any(request.needs & {LABELS, STATES} for request in requests)
+    projected = any(request.needs & {LABELS, STATES} for request in requests) \
+        or hasattr(model.module, "reshard")  # a model in shards is run to its end
     found: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Callable[[Tensor], None]:
@@ -142,6 +143,15 @@ def _inside(rows: Sequence[Row], index: Mapping[tuple[int, ...], int], device: t
     table = [(index[row.ids], at) for row in rows for at in range(1, len(row.ids))]
     columns = torch.tensor(table, dtype=torch.long).reshape(-1, 2).T.to(device)
     return columns[0], columns[1]
+
+
+def repeated(own: Sequence[Row], instead: Sequence[Row]) -> Tensor:
+    """For each answer token of ``own`` the token that the other answer, said over and over, has at its place [m]."""
+    out: list[int] = []
+    for row, other in zip(own, instead, strict=True):
+        said = other.ids[other.start :]
+        out += [said[k % len(said)] for k in range(row.labels)]
+    return torch.tensor(out)
 
 
 def request_of(term: Term, rows: Sequence[Row], side: str) -> Request:

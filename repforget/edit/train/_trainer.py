@@ -88,9 +88,13 @@ def train(
     """
     terms = (*ready, *_terms(model, data, wanted, shared, seed))
     with trainable(model, shared, terms, where, seed) as chosen:
+        if chosen.shards is not None and enough is not str:
+            raise UsageError(f"'{method}' looks at the whole model while it trains, and the launcher asks for a model "
+                             "in shards (FSDP): choose another editor, or launch without --use_fsdp.")  # fmt: skip
         engine = Engine(
-            model, terms, list(chosen.parameters), chosen.originals, chosen.untouched, _sizes(terms, shared),
-            shared.steps, seed, shared.accumulate, shared.teacher, shared.clamp,
+            model if chosen.shards is None else chosen.shards.model, terms, list(chosen.parameters), chosen.originals,
+            chosen.untouched, _sizes(terms, shared), shared.steps, seed, shared.accumulate, shared.teacher,
+            shared.clamp, shards=chosen.shards,
         )  # fmt: skip
         engine.prepare()
         rate = _rate(model, shared, chosen, terms)
@@ -99,7 +103,7 @@ def train(
         state = None if checkpoint is None else Checkpoint(checkpoint, identity_of(
             method=method, settings=full, model=model.fingerprint, knowledge=data.digest, terms=_digest(terms),
             seed=seed, where=None if where is None else digest(where.to_json()), dtype=str(model.dtype),
-            device=model.device.type, processes=engine.processes.world,
+            device=model.device.type, processes=engine.processes.name,
         ))  # fmt: skip
         facts = subsample(data.retain, shared.max_facts, seed)
         watched = fact_rows(model, facts, "retain")[0] if facts else ()
@@ -184,13 +188,14 @@ def _steps(
         chosen.parameters, steps=shared.steps, lr=rate, optimizer=shared.optimizer, schedule=shared.schedule,
         warmup=shared.warmup, weight_decay=0.0 if chosen.masks else shared.weight_decay, clip=shared.clip,
         precision=shared.precision, seed=seed, fused=True,
+        total=None if engine.shards is None else lambda x: engine.processes.total([x])[0],
     )  # fmt: skip
     carried: dict[str, Tensor] = {}
     compute = _computed(engine, shared)
     combine = _combined(engine, shared, stepper, carried)
     watch = Watch(engine.model, engine.terms, shared, chosen.parameters, chosen.originals, watched,
                   processes=engine.processes, enough=enough)  # fmt: skip
-    keeper = Keeper(checkpoint, stepper, carried, watch, engine.processes)
+    keeper = Keeper(checkpoint, stepper, carried, watch, engine.processes, engine.shards)
 
     def take(index: int) -> float:
         with recomputed(engine.model, shared.checkpointing), fitting(lambda: advice_for(engine, chosen, shared)):

@@ -52,7 +52,7 @@ class Watch:
         rows = {"forget": _spread(forgotten), "retain": _spread(self.kept)}
         # Probabilities are averaged, not their logarithms: one answer that is lost would stand for all of them.
         means = [float(self._means(rows["forget"]).exp().mean()), float(self._means(rows["retain"]).mean())] \
-            if self.processes.rank == 0 else [0.0, 0.0]  # fmt: skip
+            if self.processes.rank == 0 or self.processes.sharded else [0.0, 0.0]  # fmt: skip
         forget, retain = self.processes.first(means)  # so that all processes go on, or none
         now = Look(step, forget if rows["forget"] else math.nan, -retain)
         first = self.looks[0] if self.looks else now
