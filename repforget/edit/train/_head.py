@@ -18,7 +18,7 @@ from repforget.models._names import core
 from repforget.models.readout import cap, logit_cap
 from repforget.models.sites import site_map
 
-DIRECT = 2**22  # logits up to here are made at once and kept for the backward pass (16 MiB in float32)
+DIRECT = 2**20  # logits up to here are made at once and kept for the backward pass (4 MiB in float32)
 CHUNK = 2**21  # logits at a time beyond, of single labels
 WHOLE = 2**23  # logits at a time beyond, of whole distributions: every chunk reads the whole head
 KEPT = 2**25  # numbers of one call that may wait for the backward pass of a trained head (128 MiB in float32)
