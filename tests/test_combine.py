@@ -58,7 +58,7 @@ def scale_of(*sides: Flat, metric: Flat | None = None) -> float:
 
 
 def test_every_way_is_found_and_linear_needs_none() -> None:
-    assert set(part_names("combine")) == {*PROJECTING, "constraint", "flood", "torchjd"}
+    assert set(part_names("combine")) == {*PROJECTING, "constraint", "dual_optim", "flood", "torchjd"}
 
 
 @settings(deadline=None, max_examples=40)
@@ -115,6 +115,30 @@ def test_the_automatic_rate_is_the_lowest_point_of_a_parabola(seed: int, target:
     assert float(far["rate"]) == 1.0, "a loss that rises ahead halves it"
     with pytest.raises(UsageError, match="every 0 steps"):
         way("ngdiff")(forget, retain, {}, every=0)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seeds, st.integers(0, 3))
+def test_each_side_has_an_adam_of_its_own(seed: int, retain_steps: int) -> None:
+    """Against PyTorch's Adam, run on the gradients of one side alone."""
+    state: dict[str, Tensor] = {}
+    start = [torch.zeros(shape, dtype=torch.float64, requires_grad=True) for shape in SHAPES]
+    own = {side: [p.detach().clone().requires_grad_() for p in start] for side in ("forget", "retain")}
+    adams = {side: torch.optim.Adam(own[side], lr=0.1, betas=(0.9, 0.98)) for side in own}
+    there = [p.detach().clone() for p in start]
+    for step in range(9):
+        given = dict(zip(own, pair(seed + 7 * step), strict=True))
+        found = way("dual_optim")(given["forget"], given["retain"], state, retain_steps=retain_steps)
+        there = mix(1.0, there, -0.1, found)
+        turn = tuple(own) if retain_steps == 0 else ("retain" if step % (retain_steps + 1) else "forget",)
+        for side in turn:
+            for p, g in zip(own[side], given[side], strict=True):
+                p.grad = g.clone()
+            adams[side].step()
+    torch.testing.assert_close(there, mix(1.0, own["forget"], 1.0, own["retain"]))
+    for wrong in ({"retain_steps": -1}, {"beta2": 1.0}):
+        with pytest.raises(UsageError, match="dual_optim was given"):
+            way("dual_optim")(flat(0), flat(1), {}, **wrong)
 
 
 @settings(deadline=None, max_examples=40)

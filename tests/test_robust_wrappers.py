@@ -262,6 +262,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "tamper": {"robust": "tamper"}, "nested": {"robust": ["tamper", {"sam": {"rho": 0.5}}, "smoothing"]},
     "ngdiff": {"combine": "ngdiff"}, "pcgrad": {"combine": "pcgrad"}, "mgda": {"combine": "mgda"},
     "its own rate": {"combine": {"ngdiff": {"rate": "auto", "every": 1}}},
+    "two Adams": {"combine": "dual_optim", "optimizer": "descent", "clip": 0.0}, "descent": {"optimizer": "descent"},
     "gru": {"combine": "gru"}, "gru of the optimiser": {"combine": {"gru": {"space": "preconditioned"}}},
     "blur": {"combine": "blur"}, "constraint": {"combine": {"constraint": {"start": 3.0}}},
     "sign": {"optimizer": "sign", "lr": 1e-3}, "sophia": {"optimizer": "sophia", "lr": 1e-3},

@@ -95,7 +95,7 @@ def test_a_wrong_setting_is_reported_with_its_line(
 
 
 @pytest.mark.parametrize(("before", "after", "words"), [
-    ("settings: {beta: 2.5}", "settings: {betta: 2.5}", r"line 12: .*terms\[0\].*'simnpo' has no setting 'betta'.*'beta'"),
+    ("settings: {beta: 2.5}", "settings: {betta: 2.5}", r"line 12: .*\[0\].*'simnpo' has no setting 'betta'.*'beta'"),
     ("settings: {beta: 2.5}", "settings: {beta: much}", r"line 12: .*terms\[0\].*beta 'much'.*valid number"),
     ("objective: kl, data", "objective: kll, data", r"line 14: .*no objective 'kll'.*'kl'"),
     ("weight: 0.5", "wieght: 0.5", r"line 13: .*unknown key 'wieght'.*'weight'"),
@@ -105,6 +105,7 @@ def test_a_wrong_setting_is_reported_with_its_line(
     ("{add_retain: true}", "{add_retian: true}", r"line 10: .*combine: .*'add_retian'.*'add_retain'"),
     ("robust: [sam, ", "robust: [smam, ", r"line 6: .*robust: .*no robust wrapper 'smam'.*'sam'"),
     ("{samples: 1}", "{samples: few}", r"line 6: .*robust: .*samples 'few'.*valid integer"),
+    ("{gru: {add_retain: true}}", "dual_optim", r"line 7: .*trained: .*set optimizer: descent and clip: 0"),
     ("batch_size: 8", "batch_size: 0", r"line 5: .*npo: .*positive batch_size"),
 ])  # fmt: skip
 def test_a_wrong_setting_inside_a_setting_is_reported_with_its_line(

@@ -11,7 +11,8 @@ from repforget.edit.train._settings import Settings, named
 # Numbers that the backward pass needs of each token, per layer and unit of width: 21 to 34 in blocks of Llama, Qwen and
 # GPT-2 shape; up to 46 where attention is written out ("eager").
 KEPT_BY_LAYER = 28
-MOMENTS = {"sgd": 1, "nesterov": 1, "adagrad": 1, "sign": 1}  # copies that an optimiser keeps; all others keep two
+# Copies that an optimiser keeps; all others keep two.
+MOMENTS = {"descent": 0, "sgd": 1, "nesterov": 1, "adagrad": 1, "sign": 1}
 LOOKED_AT = 128  # rows read when training is looked at
 GIB = 2**30
 

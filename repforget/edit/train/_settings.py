@@ -19,23 +19,22 @@ class Settings:
     """Shared settings: what is trained, on how much, against what, and when it stops.
 
     ``steps`` optimiser steps on ``batch_size`` forget rows each and ``retain_batch`` retain rows (None: as many), in
-    ``accumulate`` parts; at most ``max_facts`` facts per set. ``optimizer``, ``schedule``, ``warmup`` (steps),
-    ``weight_decay``, ``clip`` (global gradient norm, 0: none); ``lr`` "auto" is 0.04 / width for weights and
-    3e-4 for adapters. The loss is ``forget_weight`` x the objective + ``retain_weight`` x the term ``retain``
-    ("none": no term) on each of the sets ``retain_on`` ("retain", "general", "strangers": made-up subjects, for terms
-    that compare with the untouched model; or a file), gradients joined by ``combine`` and taken through the wrappers
-    ``robust``; ``clamp`` bounds the loss per token or sequence from below. Trained are the weights below 1 B
+    ``accumulate`` parts; at most ``max_facts`` facts per set. ``optimizer`` ("descent" has no memory), ``schedule``,
+    ``warmup`` (steps), ``weight_decay``, ``clip`` (global gradient norm, 0: none); ``lr`` "auto" is 0.04 / width for
+    weights and 3e-4 for adapters. The loss is ``forget_weight`` x the objective + ``retain_weight`` x the term
+    ``retain`` ("none": no term) on each of the sets ``retain_on`` ("retain", "general", "strangers": made-up subjects,
+    for terms that compare with the untouched model; or a file), gradients joined by ``combine`` and taken through the
+    wrappers ``robust``; ``clamp`` bounds the loss per token or sequence from below. Trained are the weights below 1 B
     parameters and LoRA of ``rank`` and ``alpha`` (auto: twice the rank) above, or what ``adapter`` says ("none", or a
     tuner of peft), on ``targets`` (regular expressions over parameter names; auto: the best ``top_layers`` of the
     localisation, else everything), with ``mask`` its units only ("located" or true; for controls as many "random" ones,
-    drawn by the seed, or "inverted": those it ranks lowest). ``answers`` are put in the place of the true ones
-    where the objective reads others ("refusal", "alternative", "fresh" or a JSON-lines file). The untouched model is
-    asked once (``teacher`` "cached") or at every step ("live"). Half-precision weights have float32 ``precision``
-    masters, or are rounded at random ("stochastic"); ``checkpointing`` computes activations again to save memory.
-    Every ``check_every`` steps it stops where the mean probability of forget answers is at most ``stop_probability``,
-    or where the retain loss has risen by more than ``max_retain_rise`` nats per token, which keeps the last good
-    state. ``quantisation_floor`` makes what is smaller than half a bin of that rounding afterwards either whole or
-    nothing.
+    drawn by the seed, or "inverted": those it ranks lowest). ``answers`` are put in the place of the true ones where
+    the objective reads others ("refusal", "alternative", "fresh" or a JSON-lines file). The untouched model is asked
+    once (``teacher`` "cached") or at every step ("live"). Half-precision weights have float32 ``precision`` masters, or
+    are rounded at random ("stochastic"); ``checkpointing`` computes activations again to save memory. Every
+    ``check_every`` steps it stops where the mean probability of forget answers is at most ``stop_probability``, or
+    where the retain loss has risen by more than ``max_retain_rise`` nats per token, which keeps the last good state.
+    ``quantisation_floor`` makes what is smaller than half a bin of that rounding afterwards either whole or nothing.
 
     Raises KnowledgeError and UsageError for data and settings that do not fit, NumericalError where nothing good
     was reached, NoEffectError where nothing changed.  Memory, for what is trained: its start and its last good state,
@@ -93,6 +92,9 @@ class Settings:
                              "none.")  # fmt: skip
         if self.clamp is not None and self.clamp < 0:
             raise UsageError(f"A trained editor was given clamp {self.clamp}: it bounds losses and is 0 or more.")
+        if named(self.combine)[0] == "dual_optim" and (self.optimizer != "descent" or self.clip):
+            raise UsageError("'combine: dual_optim' scales each side by itself, which another optimiser or clipping "
+                             "would undo: set optimizer: descent and clip: 0.")  # fmt: skip
         if self.accumulate > self.batch_size:
             raise UsageError(f"{self.batch_size} forget rows per step cannot be taken in {self.accumulate} parts: "
                              "give at least one row per part.")  # fmt: skip
