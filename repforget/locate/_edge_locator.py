@@ -109,8 +109,8 @@ def locate_edges(
 def _check(graph: Graph, plan: Plan) -> None:
     total = int(graph.exists.sum())
     if plan.edges != "auto" and not 1 <= plan.edges <= total:
-        raise UsageError(f"A circuit of {plan.edges} edges cannot be cut from a graph of {total}: ask for 1 to {total} or "
-                         "'auto'.")  # fmt: skip
+        raise UsageError(f"A circuit of {plan.edges} edges cannot be cut from a graph of {total}: ask for 1 to {total} "
+                         "or 'auto'.")  # fmt: skip
     if not 0 < plan.faithful <= 1:
         raise UsageError(f"A circuit cannot be asked to be {plan.faithful} faithful: 1 is the whole model, so choose "
                          "above 0 and at most 1.")  # fmt: skip
@@ -207,5 +207,5 @@ def _circuits(
         notes.append(f"No circuit of up to {sizes[-1]} edges is {plan.faithful:g} faithful: the largest is given.")
     names = ", ".join(map(str, sizes))
     control = f"faithfulness of {RANDOM_CIRCUITS} random circuits of {size} edges: lowest, median, highest"
-    tables = {f"{FAITHFULNESS}: {names}": [curve.tolist()], control: [limits]}
+    tables: dict[str, Sequence[Sequence[float]]] = {f"{FAITHFULNESS}: {names}": [curve.tolist()], control: [limits]}
     return kept, tables, tuple(notes), float(len(held) * (len(sizes) + RANDOM_CIRCUITS + 4))

@@ -44,7 +44,7 @@ def gain(norm: nn.Module) -> Tensor:
     if isinstance(weight, Tensor) and weight.ndim == 1:
         with torch.no_grad():
             seen = norm(torch.full((1, len(weight)), 64.0, dtype=weight.dtype, device=weight.device))[0].double()
-        rounding = 8 * torch.finfo(weight.dtype).eps
+        rounding = 8 * max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)  # some compute in float32
         for candidate in (weight.detach().double(), 1.0 + weight.detach().double()):
             if torch.allclose(seen, candidate, rtol=rounding, atol=rounding):
                 return candidate
