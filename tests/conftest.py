@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import tiny_models
 import torch
 
 torch.set_num_threads(1)  # tiny models: threads only cost
+os.environ["REPFORGET_CACHE"] = "none"  # a test that keeps moments names its own folder
 
 
 @pytest.fixture
