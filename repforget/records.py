@@ -102,6 +102,9 @@ class Edge:
         return f"{self.source} -> {self.target}"
 
 
+Units = Literal["located", "random", "inverted"]  # of a localisation: its best, as many others, its worst
+
+
 @dataclass(frozen=True)
 class RandomBand:
     """What a random selection of equal size reaches: the control without which no localisation is claimed.

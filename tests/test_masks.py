@@ -17,7 +17,9 @@ from test_repselect import taught
 
 from repforget.edit._dispatch import edit as run_editor
 from repforget.edit.train._budget import divergence, probability
-from repforget.edit.train._masks import (
+from repforget.edit.train.robust.disruption_mask import disruption_mask
+from repforget.errors import SiteError, UsageError
+from repforget.masks import (
     Masks,
     apply_gradient_mask,
     inverted_units,
@@ -26,8 +28,6 @@ from repforget.edit.train._masks import (
     random_units,
     reproject,
 )
-from repforget.edit.train.robust.disruption_mask import disruption_mask
-from repforget.errors import SiteError, UsageError
 from repforget.models.weights import find, get_weight, head_slice, neuron_slice
 from repforget.records import Component, Localization, RandomBand
 

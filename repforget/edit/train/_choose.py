@@ -16,12 +16,12 @@ from repforget.artifact.weights import owner_of
 from repforget.edit.train._adapters import Adapter, adaptable, adapted, model_size_default
 from repforget.edit.train._fila import row_weights, squared_gradients
 from repforget.edit.train._lookup import Lookup, looked_up, lookup
-from repforget.edit.train._masks import Masks, masks, reproject
 from repforget.edit.train._pass import Term, swapped
 from repforget.edit.train._processes import Processes
 from repforget.edit.train._settings import Settings, Units
 from repforget.edit.train._shards import Shards, check_shards, in_shards
 from repforget.errors import SiteError, UsageError, nearest
+from repforget.masks import Masks, masks, reproject
 from repforget.models.load import LoadedModel
 from repforget.models.sites import site_map
 from repforget.records import Localization

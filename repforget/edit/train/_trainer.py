@@ -20,7 +20,6 @@ from repforget.edit.train._checkpoint import Checkpoint, Keeper, identity_of
 from repforget.edit.train._choose import Trainable, trainable
 from repforget.edit.train._data import Row, fact_rows, load_rows
 from repforget.edit.train._engine import Engine, Gradients, StepContext
-from repforget.edit.train._masks import apply_gradient_mask
 from repforget.edit.train._memory import advice_for, fitting, recomputed
 from repforget.edit.train._nested import part, retain_term, way, wrappers
 from repforget.edit.train._objective import Objective, Role
@@ -29,6 +28,7 @@ from repforget.edit.train._settings import Settings, named
 from repforget.edit.train._watch import Watch
 from repforget.errors import KnowledgeError, NumericalError, UsageError
 from repforget.knowledge import EditData
+from repforget.masks import apply_gradient_mask
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress, track
 from repforget.records import Localization

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from repforget.artifact.weights import canonical
-from repforget.edit.train._settings import Units
 from repforget.errors import SiteError, UsageError
 from repforget.models.load import LoadedModel
 from repforget.models.sites import SiteMap, site_map
 from repforget.models.weights import WeightRef, head_slice, neuron_slice, readers, writers
-from repforget.records import GLOBAL_KINDS, Component, Localization, Site
+from repforget.records import GLOBAL_KINDS, Component, Localization, Site, Units
 
 MlpPart = Literal["all", "down", "up+gate"]
 ATTENTION = ("q", "k", "v", "attn_out")
