@@ -21,10 +21,11 @@ from repforget.features.autoencoder import (
 )
 from repforget.features.files import read, save
 from repforget.features.fit import check_site, neighbours, unexplained
+from repforget.features.source import TRAIN, Source, obtain
 from repforget.features.train import Trained, train_features
 
 __all__ = [
-    "Activation", "Activity", "Scaling", "SparseAutoencoder", "Trained", "check_site", "encoded", "feature_values",
-    "frequency_difference", "highest_share", "importance_ratio", "measure", "neighbours", "rare_elsewhere", "read",
-    "save", "share_open", "told", "train_features", "unexplained",
+    "TRAIN", "Activation", "Activity", "Scaling", "Source", "SparseAutoencoder", "Trained", "check_site", "encoded",
+    "feature_values", "frequency_difference", "highest_share", "importance_ratio", "measure", "neighbours", "obtain",
+    "rare_elsewhere", "read", "save", "share_open", "told", "train_features", "unexplained",
 ]  # fmt: skip

@@ -29,6 +29,13 @@ class Activity:
     mean: Tensor
     frequency: Tensor
 
+    def joined(self, other: Activity) -> Activity:
+        """Over the tokens of both."""
+        n = self.tokens + other.tokens
+        share = self.tokens / max(1, n)
+        return Activity(n, share * self.mean + (1 - share) * other.mean,
+                        share * self.frequency + (1 - share) * other.frequency)  # fmt: skip
+
     @property
     def when_active(self) -> Tensor:
         return torch.where(self.frequency > 0, self.mean / self.frequency.clamp(min=1e-300), 0.0)

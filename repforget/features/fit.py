@@ -28,6 +28,11 @@ def neighbours(model: LoadedModel, site: Site) -> tuple[Site, ...]:
     return tuple(other for other in near if other in places.sites and places.size(other) == size) or (site,)
 
 
+def spread(sequences: Sequence[Ids], most: int) -> Sequence[Ids]:
+    """At most ``most`` sequences, taken evenly."""
+    return sequences[:: max(1, len(sequences) // most)][:most]
+
+
 def unexplained(
     model: LoadedModel, sae: SparseAutoencoder, sequences: Sequence[Ids], sites: Sequence[Site] = (),
     progress: Progress | None = None,
@@ -56,8 +61,8 @@ def unexplained(
 
     with torch.no_grad():
         stream(model, asked, track(progress, batches, "checking the site", len(batches)), "tokens", note)
-    spread = {site: squares[site] - float(sums[site].square().sum()) / max(1, tokens) for site in asked}
-    return {site: missed[site] / max(spread[site], 1e-300) for site in asked}
+    around = {site: squares[site] - float(sums[site].square().sum()) / max(1, tokens) for site in asked}
+    return {site: missed[site] / max(around[site], 1e-300) for site in asked}
 
 
 def check_site(
@@ -71,7 +76,7 @@ def check_site(
     if places.size(sae.site) != sae.width:
         raise ArtifactError(f"The autoencoder is {sae.width} wide and {sae.site} of '{model.name}' is "
                             f"{places.size(sae.site)}: it was made for another model or kind of site.")  # fmt: skip
-    found = unexplained(model, sae, sequences[:CHECKED], neighbours(model, sae.site), progress)
+    found = unexplained(model, sae, spread(sequences, CHECKED), neighbours(model, sae.site), progress)
     best = min(found, key=lambda site: found[site])
     if best != sae.site:
         table = ", ".join(f"{site} {value:.3f}" for site, value in found.items())

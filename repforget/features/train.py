@@ -14,7 +14,7 @@ from torch import Tensor
 from repforget.errors import KnowledgeError, UsageError
 from repforget.features.activity import Ids
 from repforget.features.autoencoder import SparseAutoencoder
-from repforget.features.fit import unexplained
+from repforget.features.fit import spread, unexplained
 from repforget.models.capture import Batch, stream
 from repforget.models.load import LoadedModel
 from repforget.models.sites import site_map
@@ -38,6 +38,7 @@ class Trained:
     sae: SparseAutoencoder
     unexplained: float
     dead: float
+    texts: int  # run for it
 
     @property
     def note(self) -> str:
@@ -54,16 +55,16 @@ def train_features(
     Each step minimises ``|x - x'|²`` over some 500 tokens of texts drawn by ``seed``, where the ``active`` x tokens
     largest values of the step are kept (batch top-k, Bussmann et al. 2024, arXiv 2412.06410); the threshold at which
     that cuts becomes a common fixed one, so that afterwards a feature depends on its own row alone (jumprelu).
-    Features that fell silent start again from tokens that are badly explained.  Cost: ``steps`` forwards (auto: 20 passes
-    over the texts, 100 to 500 steps), nothing kept.  A low value unexplained does not show that features mean anything.
-    Raises UsageError for sizes out of range, KnowledgeError without texts.
+    Features that fell silent start again from tokens that are badly explained.  Cost: ``steps`` forwards (auto: 20
+    passes over the texts, 100 to 500 steps), nothing kept.  A low value unexplained does not show that features mean
+    anything.  Raises UsageError for sizes out of range, KnowledgeError without texts.
     """
     places = site_map(model.module)
     if not sequences or not sites:
         raise KnowledgeError("Features are trained on texts at sites, and none were given: name at least one of both.")
-    if steps == "auto":
-        steps = min(MOST, max(FEWEST, PASSES * sum(map(len, sequences)) // BATCH))
-    learners = {site: _Learner(site, size or 4 * places.size(site), active, steps, seed) for site in sites}
+    count = min(MOST, max(FEWEST, PASSES * sum(map(len, sequences)) // BATCH)) if steps == "auto" else steps
+    learners = {site: _Learner(site, size or 4 * places.size(site), active, count, seed) for site in sites}
+    texts = 0
     device = torch.device("cpu") if model.device.type == "mps" else model.device
 
     def learn(values: dict[Site, Tensor], index: int) -> None:
@@ -71,13 +72,19 @@ def train_features(
             for site, x in values.items():
                 learners[site].step(x.detach().float().to(device), index)
 
-    batches = _batches(sequences, steps, seed, pad_id(model.tokenizer))
-    stream(model, list(learners), track(progress, batches, "training features", steps), "tokens", learn)
+    def counted(batches: Iterator[Batch]) -> Iterator[Batch]:
+        nonlocal texts
+        for batch in batches:
+            texts += len(batch)
+            yield batch
+
+    batches = counted(_batches(sequences, count, seed, pad_id(model.tokenizer)))
+    stream(model, list(learners), track(progress, batches, "training features", count), "tokens", learn)
     out = {}
     for site, learner in learners.items():
         sae = learner.finished()
-        left = unexplained(model, sae, sequences[:JUDGED])[site]
-        out[site] = Trained(sae, left, float((learner.seen < steps - learner.pause).float().mean()))
+        left = unexplained(model, sae, spread(sequences, JUDGED))[site]
+        out[site] = Trained(sae, left, float((learner.seen < count - learner.pause).float().mean()), texts)
     return out
 
 
@@ -159,13 +166,13 @@ class _Learner:
                 self._revive(missed.detach(), index)
 
     def _revive(self, missed: Tensor, index: int) -> None:
-        """Features silent since the last time take a token that is badly explained, with fresh moments."""
+        """Features silent since the last time turn to tokens that are badly explained, with fresh moments."""
         silent = (self.seen <= index + 1 - self.pause).nonzero()[:, 0]
         if not len(silent):
             return
         rows = torch.nn.functional.normalize(missed[self._drawn(missed.square().sum(1), len(silent))], dim=1)
         self.decoder[silent] = rows
-        self.encoder[silent] = rows * 0.2 * self.encoder.norm(dim=1).mean()  # too long a row overshoots
+        self.encoder[silent] = rows * 0.2 * self.encoder.norm(dim=1).mean()  # longer rows overshoot
         self.bias[silent] = 0.0
         for p in (self.encoder, self.bias, self.decoder):
             for moment in self.optimizer.state[p].values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -21,6 +22,7 @@ from repforget.records import Component, RandomBand
 
 Array = NDArray[np.float64]
 Control = Literal["mean", "joint"]
+Alike = Callable[[Component], str]
 MIN_SELECTIONS = 41  # fewer possible selections cannot place one above the central 95 % of all
 PLENTY = 200  # with so many, the top need not be the very best to lie above the central 95 %
 MIN_DRAWS = 20
@@ -152,13 +154,13 @@ def ranked(components: Sequence[Component], scores: Array) -> tuple[tuple[Compon
     return tuple(components[k] for k in order), tuple(float(scores[k]) for k in order)
 
 
-def _possible(pool: Sequence[Component], chosen: Sequence[Component]) -> int:
+def _possible(pool: Sequence[Component], chosen: Sequence[Component], alike: Alike) -> int:
     """How many selections have as many components of each size as ``chosen``."""
-    return prod(comb(sum(size_class(c) == size for c in pool), sum(size_class(c) == size for c in chosen))
-                for size in {size_class(c) for c in chosen})  # fmt: skip
+    have, want = Counter(map(alike, pool)), Counter(map(alike, chosen))
+    return prod(comb(have[size], count) for size, count in want.items())
 
 
-def top_size(order: Sequence[Component], top: int | str) -> int:
+def top_size(order: Sequence[Component], top: int | str, alike: Alike = size_class) -> int:
     """``auto``: the fewest leading components of which plenty (or else just enough) random selections exist."""
     if top != "auto":
         if not 1 <= int(top) < len(order):
@@ -166,16 +168,18 @@ def top_size(order: Sequence[Component], top: int | str) -> int:
                              f"{len(order)}: choose 1 to {len(order) - 1}, or 'auto'.")  # fmt: skip
         return int(top)
     sizes = range(1, max(2, len(order) // 2 + 1))
-    possible = {k: _possible(order, order[:k]) for k in sizes}
+    possible = {k: _possible(order, order[:k], alike) for k in sizes}
     enough = (next((k for k in sizes if possible[k] >= needed), None) for needed in (PLENTY, MIN_SELECTIONS))
     return next((k for k in enough if k is not None), max(sizes))
 
 
-def selections(pool: Sequence[Component], chosen: Sequence[Component], draws: int, seed: int) -> list[Patch]:
+def selections(
+    pool: Sequence[Component], chosen: Sequence[Component], draws: int, seed: int, alike: Alike = size_class
+) -> list[Patch]:
     """Random selections with as many components of each size as ``chosen``: all of them where few exist."""
-    counts = {size: sum(size_class(c) == size for c in chosen) for size in dict.fromkeys(map(size_class, chosen))}
-    same = {size: [c for c in pool if size_class(c) == size] for size in counts}
-    if _possible(pool, chosen) <= draws:
+    counts = Counter(map(alike, chosen))
+    same = {size: [c for c in pool if alike(c) == size] for size in counts}
+    if _possible(pool, chosen, alike) <= draws:
         found: list[tuple[Component, ...]] = [()]
         for size, k in counts.items():
             found = [(*left, *right) for left in found for right in combinations(same[size], k)]
@@ -186,9 +190,11 @@ def selections(pool: Sequence[Component], chosen: Sequence[Component], draws: in
 
 def band_of(
     pool: Sequence[Component], order: Sequence[Component], top: int | str, draws: int, seed: int, words: str,
-    effect: Callable[[Sequence[Patch]], Array],
+    effect: Callable[[Sequence[Patch]], Array], alike: Alike = size_class,
 ) -> tuple[RandomBand, tuple[str, ...]]:  # fmt: skip
     """The effect of the leading components of ``order`` beside that of random selections of the same kinds.
+
+    ``alike`` names the kind of a component: those of one may stand for each other (default: of one size).
 
     ``effect`` gives one value per selection and must look at other facts than ``order`` was made from.
     Returns the band, a note where it cannot or does not support a claim, and how many selections were
@@ -198,14 +204,14 @@ def band_of(
     if draws < MIN_DRAWS:
         raise UsageError(f"{draws} random selections are too few to say what chance reaches: draw at least "
                          f"{MIN_DRAWS}.")
-    k = top_size(order, top)
+    k = top_size(order, top, alike)
     chosen = order[:k]
-    drawn = selections(pool, chosen, draws, seed)
+    drawn = selections(pool, chosen, draws, seed, alike)
     values = effect([chosen, *drawn])
     low = float(np.quantile(values[1:], 0.025, method="lower"))
     high = float(np.quantile(values[1:], 0.975, method="higher"))
     band = RandomBand(k, len(drawn), float(values[0]), low, high, words.format(k=k))
-    possible = _possible(pool, chosen)
+    possible = _possible(pool, chosen, alike)
     if possible < MIN_SELECTIONS:
         return band, (f"Only {possible} selections of {k} components of these sizes exist, and a claim needs "
                       f"{MIN_SELECTIONS}: no localisation is claimed; rank more components or more "
