@@ -16,6 +16,7 @@ from repforget.artifact import LowRankDelta
 from repforget.errors import NumericalError
 
 NEGLIGIBLE = 1e-7  # share of the largest singular value below which a factor of a delta is rounding
+INSIDE = 1e-9  # share of a squared key inside the null space below which it is rounding
 SINGULAR = 1e-13  # reciprocal condition (of the triangular factor) below which a solve means nothing
 
 
@@ -80,12 +81,17 @@ def null_space(moment: Tensor, threshold: float) -> Tensor:
 
 
 def projected(keys: Tensor, residuals: Tensor, basis: Tensor, ridge: float) -> Delta:
-    """The smallest Δ inside the span of ``basis`` [m, r] that meets the residuals, with ``ridge`` of the mean squared
-    length of a projected key against large steps: ``Δ = R K_Pᵀ (K_P K_Pᵀ + ridge)⁻¹ Pᵀ``.
+    """Δ inside the span of ``basis`` [m, r] that meets the residuals: ``Δ = R K_Pᵀ (K_P K_Pᵀ + ridge)⁻¹ Pᵀ``, with
+    ``ridge`` of the mean squared length of a key against large steps; the smallest that meets them without it.
     """
     inside = keys @ basis  # [n, r]
-    gram = inside @ inside.T
-    factor = _factor(regular(gram, ridge), "The keys of the facts inside the null space")
+    size = keys.square().sum(1)
+    share = float((inside.square().sum(1) / size).max())
+    if share < INSIDE:
+        raise NumericalError(f"No more than {share:.1g} of any fact's key lies inside the null space of kept keys, so "
+                             "that nothing can be written there: choose another layer, or token.")  # fmt: skip
+    gram = inside @ inside.T + ridge * size.mean() * torch.eye(len(keys)).to(keys)
+    factor = _factor(gram, "The keys of the facts inside the null space")
     return _finite(Delta(residuals.T, torch.cholesky_solve(inside, factor) @ basis.T))
 
 

@@ -26,7 +26,7 @@ def alphaedit(
     token: Literal["subject_last", "last"] = "last", unit: Literal["auto", "subject", "fact", "prompt"] = "subject",
     contexts: int = 16, lens_layers: Literal["auto"] | list[int] = "auto", k: int = 4, steps: int = 25,
     step_size: float = 0.2, clamp: float = 4.0, kl_weight: float = 0.0625, decay: float = 0.01,
-    ridge: float = 0.01, strangers: int = 2000,
+    ridge: float = 1e-3, strangers: int = 2000,
 ) -> Edit:  # fmt: skip
     """Let the MLPs of some layers write something else at the forget keys, along directions that kept keys lack.
 
@@ -38,7 +38,7 @@ def alphaedit(
         layers: whose MLPs change; "auto" is the ``top_layers`` best of ``where``, else those that end a third of the
             way up. Values are found at the last of them.
         threshold: eigenvalues up to this share of the mean one count as null; 0.02 is published for absolute ones.
-        ridge: against large steps, as a share of the mean squared length of a projected key.
+        ridge: against large steps, as a share of the mean squared length of a key.
         objective, token, unit, contexts, lens_layers, k, steps, step_size, clamp, kl_weight, decay, strangers: as for
             rome, which explains them.
 
