@@ -31,7 +31,7 @@ class Page(HTMLParser):
         self.words: list[str] = []
         self.attributes: list[tuple[str, str | None]] = []
         self.open: list[str] = []
-        self.feed(page.replace(render._plotly_js(), ""))  # four megabytes that are not ours
+        self.feed(page.replace(render.plotly_js(), ""))  # four megabytes that are not ours
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.attributes += attrs

@@ -19,6 +19,9 @@ def command(
     twin: o.Twins = None,
     settings: o.Settings = None,
     out: Annotated[Path | None, typer.Option("--out", help="File to write the localization to, as JSON.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Also write a page: the circuit where there is one, or heat maps.")
+    ] = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
@@ -36,14 +39,17 @@ def command(
     probe = load_knowledge(knowledge, seed=seed)
     from repforget.locate._dispatch import locate
     from repforget.models.load import load
-    from repforget.report import tables
-    from repforget.store import write_json
+    from repforget.models.sites import site_map
+    from repforget.report import circuit, tables
+    from repforget.store import write_atomic, write_json
 
     loaded, *twins = (load(name, device=device, dtype=dtype) for name in (model, *(twin or ())))
     with display(as_json) as (progress, _):
         where = locate(loaded, probe, method, twins=twins, seed=seed, progress=progress, **given)
     if out is not None:
         write_json(out, where.to_json())
+    if html is not None:
+        write_atomic(html, circuit.html(where, site_map(loaded).n_kv_heads).encode())
     if as_json:
         print_json(where.to_json())
         return

@@ -200,7 +200,7 @@ def _circuits(
     reached, limits = float(curve[sizes.index(size)]), [float(f(chance)) for f in (np.min, np.median, np.max)]
     notes = [f"A circuit of at most {size} of {int(graph.exists.sum())} edges, ranked on one half of the facts, has a "
              f"faithfulness of {reached:.2f} on the other half; {RANDOM_CIRCUITS} circuits grown from shuffled scores "
-             f"reach {limits[0]:.2f} to {limits[2]:.2f} (median {limits[1]:.2f})."]  # fmt: skip
+             f"reach {limits[0]:z.2f} to {limits[2]:z.2f} (median {limits[1]:z.2f})."]  # fmt: skip
     if reached <= limits[2]:
         notes.append("The circuit does not beat random circuits of equal size: no circuit is claimed.")
     if plan.edges == "auto" and not enough:

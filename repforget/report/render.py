@@ -92,22 +92,25 @@ def leaking_items(run: ReportData, texts: Mapping[str, tuple[str, str]]) -> tupl
 
 
 @cache
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """Text of a file in assets/."""
     return (files("repforget.report") / "assets" / name).read_text(encoding="utf-8")
 
 
 @cache
-def _plotly_js() -> str:
+def plotly_js() -> str:
+    """The script that draws figures."""
     from plotly.offline import get_plotlyjs
 
     return str(get_plotlyjs())
 
 
-def _csp_hash(script: str) -> str:
+def csp_hash(script: str) -> str:
+    """What a page's policy names a script by."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def _embedded(figure: figures.Figure) -> str:
+def embedded(figure: figures.Figure) -> str:
     """JSON that is safe inside a script element."""
     text = json.dumps(figure, sort_keys=True, allow_nan=False, ensure_ascii=True, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
@@ -119,19 +122,19 @@ def html(run: ReportData, texts: tuple[tuple[str, str, str], ...] = ()) -> str:
     from markupsafe import Markup
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(_asset("report.html.j2"))
+    template = environment.from_string(asset("report.html.j2"))
     plots = interactive_plots(run)
-    scripts = [_plotly_js(), _asset("report.js")] if plots else []
+    scripts = [plotly_js(), asset("report.js")] if plots else []
     return template.render(
         run=run, verdict=run.verdict, tables=tables, **tables.names(run.recipe),
         outcome=OUTCOME_WORDS[run.verdict.outcome] if run.verdict.controls_ok else "No verdict",
         rows=tables.claim_rows(run.verdict, run.evidence), unscored=tables.unscored(run.evidence),
         interval=lambda claim: Markup(svg.interval(claim)), texts=texts, result_file=RESULT_FILE,
         static={name: Markup(picture) for name, picture in static_plots(run).items()},
-        figures={name: Markup(_embedded(figure)) for name, figure in plots.items()},
+        figures={name: Markup(embedded(figure)) for name, figure in plots.items()},
         curves=[name for name in plots if name.startswith("curve-")],
-        located=_located(run), style=Markup(_asset("report.css")), scripts=[Markup(s) for s in scripts],
-        policy=" ".join(f"'{_csp_hash(script)}'" for script in scripts) or "'none'",
+        located=_located(run), style=Markup(asset("report.css")), scripts=[Markup(s) for s in scripts],
+        policy=" ".join(f"'{csp_hash(script)}'" for script in scripts) or "'none'",
     )  # fmt: skip
 
 

@@ -137,7 +137,7 @@ def _lines(curve: Curve) -> list[Line]:
 
 
 def table_panels(localization: Localization) -> tuple[Panel, ...]:
-    """The locator's own tables (rows are layers) as panels; each row shaded by the table's range."""
+    """The locator's own tables as panels, rows are layers unless there is one; shaded by the table's range."""
     panels = []
     for title, table in sorted(localization.tables.items()):
         values = [[finite(v) for v in row] for row in table]
@@ -146,9 +146,10 @@ def table_panels(localization: Localization) -> tuple[Panel, ...]:
             continue
         low = min(known)
         span = max(known) - low or 1.0
+        names = [f"layer {k}" for k in range(len(values))] if len(values) > 1 else [""]
         rows = tuple(
-            Profile(f"layer {k}", tuple(row), tuple(None if v is None else (v - low) / span for v in row))
-            for k, row in enumerate(values)
+            Profile(name, tuple(row), tuple(None if v is None else (v - low) / span for v in row))
+            for name, row in zip(names, values, strict=True)
         )
         panels.append(Panel(title, _columns(title, max(map(len, values))), rows))
     return tuple(panels)
