@@ -7,7 +7,20 @@ from typing import Annotated
 import typer
 
 from repforget import __version__
-from repforget.cli import bench, calibrate, compare, edit, locate, methods, organism, plan, report, run, verify
+from repforget.cli import (
+    bench,
+    calibrate,
+    compare,
+    edit,
+    features,
+    locate,
+    methods,
+    organism,
+    plan,
+    report,
+    run,
+    verify,
+)
 
 app = typer.Typer(
     name="repforget", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -18,6 +31,7 @@ app = typer.Typer(
 for module in (run, plan, locate, edit, verify, bench, compare, calibrate, report, methods):
     app.command(name=module.__name__.rpartition(".")[2])(module.command)
 app.add_typer(organism.app, name="organism")
+app.add_typer(features.app, name="features")
 
 
 def _version(wanted: bool) -> None:

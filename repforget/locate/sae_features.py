@@ -68,8 +68,8 @@ def sae_features(
     nothing of other text.  At most ``max_facts`` forget facts rank, beside as many of the same relations.
 
     The band is exact: what the ``top`` features, ranked on one half of the facts, take from the answers of the other
-    half (about the same subjects) when their part is removed at the site, less ``contrast`` times what that takes from matched retain answers;
-    against random features of like frequency on forget facts.
+    half (about the same subjects) when their part is removed at the site, less ``contrast`` times what that takes from
+    matched retain answers; at most ``items`` of each, against ``draws`` random selections of like frequency there.
 
     Cost: training (some hundred forwards), two forwards per fact, one per item and selection.
     What it does not show: that the knowledge is where the features are (they may detect the subject alone), or that
