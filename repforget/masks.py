@@ -85,7 +85,7 @@ def masks_of(
     count, taken = 0, 0
     for component in components:
         grown, added = dict(units), 0
-        for ref in _refs(module, places, refs, component, mlp_part):
+        for ref in weights_of(module, places, refs, component, mlp_part):
             vector, entries = _marked(module, ref, grown)
             grown[ref.name], added = (ref, vector), added + entries
         if budget is not None and count + added > budget:
@@ -97,10 +97,10 @@ def masks_of(
     return Masks(_masks(module, units), chosen, count, _notes(places, chosen))
 
 
-def _refs(
-    module: nn.Module, places: SiteMap, refs: Sequence[WeightRef], component: Component, mlp_part: MlpPart
+def weights_of(
+    module: nn.Module, places: SiteMap, refs: Sequence[WeightRef], component: Component, mlp_part: MlpPart = "all"
 ) -> list[WeightRef]:
-    """The weights, or parts of weights, that belong to a unit."""
+    """Those of ``refs`` (all readers and writers), or parts of them, that belong to a unit; SiteError for none."""
     site = component.site
     places.locate(site)
     roles = ALONE.get(site.kind) or _roles(site, mlp_part)

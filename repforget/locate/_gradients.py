@@ -1,0 +1,134 @@
+"""Scores of single weights, from gradients of one fact at a time, added up over the weights of every unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from repforget.causal import Run, answer_metric, prepare
+from repforget.errors import KnowledgeError, NumericalError
+from repforget.knowledge import Knowledge
+from repforget.locate._exact import Array, BandPlan, exact_band, in_second_half, ranked
+from repforget.locate._pairs import Pairs, forget_and_retain, plain_runs
+from repforget.locate._tasks import corrupted_tasks
+from repforget.locate._units import heat_maps
+from repforget.masks import BY_COLUMNS, weights_of
+from repforget.models.load import LoadedModel
+from repforget.models.sites import site_map
+from repforget.models.weights import WeightRef, readers, writers
+from repforget.progress import Progress, track
+from repforget.records import Component, Localization
+from repforget.training.finetune import only
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The facts whose gradients are taken; the second half of their clusters is kept for the band."""
+
+    forget: tuple[Run, ...]
+    retain: tuple[Run, ...]
+    notes: tuple[str, ...]
+
+    def first_half(self, seed: int) -> Facts:
+        return Facts(_early(self.forget, seed), _early(self.retain, seed), self.notes)
+
+
+def _early(runs: Sequence[Run], seed: int) -> tuple[Run, ...]:
+    late = in_second_half([run.cluster for run in runs], seed)
+    return tuple(run for run, second in zip(runs, late, strict=True) if not second)
+
+
+def facts_of(model: LoadedModel, knowledge: Knowledge, items: int, seed: int) -> Facts:
+    """At most ``items`` forget facts and as many retain facts of the same relations."""
+    data = knowledge.for_editor()
+
+    def build(facts: Sequence[Any]) -> Pairs:
+        return plain_runs(model.tokenizer, facts, "all")
+
+    forget, retain = forget_and_retain(data, items, seed, build, True)
+    if not retain.runs:
+        raise KnowledgeError("Weights are compared between forget and retain facts, and there are no retain facts: add "
+                             "some, or use attribution_patching.")  # fmt: skip
+    return Facts(forget.runs, retain.runs, (*forget.notes, *retain.notes))
+
+
+def weights(model: LoadedModel, components: Sequence[Component]) -> dict[Component, list[WeightRef]]:
+    """The parts of weights that belong to each component."""
+    module, places = model.module, site_map(model.module)
+    refs = (*writers(module), *readers(module))
+    return {c: weights_of(module, places, refs, c) for c in components}
+
+
+def visit_gradients(
+    model: LoadedModel, runs: Sequence[Run], names: Sequence[str], visit: Callable[[Mapping[str, Tensor]], None],
+    progress: Progress | None = None,
+) -> None:  # fmt: skip
+    """Call ``visit`` with d log p(answer) / d parameter of every run alone; the model is left as it was."""
+    table = dict(model.module.named_parameters())
+    own = [table[name] for name in names]
+    with only(model.module, own), torch.enable_grad():
+        for run in track(progress, runs, "gradients of single facts"):
+            (item,) = prepare(model, [run])
+            total = answer_metric(model, item.base, item, "logprob").sum()
+            gradients = torch.autograd.grad(total, own, allow_unused=True)
+            visit({name: torch.zeros_like(p) if g is None else g
+                   for name, p, g in zip(names, own, gradients, strict=True)})  # fmt: skip
+
+
+def unit_sums(
+    module: nn.Module, units: Mapping[Component, Sequence[WeightRef]], table: Mapping[str, Tensor]
+) -> tuple[Array, Array]:
+    """Sum of ``table``'s entries (one tensor per parameter name) over the weights of each unit, and their number."""
+    sums = np.zeros(len(units))
+    sizes = np.zeros(len(units))
+    lines: dict[tuple[str, bool], tuple[Array, int]] = {}
+    for k, own in enumerate(units.values()):
+        for ref in own:
+            along = ref.role in BY_COLUMNS
+            if (ref.name, along) not in lines:
+                lines[ref.name, along] = _line(table[ref.name], along != ref.conv1d)
+            line, width = lines[ref.name, along]
+            for start, stop in (ref.cols if along else ref.rows) or ((0, len(line) - 1),):
+                sums[k] += line[stop] - line[start]
+                sizes[k] += (stop - start) * width
+    if not np.isfinite(sums).all():
+        raise NumericalError("Gradients are not finite: load the model in float32 and try again.")
+    return sums, sizes
+
+
+def _line(values: Tensor, last: bool) -> tuple[Array, int]:
+    """Cumulative sums of ``values`` along its last axis (or the one before), all others added up; their size."""
+    axis = values.ndim - (1 if last else 2)
+    summed = values.double().sum(dim=[k for k in range(values.ndim) if k != axis])
+    line = np.concatenate([[0.0], summed.cumsum(0).cpu().numpy()])
+    return line, values.numel() // values.shape[axis]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a locator of weights says of itself: its name, settings, and what its heat map shows."""
+
+    method: str
+    settings: Mapping[str, Any]
+    label: str
+    backwards: float
+
+
+def weight_localization(
+    model: LoadedModel, knowledge: Knowledge, components: Sequence[Component],
+    score: Callable[[Facts], Array], facts: Facts, plan: BandPlan, shown: Shown, progress: Progress | None,
+) -> Localization:  # fmt: skip
+    """Rank by ``score`` of all facts; its ranking on half of them meets exact patches on the other half."""
+    tasks, notes = corrupted_tasks(model, knowledge, plan.seed, items=len(facts.forget), mode="both")
+    half, _ = ranked(components, score(facts.first_half(plan.seed)))
+    band, band_notes, spent = exact_band(tasks, components, half, plan, progress)
+    scores = score(facts)
+    order, values = ranked(components, scores)
+    cost = {"forwards": shown.backwards + spent, "backwards": shown.backwards, "facts": float(len(facts.forget))}
+    return Localization(shown.method, order, values, band, cost, dict(shown.settings),
+                        heat_maps(components, scores, shown.label), (*facts.notes, *notes, *band_notes))  # fmt: skip

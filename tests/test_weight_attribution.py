@@ -1,0 +1,123 @@
+"""Scores of weights: sums over units by brute force, limits of the formulas, and planted layers as they come out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from edit_models import model as tiny
+from edit_models import people
+from hypothesis import given
+from hypothesis import strategies as st
+
+import repforget as rf
+from repforget.causal import Run
+from repforget.errors import UsageError
+from repforget.locate._gradients import facts_of, unit_sums, visit_gradients, weights
+from repforget.locate.wagle import attribution
+from repforget.masks import masks_of
+from repforget.records import Component
+from tests.test_locate_planted import located
+
+ALL = (*tiny_models.CONFIGS, *tiny_models.VARIANTS)
+
+
+def components(*texts: str) -> tuple[Component, ...]:
+    return tuple(Component.parse(text) for text in texts)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_sums_over_units_are_those_under_their_masks(name: str) -> None:
+    module = tiny(name)
+    wanted = ["mlp_out.1", "attn_out.0", "attn_z.0.h1"] + ([] if name == "mixtral" else ["mlp_post.1.n3"])
+    units = weights(module, components(*wanted))
+    generator = torch.Generator().manual_seed(0)
+    table = {n: torch.rand(p.shape, generator=generator) for n, p in module.module.named_parameters()}
+    sums, sizes = unit_sums(module.module, units, table)
+    for component, total, size in zip(units, sums, sizes, strict=True):
+        held = {n: m for n, m in masks_of(module, [component]).masks.items() if table[n].ndim > 1}
+        by_hand = sum(float(table[n][m.expand_as(table[n])].double().sum()) for n, m in held.items())
+        assert total == pytest.approx(by_hand, rel=1e-9)
+        assert size == sum(int(m.expand_as(table[n]).sum()) for n, m in held.items())
+
+
+def _runs(module: Any, items: int = 6) -> tuple[Run, ...]:
+    return facts_of(module, people(), items, 0).forget
+
+
+def test_squares_are_of_single_facts_and_do_not_depend_on_their_order() -> None:
+    module = tiny("llama")
+    runs = _runs(module)
+    name = "model.layers.1.mlp.down_proj.weight"
+
+    def squares(chosen: tuple[Run, ...]) -> torch.Tensor:
+        total = torch.zeros(module.module.get_parameter(name).shape, dtype=torch.float64)
+
+        def add(gradients: Any) -> None:
+            total.add_(gradients[name].double().square())
+
+        visit_gradients(module, chosen, [name], add)
+        return total
+
+    whole = squares(runs)
+    assert (whole >= 0).all() and whole.any()
+    torch.testing.assert_close(squares(runs[::-1]), whole, rtol=1e-6, atol=0)
+    torch.testing.assert_close(squares(runs[:2]) + squares(runs[2:]), whole, rtol=1e-6, atol=0)
+    assert all(p.grad is None for p in module.module.parameters())
+
+
+def test_one_gradient_agrees_with_finite_differences() -> None:
+    module = tiny("llama")
+    (run,) = _runs(module, 1)[:1]
+    name, found = "model.layers.0.mlp.up_proj.weight", []
+    visit_gradients(module, [run], [name], lambda g: found.append(g[name].clone()))
+    parameter = module.module.get_parameter(name)
+    direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+
+    def logprob() -> float:
+        ids = torch.tensor([run.base])
+        logits = module.module(ids).logits[0, :-1].double().log_softmax(-1)
+        return float(sum(logits[k - 1, run.base[k]] for k in range(run.start, len(run.base))))
+
+    values, step = [], 1e-3
+    with torch.no_grad():
+        for sign in (1, -1):
+            parameter.add_(sign * step * direction)
+            values.append(logprob())
+            parameter.sub_(sign * step * direction)
+    assert float((found[0] * direction).sum()) == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-2)
+
+
+@given(st.integers(0, 2**31 - 1))
+def test_wagle_is_snip_for_a_large_mu_and_a_product_of_gradients_for_a_small_one(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight, forget, retain = (torch.randn(5, 7, generator=generator) for _ in range(3))
+    snip = (weight.double() * forget.double()).abs()
+    torch.testing.assert_close(attribution(weight, forget, retain, 1e12), snip, rtol=0, atol=1e-10)
+    product = (retain.double() * forget.double()).abs()
+    torch.testing.assert_close(attribution(weight, forget, retain, 1e-9) * 1e-9, product, rtol=0, atol=1e-7)
+
+
+def test_what_weight_attribution_finds_of_four_planted_layers() -> None:
+    """As measured, so that the docstrings stay true: Fisher 0, WAGLE 2, SNIP 4 (chance 1)."""
+
+    def hits(name: str, **settings: Any) -> int:
+        return sum(located(k, name, nodes=("mlp_out",), **settings).layers("mlp_out")[0] == k for k in range(4))
+
+    assert hits("wagle", mu=1e9) == 4
+    assert hits("wagle") <= 3 and hits("fisher") <= 1
+
+
+@pytest.mark.parametrize("name", ["fisher", "wagle"])
+def test_bad_input_is_refused(name: str) -> None:
+    bad = {"fisher": {"damping": 0.0}, "wagle": {"mu": -1.0}}[name]
+    with pytest.raises(UsageError, match="must be positive"):
+        rf.locate(tiny("llama"), people(), name, **bad)
+
+
+def test_scores_are_finite_where_retain_facts_do_not_use_a_unit() -> None:
+    found = rf.locate(tiny("llama"), people(), "fisher", nodes=["neurons"], items=4, draws=20)
+    assert np.isfinite(found.scores).all() and len(found.components) == 2 * 48
