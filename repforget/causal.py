@@ -30,6 +30,7 @@ from repforget.scoring.encode import pad_id
 Positions = Literal["all", "subject", "last", "answer"]
 Metric = Literal["logprob", "logit_difference"]
 Patch = Sequence[Component]
+EMBED = Site("embed")
 TOKEN_BUDGET = 8192
 _LOGITS_AT_ONCE = 2**26  # values of the vocabulary distribution held at once (float64: 512 MiB)
 
@@ -264,18 +265,20 @@ def columns_of(model: LoadedModel, component: Component) -> tuple[Site, range | 
 def patch_scores(
     model: LoadedModel, runs: Sequence[Run], patches: Sequence[Patch], *, donor: LoadedModel | None = None,
     metric: Metric = "logprob", token_budget: int = TOKEN_BUDGET, progress: Progress | None = None,
+    shift: Callable[[Prepared], Tensor] | None = None,
 ) -> NDArray[np.float64]:  # fmt: skip
     """Metric of every run under every patch [p, n], float64; all components of one patch are written jointly.
 
     Donor activations come from ``donor`` (default: the model itself) on the donor ids.  An empty patch is the
-    unpatched run.  Many patches share one forward pass in the batch dimension.  Cost: one forward pass of the
+    unpatched run.  Many patches share one forward pass in the batch dimension.  ``shift`` gives what is added to the
+    token embeddings of the base [b, s, d], before any patch.  Cost: one forward pass of the
     donor per item and one of the model per item and patch; memory: the donor's sites of one batch.
     What the number does not show: that an unpatched component is unimportant (other components compensate),
     or that editing at a high-scoring component removes the knowledge.  Zhang & Nanda 2023, arXiv 2309.16042.
     """
     source = model if donor is None else donor
     check_same_shape(model, source)
-    plans = [_plan(model, patch) for patch in patches]
+    plans = [patch_plan(model, patch) for patch in patches]
     sites = sorted({site for plan in plans for site in plan})
     result = np.zeros((len(patches), len(runs)), dtype=np.float64)
     share_of_budget = max(1, token_budget // max(1, min(len(patches), 8)))
@@ -287,8 +290,10 @@ def patch_scores(
         group = max(1, min(token_budget // (b * s), 2 * _LOGITS_AT_ONCE // (b * width)))
         for first in range(0, len(plans), group):
             some = plans[first : first + group]
-            edits = {site: _writer(values[site], item.where, some, site) for site in sites
+            edits = {site: patch_writer(values[site], item.where, some, site) for site in sites
                      if any(site in plan for plan in some)}  # fmt: skip
+            if shift is not None:
+                edits[EMBED] = _shifted(shift(item).repeat(len(some), 1, 1), edits.get(EMBED))
             wide = Batch(item.base.ids.repeat(len(some), 1), item.base.mask.repeat(len(some), 1))
             with torch.no_grad(), hooks(model, edits):
                 scores = answer_metric(model, wide, item, metric)
@@ -299,7 +304,7 @@ def patch_scores(
     return result
 
 
-def _plan(model: LoadedModel, patch: Patch) -> dict[Site, list[int] | None]:
+def patch_plan(model: LoadedModel, patch: Patch) -> dict[Site, list[int] | None]:
     """Whole site -> columns to write (None: all of them) for one patch."""
     plan: dict[Site, list[int] | None] = {}
     for component in patch:
@@ -309,7 +314,7 @@ def _plan(model: LoadedModel, patch: Patch) -> dict[Site, list[int] | None]:
     return plan
 
 
-def _writer(
+def patch_writer(
     value: Tensor, where: Tensor, plans: Sequence[Mapping[Site, list[int] | None]], site: Site
 ) -> Callable[[Tensor], Tensor]:
     """A hook that writes the donor's value into the row block of each plan that names ``site``."""
@@ -329,6 +334,14 @@ def _writer(
     return write
 
 
+def _shifted(shift: Tensor, patch: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
+    def write(x: Tensor) -> Tensor:
+        moved = x + shift.to(x)
+        return moved if patch is None else patch(moved)
+
+    return write
+
+
 def check_same_shape(model: LoadedModel, donor: LoadedModel) -> None:
     """Raise UsageError unless the two models have the same depth, widths and vocabulary."""
     if donor is model:
@@ -343,11 +356,13 @@ def check_same_shape(model: LoadedModel, donor: LoadedModel) -> None:
 def patch_effects(
     model: LoadedModel, runs: Sequence[Run], patches: Sequence[Patch], *, donor: LoadedModel | None = None,
     metric: Metric = "logprob", token_budget: int = TOKEN_BUDGET, progress: Progress | None = None,
+    shift: Callable[[Prepared], Tensor] | None = None,
 ) -> Effects:  # fmt: skip
-    """:func:`patch_scores` together with the unpatched base and the donor itself, as :class:`Effects`."""
+    """:func:`patch_scores` together with the unpatched base and the donor itself (never shifted), as
+    :class:`Effects`."""
     source = model if donor is None else donor
     scores = patch_scores(model, runs, [(), *patches], donor=donor, metric=metric, token_budget=token_budget,
-                          progress=progress)  # fmt: skip
+                          progress=progress, shift=shift)  # fmt: skip
     end = patch_scores(source, [r.swapped() for r in runs], [()], metric=metric, token_budget=token_budget)
     ids, clusters = tuple(r.id for r in runs), tuple(r.cluster for r in runs)
     return Effects(ids, clusters, scores[0], end[0], scores[1:])
