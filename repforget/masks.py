@@ -20,7 +20,7 @@ from repforget.errors import SiteError, UsageError
 from repforget.models.load import LoadedModel
 from repforget.models.sites import SiteMap, site_map
 from repforget.models.weights import WeightRef, head_slice, neuron_slice, readers, writers
-from repforget.records import GLOBAL_KINDS, Component, Localization, Site, Units
+from repforget.records import GLOBAL_KINDS, HEAD_KINDS, Component, Localization, Site, Units
 
 MlpPart = Literal["all", "down", "up+gate"]
 ATTENTION = ("q", "k", "v", "attn_out")
@@ -95,6 +95,48 @@ def masks_of(
         raise UsageError(f"No unit fits into {budget} parameters: the first, {components[0]}, has {added}.")
     chosen = tuple(components[:taken])
     return Masks(_masks(module, units), chosen, count, _notes(places, chosen))
+
+
+def fill(
+    model: LoadedModel, components: Sequence[Component], budget: int, *, mlp_part: MlpPart = "all", seed: int = 0
+) -> tuple[Component, ...]:
+    """Heads and neurons of ``components`` in order until their parameters come to ``budget``.
+
+    So that locators of any grain are compared at one budget: of the last component only as many neurons or heads are
+    taken, drawn by seed, as still fit; the embedding and the logits have none.  UsageError where nothing fits.
+    """
+    module, places = model.module, site_map(model.module)
+    refs, draw = (*writers(module), *readers(module)), random.Random(f"fill-{seed}")
+    units: dict[str, tuple[WeightRef, Tensor]] = {}
+    taken: dict[Component, None] = {}
+    left = budget
+    for component in components:
+        atoms = [atom for atom in _atoms(module, places, component) if atom not in taken]
+        for atom in draw.sample(atoms, len(atoms)):
+            grown, added = dict(units), 0
+            for ref in weights_of(module, places, refs, atom, mlp_part):
+                vector, entries = _marked(module, ref, grown)
+                grown[ref.name], added = (ref, vector), added + entries
+            if added <= left:
+                units, left = grown, left - added
+                taken[atom] = None
+    if not taken:
+        raise UsageError(f"No head or neuron of {len(components)} components fits into {budget} parameters: give more.")
+    return tuple(taken)
+
+
+def _atoms(module: nn.Module, places: SiteMap, component: Component) -> list[Component]:
+    """The heads and neurons a component is made of; a stack of experts is one."""
+    site = component.site
+    if site.layer < 0 or component.neuron is not None or site.head is not None:
+        return [component] if site.layer >= 0 and component.feature is None else []
+    heads = [Component(Site("attn_z", site.layer, h)) for h in range(places.n_heads)]
+    batched = places.anatomy.layers[site.layer].down is None
+    neurons = [Component(Site("mlp_post", site.layer), n) for n in range(0 if batched else places.mlp_width)]
+    neurons = neurons or [Component(Site("mlp_out", site.layer))]
+    if site.kind.startswith(("attn", "mlp")):
+        return heads if site.kind.startswith("attn") else neurons
+    return heads if site.kind in HEAD_KINDS else [*heads, *neurons]
 
 
 def weights_of(

@@ -22,6 +22,7 @@ from repforget.errors import SiteError, UsageError
 from repforget.masks import (
     Masks,
     apply_gradient_mask,
+    fill,
     inverted_units,
     masks,
     masks_of,
@@ -270,3 +271,27 @@ def test_tied_tables_are_masked_under_the_name_that_is_trained() -> None:
     found = masks_of(model, units("logits"))
     assert set(found.masks) <= dict(model.module.named_parameters()).keys()
     assert found.parameters == counted(model, found)
+
+
+@pytest.mark.parametrize("name", [*tiny_models.CONFIGS])
+def test_a_budget_is_filled_by_heads_and_neurons_in_order(name: str) -> None:
+    model = tiny(name)
+    first, second = units("mlp_out.1", "attn_out.0")
+    whole = masks_of(model, [first]).parameters
+    for budget in (whole, whole + masks_of(model, [second]).parameters // 2):
+        found = masks_of(model, fill(model, [first, second], budget, seed=1))
+        assert budget * 0.55 < found.parameters <= budget
+        assert counted(model, found) == found.parameters
+        assert {c.site.layer for c in found.components if c.site.kind.startswith("mlp")} == {1}
+        assert budget > whole or not any(c.site.head is not None for c in found.components)
+    assert fill(model, [first, second], whole, seed=3) == fill(model, [first, second], whole, seed=3)
+    with pytest.raises(UsageError, match="give more"):
+        fill(model, [first], 3)
+    with pytest.raises(UsageError, match="give more"):
+        fill(model, units("embed"), 10**9)
+
+
+def test_a_budget_below_a_site_is_filled_to_the_last_neuron() -> None:
+    model = tiny("llama")
+    found = masks_of(model, fill(model, units("resid_post.0"), 2000, seed=0))
+    assert 2000 - 3 * 32 < found.parameters <= 2000
