@@ -13,6 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -23,6 +24,7 @@ from repforget.models.load import LoadedModel
 from repforget.scoring.encode import context_limit, encode_many, encode_prompts
 
 Kind = Literal["forget", "retain", "stranger", "check", "general"]  # check: kept rows that measure separation
+MOST_NAMES = 20000  # made-up names
 CHECKED = 5  # every fifth kept name only measures before it is protected too
 Prior = Mapping[int, float]  # token -> probability
 
@@ -38,10 +40,18 @@ class Row:
 
 
 def strangers(subjects: Sequence[str]) -> tuple[str, ...]:
-    """Names that nobody of ``subjects`` bears: the beginning of one with the last word of another, sorted."""
+    """Names that nobody of ``subjects`` bears: the beginning of one with the last word of another, sorted.
+
+    At most :data:`MOST_NAMES`, drawn by their number and always the same: not all pairs are ever made.
+    """
     parts = [subject.rpartition(" ") for subject in subjects if " " in subject.strip()]
-    heads, tails = {head for head, _, _ in parts}, {tail for _, _, tail in parts}
-    return tuple(sorted({f"{head} {tail}" for head in heads for tail in tails} - set(subjects)))
+    heads, tails = sorted({head for head, _, _ in parts}), sorted({tail for _, _, tail in parts})
+    pairs: Sequence[int] = range(len(heads) * len(tails))
+    if len(pairs) > MOST_NAMES + len(subjects):  # enough for as many that nobody bears
+        pairs = random.Random("strangers").sample(pairs, MOST_NAMES + len(subjects))
+    made = (f"{heads[pair // len(tails)]} {tails[pair % len(tails)]}" for pair in pairs)
+    known = set(subjects)
+    return tuple(sorted(islice((name for name in made if name not in known), MOST_NAMES)))
 
 
 def stranger_facts(data: EditData, count: int, seed: int) -> tuple[Fact, ...]:
@@ -51,6 +61,8 @@ def stranger_facts(data: EditData, count: int, seed: int) -> tuple[Fact, ...]:
     if not names or not frames:
         return ()
     draw = random.Random(f"strangers-{seed}")
+    if len(names) > count:  # in order the first ones would be alike
+        names = tuple(random.Random(f"names-{seed}").sample(names, count))
     found = []
     for number in range(count):
         frame, name = draw.choice(frames), names[number % len(names)]
