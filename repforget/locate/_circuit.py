@@ -82,6 +82,9 @@ class _Rewired:
         found[final_state(graph)] = self._final_read
         return found
 
+    def _change(self, x: Tensor, site: Site) -> Tensor:
+        return x.to(self.changes.dtype) - self.donor[site].to(self.changes.dtype)
+
     def _streams(self, state: Tensor, site: Site, receivers: slice) -> Tensor | None:
         """What each receiver reads in place of ``state`` [receivers, b, s, d]; None where nothing is patched.
 
@@ -107,7 +110,7 @@ class _Rewired:
         def visit(x: Tensor) -> None:
             self.state[site] = x
             if layer == 0:
-                self.changes[0] = x - self.donor[FIRST]
+                self.changes[0] = self._change(x, FIRST)
             streams = self._streams(x, site, graph.attention(layer))
             if streams is None:
                 return
@@ -156,7 +159,7 @@ class _Rewired:
         place = self.graph.head(layer, self.graph.n_heads)
 
         def visit(x: Tensor) -> None:
-            self.changes[place] = x - self.donor[Site("mlp_out", layer)]
+            self.changes[place] = self._change(x, Site("mlp_out", layer))
 
         return visit
 

@@ -102,6 +102,7 @@ def locate_edges(
     edges = tuple(Edge(graph.senders[s], graph.receivers[r], float(scores.all[s, r])) for s, r in places)
     for label, found in (("summed |edge score|", scores.all), ("summed mean |edge score|", scores.absolute)):
         tables |= heat_maps(components, component_scores(graph, found)[1:], label)
+    tables |= heat_maps(components, scores.all.sum(axis=1)[1:], "sum of edges out")
     return Localization(method, order, values, band, cost, {**settings, "seed": plan.seed}, tables,
                         (*notes, *checked, *told, *band_notes), edges)  # fmt: skip
 

@@ -114,21 +114,26 @@ def edge_order(graph: Graph, scores: Array, growth: Growth) -> list[tuple[int, i
 
 
 def _grown(graph: Graph, strength: Array) -> list[tuple[int, int]]:
+    waiting: dict[int, list[int]] = {}  # receiver -> its senders, strongest last
     heap: list[tuple[float, int, int]] = []
-    reached: set[int] = set()
+
+    def offer(r: int) -> None:
+        if waiting[r]:
+            s = waiting[r].pop()
+            heapq.heappush(heap, (-float(strength[s, r]), s, r))
 
     def reach(receivers: Sequence[int]) -> None:
         for r in receivers:
-            if r not in reached:
-                reached.add(r)
-                for s in range(graph.before[r]):
-                    heapq.heappush(heap, (-float(strength[s, r]), s, r))
+            if r not in waiting:
+                waiting[r] = np.argsort(-strength[: graph.before[r], r], kind="stable")[::-1].tolist()
+                offer(r)
 
     reach([len(graph.receivers) - 1])
     order: list[tuple[int, int]] = []
     while heap:
         _, s, r = heapq.heappop(heap)
         order.append((s, r))
+        offer(r)
         reach(graph.inputs(s))
     return order
 

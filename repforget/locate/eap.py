@@ -37,6 +37,10 @@ def eap(
     grown from shuffled scores. Heads and MLPs are ranked by the summed |score| of their edges, and their band is that
     of activation_patching.
 
+    With facts planted in one MLP of four and a contrast of 1, that MLP leads the other MLPs in 2 of 4 models (chance
+    is 1), because many edges meet in the first MLP whatever the fact; by the signed sum of its edges out, which is in
+    the tables, in 4 of 4.
+
     Cost: two forward passes and one forward and backward pass per pair and direction for all edges together; one
     forward pass per circuit and pair, ``recheck`` for single edges, and the band.
     What it does not show: effects through saturated attention or a sure answer (their gradient is zero, see eap_ig);

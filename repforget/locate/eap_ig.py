@@ -31,6 +31,10 @@ def eap_ig(
     not, because they are averaged along the line of the embedding, not along their own. Graph, circuit, faithfulness,
     ranking and band are those of eap.
 
+    With facts planted in one MLP of four and a contrast of 1, that MLP leads the other MLPs in 2 of 4 models (chance
+    is 1), because many edges meet in the first MLP whatever the fact; by the signed sum of its edges out, which is in
+    the tables, in 3 of 4.
+
     Cost: two forward passes and ``steps`` forward and backward passes per pair for all edges together, then as eap.
     What it does not show: what the model does at the points of the line, which are no prompts; otherwise as eap.
     Source: Hanna, Pezzelle & Belinkov 2024, arXiv 2403.17806, with the midpoint rule.
