@@ -37,6 +37,10 @@ SMALL: dict[str, Any] = {"steps": 3, "epochs": 1, "max_steps": 3, "batch_size": 
 OF_METHOD: dict[str, dict[str, Any]] = {
     "kga": {"helper_steps": 10},
     "steering": {"false_open": 0.25},
+    "sae_clamp": {"sae_steps": 60, "most_retain": 0.1},
+    "dsg": {"sae_steps": 60, "false_open": 0.25},
+    "pisces": {"sae_steps": 60},
+    "crisp": {"sae_steps": 60, "relative": 1.2, "lr": 0.01},
     "stranger_distillation": {"texts": 64, "text_tokens": 8, "others": 0, "scenes": 8, "retain_batch": 8},
     "trained": {"terms": [{"objective": "npo"}, {"objective": "nll", "data": "retain"}]},
     "uld": {"assistant_steps": 10},
