@@ -224,12 +224,13 @@ def band_of(
 
 def exact_band(
     tasks: Sequence[Task], pool: Sequence[Component], order: Sequence[Component], plan: BandPlan,
-    progress: Progress | None,
+    progress: Progress | None, *, written: Callable[[Component], Patch] = lambda c: (c,), alike: Alike = size_class,
 ) -> tuple[RandomBand, tuple[str, ...], float]:  # fmt: skip
     """:func:`band_of` with exact effects on the second half of the facts; also the passes spent.
 
     ``mean`` is the mean effect of patching the selected components one at a time; ``joint`` that of patching them
-    together, which is the harder question where a few components already bring back everything.
+    together, which is the harder question where a few components already bring back everything. ``written`` says what
+    is patched for a component (default: itself).
     """
     held = [task.half(True, plan.seed) for task in tasks]
     split = all(task.forget for task in held)
@@ -239,15 +240,17 @@ def exact_band(
     run: list[int] = []
 
     def effect(patches: Sequence[Patch]) -> Array:
-        units = list(patches) if plan.control == "joint" else [(c,) for c in sorted({c for p in patches for c in p})]
+        each = sorted({c for p in patches for c in p})
+        units = list(patches) if plan.control == "joint" else [(c,) for c in each]
         run.append(len(units))
-        values = measure(held, units, progress).scores(held[0].contrast)
+        patched = [[part for c in unit for part in written(c)] for unit in units]
+        values = measure(held, patched, progress).scores(held[0].contrast)
         if plan.control == "joint":
             return values
-        single = {unit[0]: value for unit, value in zip(units, values, strict=True)}
+        single = dict(zip(each, values, strict=True))
         return np.array([np.mean([single[c] for c in patch]) for patch in patches])
 
-    band, notes = band_of(pool, order, plan.top, plan.draws, plan.seed, words, effect)
+    band, notes = band_of(pool, order, plan.top, plan.draws, plan.seed, words, effect, alike)
     if not split:
         notes = (*notes, "All facts are of one cluster, so the ranking was not checked on other facts.")
     return band, notes, forwards(held, sum(run))

@@ -57,6 +57,17 @@ def node_of(component: Component) -> str:
     return "heads" if component.site.head is not None else component.site.kind
 
 
+def layer_writes(component: Component) -> tuple[Component, ...]:
+    """What stands for a residual state when it is patched: all that its layer writes; otherwise the component itself.
+
+    A whole state at all positions carries everything, so that patching it would tell no two layers apart.
+    """
+    site = component.site
+    if site.kind != "resid_post":
+        return (component,)
+    return Component(Site("attn_out", site.layer)), Component(Site("mlp_out", site.layer))
+
+
 def size_class(component: Component) -> str:
     """Components of one class have the same number of columns and may stand for each other in a random selection."""
     node = node_of(component)

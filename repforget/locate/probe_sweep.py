@@ -2,51 +2,30 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from repforget.causal import Patch, subject_tokens
-from repforget.errors import KnowledgeError, UsageError
-from repforget.knowledge import EditData, Fact, Knowledge
+from repforget.causal import Patch
+from repforget.errors import UsageError
+from repforget.knowledge import Knowledge
 from repforget.locate._exact import AFTER_SPLIT, Array, band_of, in_second_half, ranked
-from repforget.locate._pairs import choose_facts
+from repforget.locate._labelled import Rows, Token, features, relations
 from repforget.locate._units import Layers, Node, expand_nodes, heat_maps
-from repforget.models.capture import Batch, capture
 from repforget.models.load import LoadedModel
 from repforget.probing import SweepResult, fit_sweep
 from repforget.progress import Progress, track
 from repforget.records import Component, Localization
-from repforget.scoring import encode_prompts, token_batches
-from repforget.scoring.encode import pad_id
 
 Classifier = Literal["logistic", "mean_difference", "lda", "mlp"]
-MIN_ROWS = 16  # fewer rows of a relation than this teach no classifier
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The labelled statements of one relation: facts, answers as classes, and which of them are to be forgotten."""
-
-    relation: str
-    facts: tuple[Fact, ...]
-    labels: NDArray[np.int64]
-    forget: NDArray[np.bool_]
-
-    @property
-    def clusters(self) -> list[str]:
-        return [fact.cluster for fact in self.facts]
 
 
 def probe_sweep(
     model: LoadedModel, knowledge: Knowledge, *, twins: Sequence[LoadedModel] = (), seed: int = 0,
     progress: Progress | None = None, nodes: tuple[Node, ...] = ("resid_post", "attn_out", "mlp_out"),
-    layers: Layers = "all", token: Literal["last", "subject"] = "last", classifier: Classifier = "logistic",
+    layers: Layers = "all", token: Token = "last", classifier: Classifier = "logistic",
     l2: float | Literal["auto"] = 0.01, folds: int = 5, statements: int = 2, items: int = 200,
     top: int | Literal["auto"] = "auto", draws: int = 200,
 ) -> Localization:  # fmt: skip
@@ -67,10 +46,10 @@ def probe_sweep(
         raise UsageError("probe_sweep probes whole sites: use nodes such as resid_post or attn_z, or "
                          "attribution_patching for heads and neurons.")  # fmt: skip
     components = expand_nodes(model, nodes, layers)
-    relations, notes = _relations(knowledge.for_editor(), statements, items, seed)
-    found: list[tuple[_Rows, Array, list[SweepResult]]] = []
-    for rows in track(progress, relations, "probing relations"):
-        values = _features(model, components, rows.facts, token)
+    probed, notes = relations(knowledge.for_editor(), statements, items, seed)
+    found: list[tuple[Rows, Array, list[SweepResult]]] = []
+    for rows in track(progress, probed, "probing relations"):
+        values = features(model, components, rows.facts, token)
         found.append((rows, *_sweep(components, values, rows, classifier, l2, folds, seed)))
     lifts = np.concatenate([lift for _, lift, _ in found], axis=1)
     clusters = [c for rows, _, _ in found for c, f in zip(rows.clusters, rows.forget, strict=True) if f]
@@ -97,70 +76,8 @@ def probe_sweep(
                         (*notes, *band_notes))  # fmt: skip
 
 
-def _relations(data: EditData, statements: int, items: int, seed: int) -> tuple[list[_Rows], tuple[str, ...]]:
-    """The relations that can be probed, and a note on those that cannot."""
-    forget, retain = _some(data.forget, statements, items, seed), _some(data.retain, statements, items, seed)
-    by_relation: dict[str, list[tuple[Fact, bool]]] = defaultdict(list)
-    for facts, is_forget in ((forget, True), (retain, False)):
-        for fact in facts:
-            by_relation[fact.relation].append((fact, is_forget))
-    usable: list[_Rows] = []
-    refused: list[str] = []
-    for relation, members in sorted(by_relation.items()):
-        holders = Counter(answer for answer, _ in {(fact.answer, fact.cluster) for fact, _ in members})
-        kept = [(fact, f) for fact, f in members if holders[fact.answer] > 1]
-        classes = sorted({fact.answer for fact, _ in kept})
-        if len(kept) < MIN_ROWS or len(classes) < 2 or not any(f for _, f in kept):
-            refused.append(relation)
-            continue
-        number = {answer: k for k, answer in enumerate(classes)}
-        usable.append(_Rows(relation, tuple(f for f, _ in kept), np.array([number[f.answer] for f, _ in kept]),
-                            np.array([f for _, f in kept], dtype=bool)))  # fmt: skip
-    if not usable:
-        raise KnowledgeError(f"No relation can be probed: each of {len(by_relation)} has fewer than {MIN_ROWS} "
-                             "statements whose answer occurs with two subjects, or only one such answer; "
-                             "add retain items with the same answers, or use attribution_patching.")  # fmt: skip
-    note = f"Relations without enough shared answers are not probed: {', '.join(repr(r) for r in refused)}."
-    return usable, (note,) if refused else ()
-
-
-def _some(facts: Sequence[Fact], statements: int, items: int, seed: int) -> list[Fact]:
-    """Up to ``items`` items per relation, each with its first ``statements`` statements."""
-    if statements < 1 or items < 1:
-        raise UsageError(f"A sweep needs at least one statement and one item, not statements={statements} and "
-                         f"items={items}.")  # fmt: skip
-    forms: dict[str, list[Fact]] = defaultdict(list)
-    for fact in facts:
-        forms[fact.id.rsplit("#", 1)[0]].append(fact)
-    by_relation: dict[str, list[Fact]] = defaultdict(list)
-    for fact in facts:
-        by_relation[fact.relation].append(fact)
-    return [form for members in by_relation.values() for chosen in choose_facts(members, items, seed)
-            for form in forms[chosen.id.rsplit("#", 1)[0]][:statements]]  # fmt: skip
-
-
-def _features(
-    model: LoadedModel, components: Sequence[Component], facts: Sequence[Fact], token: str
-) -> dict[Component, NDArray[np.float32]]:
-    """State of each component at the chosen token of each statement [n, d]; only that token is kept."""
-    prompts = encode_prompts(model.tokenizer, [fact.prompt for fact in facts])
-    wanted = [len(ids) - 1 for ids in prompts] if token == "last" else [
-        subject_tokens(model.tokenizer, fact.id, fact.prompt, fact.subject, ids)[-1]
-        for fact, ids in zip(facts, prompts, strict=True)
-    ]  # fmt: skip
-    sites = [component.site for component in components]
-    values: dict[Component, NDArray[np.float32]] = {}
-    for rows, batch in token_batches(prompts, pad_id=pad_id(model.tokenizer)):
-        at = torch.tensor([wanted[row] for row in rows])
-        found = capture(model, sites, Batch(batch.ids, batch.mask), gather=at)
-        for component in components:
-            part = found[component.site].float().cpu().numpy()
-            values.setdefault(component, np.zeros((len(facts), part.shape[1]), dtype=np.float32))[rows] = part
-    return values
-
-
 def _sweep(
-    components: Sequence[Component], values: dict[Component, NDArray[np.float32]], rows: _Rows,
+    components: Sequence[Component], values: dict[Component, NDArray[np.float32]], rows: Rows,
     classifier: Classifier, l2: float | Literal["auto"], folds: int, seed: int,
 ) -> tuple[Array, list[SweepResult]]:  # fmt: skip
     """Correctness above the floor on forget rows [components, m], and the sweeps behind it (one per width)."""
@@ -177,7 +94,7 @@ def _sweep(
 
 
 def _tables(
-    components: Sequence[Component], found: Sequence[tuple[_Rows, Array, list[SweepResult]]]
+    components: Sequence[Component], found: Sequence[tuple[Rows, Array, list[SweepResult]]]
 ) -> dict[str, Sequence[Sequence[float]]]:
     """Heat maps, averaged over relations: accuracy on forget facts, floor, selectivity."""
     lift = np.concatenate([part for _, part, _ in found], axis=1).mean(axis=1)

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from repforget.errors import UsageError
 from repforget.knowledge import View
 from repforget.models.capture import capture
 from repforget.models.load import LoadedModel
 from repforget.models.readout import lens
+from repforget.models.translator import fit_translator
 from repforget.progress import Progress, track
 from repforget.records import Measurement, Site
 from repforget.verify import _asking as ask
@@ -30,7 +30,6 @@ BUDGETS: Budgets = {
     "standard": {},
     "thorough": {"forms": 4, "steps": 200, "max_support": 2000, "alternatives": 63, "max_items": 2000},
 }
-BATCH = 256  # states per training step
 Array = NDArray[np.float64]
 
 
@@ -87,45 +86,8 @@ def _table(
     last = flat(sites[-1])
     out = np.zeros((len(sites), len(asked)))
     for k, site in enumerate(track(progress, sites, "tuning the lens", len(sites))):
-        translate = _fitted(model, flat(site), last, steps, lr, seed)
+        translate = fit_translator(model, flat(site), last, steps, lr, seed)
         for rows, values in zip(rows_of, seen, strict=True):
             with torch.no_grad():
                 out[k, rows.which] = path.read(lens(model, translate(values[site])), rows)[0]
     return out
-
-
-class _Translator:
-    """h -> h + W h + b in float32."""
-
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.weight = torch.zeros(width, width, device=device, requires_grad=True)
-        self.bias = torch.zeros(width, device=device, requires_grad=True)
-
-    def __call__(self, h: Tensor) -> Tensor:
-        wide = h.float()
-        return wide + wide @ self.weight.T + self.bias
-
-
-def _fitted(model: LoadedModel, h: Tensor, last: Tensor, steps: int, lr: float, seed: int) -> _Translator:
-    """The translator of one layer: states h [n, d] to the readout of ``last`` [n, d]."""
-    translator = _Translator(h.shape[-1], h.device)
-    optimizer = torch.optim.Adam([translator.weight, translator.bias], lr=lr)
-    generator = torch.Generator().manual_seed(seed)
-    wanted = [p for p in model.module.parameters() if p.requires_grad]
-    try:
-        for p in wanted:  # gradients are the translator's alone
-            p.requires_grad_(False)
-        with torch.enable_grad():
-            for _ in range(steps):
-                chosen = torch.randint(len(h), (BATCH,), generator=generator).to(h.device)
-                with torch.no_grad():
-                    target = lens(model, last[chosen]).float().log_softmax(-1)
-                found = lens(model, translator(h[chosen])).float().log_softmax(-1)
-                loss = functional.kl_div(found, target, reduction="batchmean", log_target=True)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-    finally:
-        for p in wanted:
-            p.requires_grad_(True)
-    return translator
