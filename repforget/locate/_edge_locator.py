@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,11 +49,11 @@ FAITHFULNESS = "faithfulness by number of edges"
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings of an edge locator; ``directions`` are those whose gradients are taken."""
+    """Settings of an edge locator, named as there; ``mode`` is the direction whose gradients are taken."""
 
     items: int
     partners: int
-    directions: Mode
+    mode: Mode
     metric: Metric
     contrast: float
     steps: int
@@ -77,14 +77,16 @@ class EdgeScores:
 
 
 def locate_edges(
-    method: str, model: LoadedModel, knowledge: Knowledge, plan: Plan, settings: Mapping[str, Any],
-    progress: Progress | None,
-) -> Localization:  # fmt: skip
-    """Score edges, cut a circuit, rank heads and MLPs by their edges, and measure both on other facts."""
+    method: str, model: LoadedModel, knowledge: Knowledge, plan: Plan, fixed: str, progress: Progress | None
+) -> Localization:
+    """Score edges, cut a circuit, rank heads and MLPs by their edges, and measure both on other facts.
+
+    ``fixed`` is the field of the plan that is no setting of this method.
+    """
     graph = graph_of(model)
     both, notes = corrupted_tasks(model, knowledge, plan.seed, items=plan.items, partners=plan.partners, mode="both",
                                   metric=plan.metric, contrast=plan.contrast)  # fmt: skip
-    tasks = {"denoise": both[:1], "noise": both[1:], "both": both}[plan.directions]
+    tasks = {"denoise": both[:1], "noise": both[1:], "both": both}[plan.mode]
     _check(graph, plan)
     scores = score_edges(tasks, graph, plan, progress)
     components = graph.senders[1:]
@@ -103,8 +105,9 @@ def locate_edges(
     for label, found in (("summed |edge score|", scores.all), ("summed mean |edge score|", scores.absolute)):
         tables |= heat_maps(components, component_scores(graph, found)[1:], label)
     tables |= heat_maps(components, scores.all.sum(axis=1)[1:], "sum of edges out")
-    return Localization(method, order, values, band, cost, {**settings, "seed": plan.seed}, tables,
-                        (*notes, *checked, *told, *band_notes), edges)  # fmt: skip
+    settings = {name: value for name, value in vars(plan).items() if name != fixed}
+    return Localization(method, order, values, band, cost, settings, tables, (*notes, *checked, *told, *band_notes),
+                        edges)  # fmt: skip
 
 
 def _check(graph: Graph, plan: Plan) -> None:

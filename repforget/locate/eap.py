@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from repforget.causal import Metric
 from repforget.knowledge import Knowledge
@@ -47,8 +47,5 @@ def eap(
     that edges outside a faithful circuit are unused, since they may carry the same; anything about other prompts.
     Source: Syed, Rager & Conmy 2023, arXiv 2310.10348.
     """
-    settings: dict[str, Any] = {"mode": mode, "metric": metric, "items": items, "partners": partners,
-                                "contrast": contrast, "growth": growth, "edges": edges, "faithful": faithful,
-                                "recheck": recheck, "top": top, "draws": draws, "control": control}  # fmt: skip
     plan = Plan(items, partners, mode, metric, contrast, 1, growth, edges, faithful, recheck, top, draws, control, seed)
-    return locate_edges("eap", model, knowledge, plan, settings, progress)
+    return locate_edges("eap", model, knowledge, plan, "steps", progress)

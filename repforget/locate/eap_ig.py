@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from repforget.causal import Metric
 from repforget.knowledge import Knowledge
@@ -39,9 +39,6 @@ def eap_ig(
     What it does not show: what the model does at the points of the line, which are no prompts; otherwise as eap.
     Source: Hanna, Pezzelle & Belinkov 2024, arXiv 2403.17806, with the midpoint rule.
     """
-    settings: dict[str, Any] = {"steps": steps, "metric": metric, "items": items, "partners": partners,
-                                "contrast": contrast, "growth": growth, "edges": edges, "faithful": faithful,
-                                "recheck": recheck, "top": top, "draws": draws, "control": control}  # fmt: skip
     plan = Plan(items, partners, "noise", metric, contrast, steps, growth, edges, faithful, recheck, top, draws,
                 control, seed)  # fmt: skip
-    return locate_edges("eap_ig", model, knowledge, plan, settings, progress)
+    return locate_edges("eap_ig", model, knowledge, plan, "mode", progress)
