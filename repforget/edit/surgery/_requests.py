@@ -18,6 +18,7 @@ from repforget.scoring.encode import Encoded, context_limit, encode_many, encode
 Token = Literal["subject_last", "last"]
 Unit = Literal["auto", "subject", "fact", "prompt"]
 Aim = Literal["erase", "inject", "refuse", "lens", "entropy"]
+HEIGHT = 0.28  # of the depth: layers 4 to 8 of 32
 REFUSAL = " I don't know."
 ESSENCE = "{} is a"  # what the subject is in general, which a changed fact should leave alone
 
@@ -152,12 +153,17 @@ def projections(model: LoadedModel, method: str, layers: Sequence[int]) -> list[
 def chosen_layers(
     model: LoadedModel, asked: Literal["auto"] | Sequence[int], where: Localization | None, count: int
 ) -> list[int]:
-    """The layers asked for, the ``count`` best of ``where``, or without it the ``count`` that end a third of the way
-    up, where published edits of facts are made."""
+    """The layers asked for, the ``count`` best of ``where``, or without it the ``count`` that end at HEIGHT, where
+    published edits of facts are made."""
     depth = model.n_layers
     if asked == "auto":
-        stop = min(depth, max(count, round(depth / 3)))
-        asked = where.layers()[:count] if where is not None and where.layers() else range(stop - min(count, stop), stop)
+        stop = min(depth, max(count, round(HEIGHT * depth)))
+        asked = where.layers()[:count] if where is not None and where.layers() else range(max(0, stop - count), stop)
     if not asked or not all(0 <= layer < depth for layer in asked):
         raise SiteError(f"Layers {list(asked)} were asked for: give some of 0 to {depth - 1}.")
     return sorted(set(asked))
+
+
+def share_of_layers(model: LoadedModel, top_layers: int | Literal["auto"]) -> int:
+    """How many layers share an edit; "auto" is a sixth of them, at least two (five of 32)."""
+    return max(2, round(model.n_layers / 6)) if top_layers == "auto" else top_layers

@@ -9,7 +9,7 @@ from torch import Tensor
 from repforget.artifact import Edit
 from repforget.edit.surgery._closed_form import Delta, null_space, projected
 from repforget.edit.surgery._moments import key_moments, protected_texts
-from repforget.edit.surgery._requests import chosen_layers, projections, requests
+from repforget.edit.surgery._requests import chosen_layers, projections, requests, share_of_layers
 from repforget.edit.surgery._spread import walk
 from repforget.edit.surgery._values import Wish
 from repforget.errors import NumericalError, UsageError
@@ -21,8 +21,9 @@ from repforget.records import Localization
 
 def alphaedit(
     model: LoadedModel, data: EditData, *, where: Localization | None = None, seed: int = 0,
-    progress: Progress | None = None, layers: Literal["auto"] | list[int] = "auto", top_layers: int = 1,
-    threshold: float = 0.02, objective: Literal["erase", "inject", "refuse", "lens", "entropy"] = "erase",
+    progress: Progress | None = None, layers: Literal["auto"] | list[int] = "auto",
+    top_layers: int | Literal["auto"] = "auto", threshold: float = 0.02,
+    objective: Literal["erase", "inject", "refuse", "lens", "entropy"] = "erase",
     token: Literal["subject_last", "last"] = "last", unit: Literal["auto", "subject", "fact", "prompt"] = "subject",
     contexts: int = 16, lens_layers: Literal["auto"] | list[int] = "auto", k: int = 4, steps: int = 25,
     step_size: float = 0.2, clamp: float = 4.0, kl_weight: float = 0.0625, decay: float = 0.01,
@@ -35,8 +36,8 @@ def alphaedit(
     that a kept key inside the other eigenvectors is written as before. Layers and values as in memit.
 
     Args:
-        layers: whose MLPs change; "auto" is the ``top_layers`` best of ``where``, else those that end a third of the
-            way up. Values are found at the last of them.
+        layers: whose MLPs change; "auto" is the ``top_layers`` best of ``where``, else those that end at
+            0.28 of the depth. Values are found at the last of them. top_layers: "auto" is a sixth of all, at least 2.
         threshold: eigenvalues up to this share of the mean one count as null; 0.02 is published for absolute ones.
         ridge: against large steps, as a share of the mean squared length of a key.
         objective, token, unit, contexts, lens_layers, k, steps, step_size, clamp, kl_weight, decay, strangers: as for
@@ -50,7 +51,7 @@ def alphaedit(
     if not 0 < threshold < 1 or ridge < 0:
         raise UsageError(f"alphaedit was given threshold {threshold} and ridge {ridge}: give a share between 0 and 1, "
                          "and 0 or more.")  # fmt: skip
-    chosen = chosen_layers(model, layers, where, top_layers)
+    chosen = chosen_layers(model, layers, where, share_of_layers(model, top_layers))
     projections(model, "alphaedit", chosen)
     wish = Wish.of(model, chosen[-1], objective, token, lens_layers, k, steps, step_size, clamp, kl_weight, decay)
     asked = requests(model, data, token=token, unit=unit, aim=objective, contexts=contexts, seed=seed)

@@ -9,7 +9,7 @@ from torch import Tensor
 from repforget.artifact import Edit
 from repforget.edit.surgery._closed_form import Delta, normal_equation, regular
 from repforget.edit.surgery._moments import key_moments, protected_texts
-from repforget.edit.surgery._requests import chosen_layers, projections, requests
+from repforget.edit.surgery._requests import chosen_layers, projections, requests, share_of_layers
 from repforget.edit.surgery._spread import walk
 from repforget.edit.surgery._values import Wish
 from repforget.errors import UsageError
@@ -21,8 +21,9 @@ from repforget.records import Localization
 
 def memit(
     model: LoadedModel, data: EditData, *, where: Localization | None = None, seed: int = 0,
-    progress: Progress | None = None, layers: Literal["auto"] | list[int] = "auto", top_layers: int = 1,
-    weight: float = 100.0, objective: Literal["erase", "inject", "refuse", "lens", "entropy"] = "erase",
+    progress: Progress | None = None, layers: Literal["auto"] | list[int] = "auto",
+    top_layers: int | Literal["auto"] = "auto", weight: float = 0.2,
+    objective: Literal["erase", "inject", "refuse", "lens", "entropy"] = "erase",
     token: Literal["subject_last", "last"] = "last", unit: Literal["auto", "subject", "fact", "prompt"] = "auto",
     contexts: int = 16, lens_layers: Literal["auto"] | list[int] = "auto", k: int = 4, steps: int = 25,
     step_size: float = 0.2, clamp: float = 4.0, kl_weight: float = 0.0625, decay: float = 0.01,
@@ -30,15 +31,15 @@ def memit(
 ) -> Edit:  # fmt: skip
     """Let the MLPs of some layers write something else at the keys of all forget facts, by one least-squares fit each.
 
-    Meng et al. 2022, arXiv 2210.07229: ``Δ = R Kᵀ (weight·C + K Kᵀ)⁻¹`` at each layer, the lowest first, with keys K
+    Meng et al. 2022, arXiv 2210.07229: ``Δ = R Kᵀ (λC + K Kᵀ)⁻¹`` at each layer, the lowest first, with keys K
     read again after every layer, R the equal share of what the last layer's block still lacks, and C the second
     moment of keys over retained and general text. A fact given twice counts once.
 
     Args:
-        layers: whose MLPs change; "auto" is the ``top_layers`` best of ``where``, else those that end a third of the
-            way up. Values are found at the last of them.
-        weight: how many protected keys C stands for, against one for each value; 0 fits the facts alone, more
-            protects more (published: 15000 for up to 10000 facts in models of 6 B parameters).
+        layers: whose MLPs change; "auto" is the ``top_layers`` best of ``where``, else those that end at
+            0.28 of the depth. Values are found at the last of them. top_layers: "auto" is a sixth of all, at least 2.
+        weight: how many protected keys C stands for against one for each value, in multiples of m; 0 fits the facts
+            alone, more protects more (published: 15000 at m = 16384).
         objective, token, unit, contexts, lens_layers, k, steps, step_size, clamp, kl_weight, decay, ridge, strangers:
             as for rome, which explains them.
 
@@ -48,7 +49,7 @@ def memit(
     """
     if weight < 0:
         raise UsageError(f"memit was given weight {weight}: give 0 (fit the facts alone) or more.")
-    chosen = chosen_layers(model, layers, where, top_layers)
+    chosen = chosen_layers(model, layers, where, share_of_layers(model, top_layers))
     projections(model, "memit", chosen)
     wish = Wish.of(model, chosen[-1], objective, token, lens_layers, k, steps, step_size, clamp, kl_weight, decay)
     asked = requests(model, data, token=token, unit=unit, aim=objective, contexts=contexts, seed=seed)
@@ -56,7 +57,7 @@ def memit(
 
     def solve(at: int, keys: Tensor, residuals: Tensor) -> Delta:
         moment = regular(moments[at].second_moment.to(keys.device), ridge)
-        return normal_equation(keys, residuals, moment, weight)
+        return normal_equation(keys, residuals, moment, weight * len(moment))
 
     done = walk(model, asked, chosen, wish, solve, progress)
     settings = {"layers": chosen, "lens_layers": list(wish.layers)}

@@ -36,7 +36,7 @@ def rome(
     under C⁻¹, which for hundreds of facts is often more than what was meant (compare memit).
 
     Args:
-        layer: whose MLP changes; "auto" is the best of ``where``, else the one a third of the way up.
+        layer: whose MLP changes; "auto" is the best of ``where``, else the one at 0.28 of the depth.
         objective: erase (the answer gets no likelier than a token at random), inject (another answer of the relation,
             drawn by seed), refuse ("I don't know"), lens (head projection: the first answer token stays off the ``k``
             best and the k worst of the logit lens at ``lens_layers``), entropy (that lens becomes uniform).
