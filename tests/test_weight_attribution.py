@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import repforget as rf
+from repforget.attribution import visit_gradients
 from repforget.causal import Run
 from repforget.errors import UsageError
-from repforget.locate._gradients import facts_of, unit_sums, visit_gradients, weights
+from repforget.locate._gradients import facts_of, unit_sums, weights
 from repforget.locate.wagle import attribution
 from repforget.masks import masks_of
 from repforget.records import Component

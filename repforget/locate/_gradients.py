@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from repforget.causal import Run, answer_metric, prepare
+from repforget.attribution import item_of
+from repforget.causal import Run
 from repforget.errors import KnowledgeError, NumericalError
 from repforget.knowledge import Knowledge
 from repforget.locate._exact import Array, BandPlan, exact_band, in_second_half, ranked
@@ -21,9 +21,8 @@ from repforget.masks import BY_COLUMNS, weights_of
 from repforget.models.load import LoadedModel
 from repforget.models.sites import site_map
 from repforget.models.weights import WeightRef, readers, writers
-from repforget.progress import Progress, track
+from repforget.progress import Progress
 from repforget.records import Component, Localization
-from repforget.training.finetune import only
 
 
 @dataclass(frozen=True)
@@ -64,22 +63,6 @@ def weights(model: LoadedModel, components: Sequence[Component]) -> dict[Compone
     return {c: weights_of(module, places, refs, c) for c in components}
 
 
-def visit_gradients(
-    model: LoadedModel, runs: Sequence[Run], names: Sequence[str], visit: Callable[[Mapping[str, Tensor]], None],
-    progress: Progress | None = None,
-) -> None:  # fmt: skip
-    """Call ``visit`` with d log p(answer) / d parameter of every run alone; the model is left as it was."""
-    table = dict(model.module.named_parameters())
-    own = [table[name] for name in names]
-    with only(model.module, own), torch.enable_grad():
-        for run in track(progress, runs, "gradients of single facts"):
-            (item,) = prepare(model, [run])
-            total = answer_metric(model, item.base, item, "logprob").sum()
-            gradients = torch.autograd.grad(total, own, allow_unused=True)
-            visit({name: torch.zeros_like(p) if g is None else g
-                   for name, p, g in zip(names, own, gradients, strict=True)})  # fmt: skip
-
-
 def unit_sums(
     module: nn.Module, units: Mapping[Component, Sequence[WeightRef]], table: Mapping[str, Tensor]
 ) -> tuple[Array, Array]:
@@ -117,6 +100,7 @@ class Shown:
     settings: Mapping[str, Any]
     label: str
     backwards: float
+    forwards: float = 0.0  # without a backward
 
 
 def weight_localization(
@@ -124,11 +108,12 @@ def weight_localization(
     score: Callable[[Facts], Array], facts: Facts, plan: BandPlan, shown: Shown, progress: Progress | None,
 ) -> Localization:  # fmt: skip
     """Rank by ``score`` of all facts; its ranking on half of them meets exact patches on the other half."""
-    tasks, notes = corrupted_tasks(model, knowledge, plan.seed, items=len(facts.forget), mode="both")
+    items = len({item_of(run.id) for run in facts.forget})
+    tasks, notes = corrupted_tasks(model, knowledge, plan.seed, items=items, mode="both")
     half, _ = ranked(components, score(facts.first_half(plan.seed)))
     band, band_notes, spent = exact_band(tasks, components, half, plan, progress)
     scores = score(facts)
     order, values = ranked(components, scores)
-    cost = {"forwards": shown.backwards + spent, "backwards": shown.backwards, "facts": float(len(facts.forget))}
+    cost = {"forwards": shown.backwards + shown.forwards + spent, "backwards": shown.backwards, "facts": float(items)}
     return Localization(shown.method, order, values, band, cost, dict(shown.settings),
                         heat_maps(components, scores, shown.label), (*facts.notes, *notes, *band_notes))  # fmt: skip

@@ -8,11 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from repforget.attribution import visit_gradients
 from repforget.causal import Run
 from repforget.errors import UsageError
 from repforget.knowledge import Knowledge
 from repforget.locate._exact import Array, BandPlan, Control
-from repforget.locate._gradients import Facts, Shown, facts_of, unit_sums, visit_gradients, weight_localization, weights
+from repforget.locate._gradients import Facts, Shown, facts_of, unit_sums, weight_localization, weights
 from repforget.locate._units import Layers, Node, expand_nodes
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress
