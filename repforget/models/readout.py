@@ -92,6 +92,29 @@ def direct_logits(
 
 
 @torch.no_grad()
+def logit_direction(model: Any, resid_final: Tensor, truth: Tensor, rival: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a write to the stream is multiplied by to give its part of ``truth`` minus ``rival``, and the rest.
+
+    With the final norm's scale held at the states ``resid_final`` [b, d], the difference of the two logits [b] (before
+    any soft cap) is ``(resid_final * direction).sum(-1) + constant``; direction [b, d] and constant [b], float64. The
+    direction holds the norm's gain and centring, the constant the biases of norm and unembedding.
+    """
+    module = core(model)
+    norm, head = _readout(module)
+    weight: Tensor = head.weight  # type: ignore[assignment]
+    bias: Tensor | None = head.bias  # type: ignore[assignment]
+    device = _device(norm, weight)
+    fixed = freeze(norm, resid_final.to(device))
+    one, other = (index.to(weight.device) for index in (truth, rival))
+    apart = (weight[one].detach().double() - weight[other].double()).to(device) * _logit_scale(module)
+    constant = apart @ fixed.bias.to(device)
+    if bias is not None:
+        constant = constant + (bias[one].double() - bias[other].double()).to(device) * _logit_scale(module)
+    direction = apart * fixed.gain * fixed.scale
+    return direction - direction.mean(-1, keepdim=True) if fixed.centred else direction, constant
+
+
+@torch.no_grad()
 def head_writes(model: Any, layer: int, z: Tensor) -> Tensor:
     """Return what each head writes to the residual stream [..., heads, d] (float64), from attn_z [..., heads
     * dh].
