@@ -14,7 +14,7 @@ from repforget.knowledge import Knowledge
 from repforget.locate._exact import Array, BandPlan, Control, Task, exact_band, in_second_half, ranked
 from repforget.locate._labelled import features, relations
 from repforget.locate._paths import Receiver, measure_paths, path_passes, receiver_of
-from repforget.locate._tasks import Mode, corrupted_tasks
+from repforget.locate._tasks import corrupted_tasks
 from repforget.locate._units import expand_nodes, heat_maps
 from repforget.models.load import LoadedModel
 from repforget.models.sites import site_map
@@ -29,18 +29,19 @@ def flu(
     model: LoadedModel, knowledge: Knowledge, *, twins: Sequence[LoadedModel] = (), seed: int = 0,
     progress: Progress | None = None, mode: Literal["facts", "categories"] = "facts",
     heads: int | Literal["auto"] = "auto", reads: Literal["residual", "heads"] = "residual",
-    direction: Mode = "both", metric: Metric = "logprob", items: int = 64, partners: int = 2, statements: int = 2,
-    contrast: float = 1.0, top: int | Literal["auto"] = "auto", draws: int = 100, control: Control = "mean",
+    metric: Metric = "logprob", items: int = 64, partners: int = 2, statements: int = 2, contrast: float = 1.0,
+    top: int | Literal["auto"] = "auto", draws: int = 100, control: Control = "mean",
 ) -> Localization:  # fmt: skip
     """Rank MLPs by how much they enrich the subject with the fact that later heads carry to the answer.
 
-    ``facts``: first the extraction heads, by |effect| of path patching each head into the final state with later MLPs
-    on the path (``heads`` of them; auto: a tenth, at most 10), chosen on one half of the facts and never in the first
-    layer, before which nothing is looked up. Then each MLP is path-patched into what they read, with all heads and
-    other MLPs held: the residual state before the earliest of these heads, or the queries, keys and values of the
-    ``heads`` themselves. Pairs, ``direction``, ``metric`` and scale are those of activation_patching. ``contrast``
-    subtracts the effect on matched retain facts, without which the first MLP leads wherever it puts names together;
-    set it to 0 where forget and retain facts were learned together. MLPs that the receiver does not read score 0.
+    ``facts``: first the extraction heads, by |effect| of path patching each clean head into the corrupted run's final
+    state with later MLPs on the path (``heads`` of them; auto: a tenth, at most 10), chosen on one half of the facts
+    and never in the first layer, before which nothing is looked up. Then each MLP is path-patched into what they read,
+    with all heads and other MLPs held: the residual state before the earliest of these heads, or the queries, keys and
+    values of the ``heads`` themselves, both ways averaged as in activation_patching (pairs, ``metric`` and scale are
+    its own too). ``contrast`` subtracts the effect on matched retain facts, without which the first MLP leads wherever
+    it puts names together; set it to 0 where forget and retain facts were learned together. MLPs that the receiver does
+    not read score 0.
 
     ``categories``: how far the accuracy of a probing classifier for the answer, on the state at the last subject token,
     climbs over each layer, on held-out forget subjects (see probe_sweep); no contrast.
@@ -59,24 +60,24 @@ def flu(
     if model.n_layers < 2:
         raise UsageError(f"Model '{model.name}' has one layer, so that no head reads what an MLP wrote: use "
                          "activation_patching.")  # fmt: skip
-    given: dict[str, Any] = {"items": items, "partners": partners, "metric": metric}
     mlps = expand_nodes(model, ("mlp_out",))
+    weight = contrast if mode == "facts" else 0.0
+    tasks, notes = corrupted_tasks(model, knowledge, seed, items=items, partners=partners, mode="both", metric=metric,
+                                   contrast=weight)  # fmt: skip
     if mode == "facts":
-        tasks, notes = corrupted_tasks(model, knowledge, seed, mode=direction, contrast=contrast, **given)
         found = _facts(model, tasks, mlps, heads, reads, contrast, seed, progress)
     else:
-        notes = ()
         found = _categories(model, knowledge, mlps, statements, items, seed, progress)
     scores, half, tables, told, passes = found
-    both, _ = corrupted_tasks(model, knowledge, seed, mode="both", contrast=contrast * (mode == "facts"), **given)
     half_order, half_scores = ranked(mlps, half)
     plan = BandPlan(before_largest_drop(half_scores) if top == "auto" else top, draws, control, seed)
-    band, band_notes, spent = exact_band(both, mlps, half_order, plan, progress)
+    band, band_notes, spent = exact_band(tasks, mlps, half_order, plan, progress)
     order, values = ranked(mlps, scores)
-    settings: dict[str, Any] = {"mode": mode, "heads": heads, "reads": reads, "direction": direction,
-                                "metric": metric, "items": items, "partners": partners, "statements": statements,
-                                "contrast": contrast, "top": top, "draws": draws, "control": control, "seed": seed}  # fmt: skip
-    cost = {"forwards": passes + spent, "backwards": 0.0, "facts": float(len({r.id for r in both[0].forget}))}
+    settings: dict[str, Any] = {
+        "mode": mode, "heads": heads, "reads": reads, "metric": metric, "items": items, "partners": partners,
+        "statements": statements, "contrast": contrast, "top": top, "draws": draws, "control": control, "seed": seed,
+    }  # fmt: skip
+    cost = {"forwards": passes + spent, "backwards": 0.0, "facts": float(len({r.id for r in tasks[0].forget}))}
     chosen = f"Chosen: {', '.join(map(str, order[: band.k]))}."
     return Localization("flu", order, values, band, cost, settings, tables, (*notes, *told, chosen, *band_notes))
 
@@ -99,8 +100,8 @@ def _facts(
                          "layer, so choose one of them or more, or 'auto'.")  # fmt: skip
     count = min(10, max(1, len(units) // 10)) if heads == "auto" else heads
     final = receiver_of(model, "final")
-    plain = [replace(task, retain=()) for task in tasks]
-    effects = measure_paths(plain, units, final, "mlps", progress).scores(0.0, seed)
+    denoise = [replace(tasks[0], retain=())]
+    effects = measure_paths(denoise, units, final, "mlps", progress).scores(0.0, seed)
     chosen, _ = ranked(units, np.abs(effects))
     receiver = receiver_for(model, chosen[:count], reads)
     moves = measure_paths(tasks, mlps, receiver, "nothing", progress)
@@ -113,7 +114,7 @@ def _facts(
         told.append("No MLP tells the extraction heads more about these facts than about retain facts: no lookup is "
                     "claimed.")  # fmt: skip
     return (scores, moves.scores(contrast, seed), tables, tuple(told),
-            path_passes(plain, units, final) + path_passes(tasks, mlps, receiver))  # fmt: skip
+            path_passes(denoise, units, final) + path_passes(tasks, mlps, receiver))  # fmt: skip
 
 
 def receiver_for(model: LoadedModel, heads: Sequence[Component], reads: Literal["residual", "heads"]) -> Receiver:
