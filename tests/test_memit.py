@@ -191,5 +191,5 @@ def test_on_the_organism_it_forgets_more_than_it_takes_along() -> None:
             float(np.mean(answer_logprobs(model, [(i.prompt, i.continuation()) for i in items[::4]]).greedy_match))
             for items in (knowledge.forget, knowledge.neighbours)
         )
-    assert forget < 0.65
+    assert forget < 0.5
     assert neighbours > 0.9

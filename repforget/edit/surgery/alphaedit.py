@@ -22,12 +22,12 @@ from repforget.records import Localization
 def alphaedit(
     model: LoadedModel, data: EditData, *, where: Localization | None = None, seed: int = 0,
     progress: Progress | None = None, layers: Literal["auto"] | list[int] = "auto",
-    top_layers: int | Literal["auto"] = "auto", threshold: float = 0.02,
+    top_layers: int | Literal["auto"] = "auto", threshold: float = 0.1,
     objective: Literal["erase", "inject", "refuse", "lens", "entropy"] = "erase",
     token: Literal["subject_last", "last"] = "last", unit: Literal["auto", "subject", "fact", "prompt"] = "subject",
-    contexts: int = 16, lens_layers: Literal["auto"] | list[int] = "auto", k: int = 4, steps: int = 25,
-    step_size: float = 0.2, clamp: float = 4.0, kl_weight: float = 0.0625, decay: float = 0.01,
-    ridge: float = 1e-3, strangers: int = 2000,
+    contexts: int = 8, lens_layers: Literal["auto"] | list[int] = "auto", k: int = 4, steps: int = 20,
+    step_size: float = 0.3, clamp: float = 4.0, kl_weight: float = 0.0625, decay: float = 0.0,
+    ridge: float = 0.01, strangers: int = 2000,
 ) -> Edit:  # fmt: skip
     """Let the MLPs of some layers write something else at the forget keys, along directions that kept keys lack.
 
@@ -38,7 +38,7 @@ def alphaedit(
     Args:
         layers: whose MLPs change; "auto" is the ``top_layers`` best of ``where``, else those that end at
             0.28 of the depth. Values are found at the last of them. top_layers: "auto" is a sixth of all, at least 2.
-        threshold: eigenvalues up to this share of the mean one count as null; 0.02 is published for absolute ones.
+        threshold: eigenvalues up to this share of the mean one count as null (published: 0.02, of whatever size).
         ridge: against large steps, as a share of the mean squared length of a key.
         objective, token, unit, contexts, lens_layers, k, steps, step_size, clamp, kl_weight, decay, strangers: as for
             rome, which explains them.

@@ -22,11 +22,11 @@ from repforget.records import Localization
 def memit(
     model: LoadedModel, data: EditData, *, where: Localization | None = None, seed: int = 0,
     progress: Progress | None = None, layers: Literal["auto"] | list[int] = "auto",
-    top_layers: int | Literal["auto"] = "auto", weight: float = 0.2,
+    top_layers: int | Literal["auto"] = "auto", weight: float = 0.5,
     objective: Literal["erase", "inject", "refuse", "lens", "entropy"] = "erase",
     token: Literal["subject_last", "last"] = "last", unit: Literal["auto", "subject", "fact", "prompt"] = "auto",
-    contexts: int = 16, lens_layers: Literal["auto"] | list[int] = "auto", k: int = 4, steps: int = 25,
-    step_size: float = 0.2, clamp: float = 4.0, kl_weight: float = 0.0625, decay: float = 0.01,
+    contexts: int = 2, lens_layers: Literal["auto"] | list[int] = "auto", k: int = 4, steps: int = 20,
+    step_size: float = 0.3, clamp: float = 4.0, kl_weight: float = 0.0625, decay: float = 0.0,
     ridge: float = 0.01, strangers: int = 2000,
 ) -> Edit:  # fmt: skip
     """Let the MLPs of some layers write something else at the keys of all forget facts, by one least-squares fit each.

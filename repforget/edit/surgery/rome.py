@@ -23,8 +23,8 @@ def rome(
     progress: Progress | None = None, layer: int | Literal["auto"] = "auto",
     objective: Literal["erase", "inject", "refuse", "lens", "entropy"] = "erase",
     token: Literal["subject_last", "last"] = "last", unit: Literal["auto", "subject", "fact", "prompt"] = "auto",
-    contexts: int = 16, lens_layers: Literal["auto"] | list[int] = "auto", k: int = 4, steps: int = 25,
-    step_size: float = 0.2, clamp: float = 4.0, kl_weight: float = 0.0625, decay: float = 0.01,
+    contexts: int = 2, lens_layers: Literal["auto"] | list[int] = "auto", k: int = 4, steps: int = 20,
+    step_size: float = 0.3, clamp: float = 4.0, kl_weight: float = 0.0625, decay: float = 0.0,
     ridge: float = 0.01, strangers: int = 2000,
 ) -> Edit:  # fmt: skip
     """Let the MLP of one layer write something else at the key of each forget fact, by rank-one updates in turn.
