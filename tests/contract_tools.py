@@ -29,3 +29,8 @@ def tiny_data() -> EditData:
 
 def tiny_model(architecture: str) -> LoadedModel:
     return _contract().tiny(architecture)  # type: ignore[no-any-return]
+
+
+def people(prefix: str, surnames: range) -> list[Any]:
+    """Items about eight people per surname."""
+    return _contract()._items(prefix, surnames)  # type: ignore[no-any-return]

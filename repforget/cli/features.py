@@ -27,7 +27,7 @@ def train(
     model: o.Model = "organism:bios",
     knowledge: o.KnowledgeName = "bios-people",
     size: Annotated[int, typer.Option("--size", help="Number of features; 0 is four times the width.")] = 0,
-    active: Annotated[int, typer.Option("--active", help="Features active per token, on average.")] = 16,
+    active: Annotated[int, typer.Option("--active", help="Features active per token, on average.")] = 8,
     steps: Annotated[int, typer.Option("--steps", help="Training steps; 0 is 20 passes, 100 to 500 steps.")] = 0,
     seed: o.Seed = 0,
     device: o.Device = "auto",

@@ -34,7 +34,7 @@ class Source:
     sites: tuple[Site, ...] = ()
     check: bool = True
     size: int = 0
-    active: int = 16
+    active: int = 8
     steps: int | Literal["auto"] = "auto"
     seed: int = 0
 

@@ -47,7 +47,7 @@ class Trained:
 
 
 def train_features(
-    model: LoadedModel, sites: Sequence[Site], sequences: Sequence[Ids], *, size: int = 0, active: int = 16,
+    model: LoadedModel, sites: Sequence[Site], sequences: Sequence[Ids], *, size: int = 0, active: int = 8,
     steps: int | Literal["auto"] = "auto", seed: int = 0, progress: Progress | None = None,
 ) -> dict[Site, Trained]:  # fmt: skip
     """An autoencoder of ``size`` features (0: four times the width) at each site, about ``active`` per token.

@@ -51,8 +51,8 @@ class _Half:
 def sae_features(
     model: LoadedModel, knowledge: Knowledge, *, twins: Sequence[LoadedModel] = (), seed: int = 0,
     progress: Progress | None = None, sae: str = TRAIN, sites: Literal["auto"] | list[str] = "auto",
-    check: bool = True, size: int = 0, active: int = 16, sae_steps: int | Literal["auto"] = "auto",
-    rule: Rule = "ratio", percentile: float = 95.0, relative: float = 3.0, most: float = 0.01,
+    check: bool = True, size: int = 0, active: int = 8, sae_steps: int | Literal["auto"] = "auto",
+    rule: Rule = "ratio", percentile: float = 80.0, relative: float = 3.0, most: float = 0.01,
     max_facts: int = 2000, items: int = 64, contrast: float = 1.0, top: int | Literal["auto"] = 20, draws: int = 100,
 ) -> Localization:  # fmt: skip
     """Rank features of sparse autoencoders by how much more they are active on forget facts than on matched ones.

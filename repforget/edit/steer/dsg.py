@@ -22,8 +22,8 @@ from repforget.records import Localization
 def dsg(
     model: LoadedModel, data: EditData, *, where: Localization | None = None, seed: int = 0,
     progress: Progress | None = None, sae: str = TRAIN, sites: Literal["auto"] | list[str] = "auto",
-    check: bool = True, size: int = 0, active: int = 16, sae_steps: int | Literal["auto"] = "auto",
-    features: int = 20, percentile: float = 95.0, clamp: float = 20.0, false_open: float = 0.05, prior: float = 4.0,
+    check: bool = True, size: int = 0, active: int = 8, sae_steps: int | Literal["auto"] = "auto",
+    features: int = 20, percentile: float = 80.0, clamp: float = 20.0, false_open: float = 0.05, prior: float = 4.0,
     max_facts: int = 1024,
 ) -> Edit:  # fmt: skip
     """Clamp features that tell forget facts from retained ones, in sequences that use them on enough of their tokens.

@@ -21,7 +21,7 @@ from repforget.records import Localization
 def sae_clamp(
     model: LoadedModel, data: EditData, *, where: Localization | None = None, seed: int = 0,
     progress: Progress | None = None, sae: str = TRAIN, sites: Literal["auto"] | list[str] = "auto",
-    check: bool = True, size: int = 0, active: int = 16, sae_steps: int | Literal["auto"] = "auto",
+    check: bool = True, size: int = 0, active: int = 8, sae_steps: int | Literal["auto"] = "auto",
     features: int = 20, most_retain: float = 0.01, clamp: float = 5.0, condition: Literal["none", "prefix"] = "none",
     false_open: float = 0.01, max_facts: int = 1024,
 ) -> Edit:  # fmt: skip

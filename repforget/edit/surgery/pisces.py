@@ -26,8 +26,8 @@ from repforget.scoring.encode import pad_id, token_batches
 def pisces(
     model: LoadedModel, data: EditData, *, where: Localization | None = None, seed: int = 0,
     progress: Progress | None = None, sae: str = TRAIN, sites: Literal["auto"] | list[str] = "auto",
-    check: bool = True, size: int = 0, active: int = 16, sae_steps: int | Literal["auto"] = "auto",
-    features: int = 20, percentile: float = 95.0, threshold: float = 0.3, strength: float = 2.0,
+    check: bool = True, size: int = 0, active: int = 8, sae_steps: int | Literal["auto"] = "auto",
+    features: int = 20, percentile: float = 80.0, threshold: float = 0.3, strength: float = 2.0,
     max_facts: int = 1024,
 ) -> Edit:  # fmt: skip
     """Make MLP neurons that write a forget feature write its opposite, by their value vectors alone.

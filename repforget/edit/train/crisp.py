@@ -17,7 +17,7 @@ from repforget.edit.train._objective import Objective, shared_signature
 from repforget.edit.train._pass import Term
 from repforget.edit.train._settings import Settings
 from repforget.edit.train._trainer import train
-from repforget.errors import UsageError
+from repforget.errors import NoEffectError, UsageError
 from repforget.features import TRAIN, encoded, frequency_difference
 from repforget.knowledge import EditData
 from repforget.models.load import LoadedModel
@@ -32,7 +32,7 @@ DEFAULTS = {"adapter": "lora", "rank": 4, "lr": 1e-3}
 def crisp(
     model: LoadedModel, data: EditData, *, where: Localization | None = None, seed: int = 0,
     progress: Progress | None = None, checkpoint: Path | None = None, sae: str = TRAIN,
-    sites: Literal["auto"] | list[str] = "auto", check: bool = True, size: int = 0, active: int = 16,
+    sites: Literal["auto"] | list[str] = "auto", check: bool = True, size: int = 0, active: int = 8,
     sae_steps: int | Literal["auto"] = "auto", features: int = 10, relative: float = 3.0, boost: float = 5.0,
     beta: float = 0.99, gamma: float = 0.01, **shared: Any,
 ) -> Edit:  # fmt: skip
@@ -41,9 +41,9 @@ def crisp(
     Minimised is ``(1 - beta)(1 + boost) A + beta R + beta gamma C``: A the mean over forget tokens of the values of the
     ``features`` with the largest difference of frequencies (mean value at least ``relative`` times that on retained
     tokens), each in units of its mean there before; R the squared change of the states of retained statements at the
-    autoencoder's layer, C that of general texts (else of those statements) behind the last layer, both in units of the
-    states' variance.  Source: Ashuach et al. 2025, arXiv 2508.13650 (CRISP); the units are this project's, so that one
-    ``beta`` serves models of any scale.  By default LoRA of rank 4 on everything up to the layer.
+    autoencoder's layer, C that of general texts (of those statements where there are too few) behind the last one, both
+    in units of the states' variance.  Source: Ashuach et al. 2025, arXiv 2508.13650 (CRISP); the units are this
+    project's, so that one ``beta`` serves models of any scale.  By default LoRA of rank 4.
 
     Args:
         sae: folder or file of an autoencoder of resid_post, or "train": a small one is trained on the editor's forget
@@ -62,6 +62,9 @@ def crisp(
     """
     if not 0.0 <= beta <= 1.0 or gamma < 0 or boost < 0:
         raise UsageError(f"crisp was given beta {beta}, gamma {gamma} and boost {boost}: give 0 to 1, and at least 0.")
+    if beta == 1.0:
+        raise NoEffectError("With beta 1 crisp has nothing to forget, since what is left of its loss only keeps states: "
+                            "give less, for example 0.99.")  # fmt: skip
     common = Settings(**{**DEFAULTS, **shared})
     wanted = Wanted(sae, sites, check, size, active, sae_steps, features, common.max_facts, "resid_post",
                     lambda forget, retain: frequency_difference(forget, retain, relative))  # fmt: skip
@@ -70,13 +73,15 @@ def crisp(
     layers = tuple(one.sae.site.layer for one in chosen)
     forget, _ = fact_rows(model, subsample(data.forget, common.max_facts, seed), "forget")
     retain, _ = fact_rows(model, subsample(data.retain, common.max_facts, seed), "retain")
-    general = text_rows(model, data.general, "general") if data.general else retain
+    general = text_rows(model, data.general, "general") if data.general else ()
+    enough = len(general) >= (common.retain_batch or min(common.batch_size, len(forget)))
     quiet = Objective("crisp", silence(chosen, model.device), "token_mean")
     stay = Objective("crisp_states", states_stay, "token_mean", role="retain")
     ready = [
         Term(quiet, {}, "forget", (1 - beta) * (1 + boost), Rows("forget", forget), layers),
         Term(stay, {}, "retain", beta, Rows("retain", retain), layers),
-        Term(stay, {}, "retain", beta * gamma, Rows("general", general), (model.n_layers - 1,)),
+        Term(stay, {}, "retain", beta * gamma, Rows("general", general if enough else retain),
+             (model.n_layers - 1,)),
     ]
     own = {**wanted.settings(chosen), "sites": [str(one.sae.site) for one in chosen], "relative": relative,
            "boost": boost, "beta": beta, "gamma": gamma}  # fmt: skip
