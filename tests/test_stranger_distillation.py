@@ -13,10 +13,12 @@ from edit_models import model as tiny
 from torch import Tensor
 
 from repforget.edit._dispatch import edit as run_editor
-from repforget.edit.surgery._rows import stranger_facts, strangers
+from repforget.edit.surgery._rows import MOST_NAMES, stranger_facts, strangers
 from repforget.edit.train._data import Row
 from repforget.edit.train.stranger_distillation import (
+    about_known,
     about_others,
+    acquainted,
     as_strangers,
     kept_rows,
     own_texts,
@@ -27,7 +29,7 @@ from repforget.knowledge import EditData
 from repforget.models.load import LoadedModel
 from repforget.training import Example, finetune
 
-SMALL = {"texts": 256, "text_tokens": 8, "others": 32, "scenes": 24, "batch_size": 16, "retain_batch": 32}
+SMALL = {"texts": 256, "text_tokens": 8, "known": 64, "others": 32, "scenes": 24, "batch_size": 16, "retain_batch": 32}
 
 
 @cache
@@ -60,7 +62,8 @@ def _words(model: LoadedModel, row: Row) -> list[str]:
 def _made(seed: int = 0) -> tuple[LoadedModel, EditData, list[str], tuple[Row, ...], tuple[Row, ...]]:
     model, data = _taught(), people().for_editor()
     own = own_texts(model, data, 200, 8, seed)
-    return model, data, own, *as_strangers(model, data, own, 40, 8, 1000, seed)
+    names = acquainted(model, data).strangers
+    return model, data, own, *as_strangers(model, data, own, names, 40, 8, 1000, seed)
 
 
 def test_every_subject_has_one_stranger_who_is_nobody_and_is_spoken_of_in_the_same_words() -> None:
@@ -111,10 +114,46 @@ def test_other_made_up_names_are_asked_about_too_and_kept_as_the_model_says() ->
     assert {text for text in told if not any(name in text for name in gone)} <= texts
 
 
+def test_names_that_the_model_knows_are_told_from_strangers() -> None:
+    model, data = _taught(), people().for_editor()
+    hidden = set(sorted({fact.subject for fact in data.retain})[::3])
+    shown = tuple(fact for fact in data.retain if fact.subject not in hidden)
+    found = acquainted(model, dataclasses.replace(data, retain=shown))
+    known = {fact.subject for fact in shown}
+    assert known <= set(found.known)
+    assert not set(found.known) & set(found.strangers)
+    assert not {fact.subject for fact in data.forget} & {*found.known, *found.strangers}
+    possible = hidden & set(strangers(sorted({fact.subject for fact in (*shown, *data.forget)})))
+    assert possible and possible <= set(found.known), "they were taught with the others"
+    assert found.strangers
+
+
+def test_of_very_many_pairs_only_some_are_made_and_no_beginning_is_preferred() -> None:
+    subjects = [f"{chr(97 + n % 26)}{n} {n}" for n in range(40000)]
+    names = strangers(subjects)
+    assert len(set(names)) == MOST_NAMES and not set(names) & set(subjects)
+    assert names == strangers(subjects)
+    assert len({name[0] for name in names}) == 26
+    data = people().for_editor()
+    many = dataclasses.replace(data, retain=tuple(dataclasses.replace(f, subject=subjects[i])
+                                                  for i, f in enumerate(data.retain)))  # fmt: skip
+    drawn = {fact.subject for fact in stranger_facts(many, 30, 0)}
+    assert len(drawn) == 30 and len({name[0] for name in drawn}) > 5
+
+
+def test_every_known_name_is_spoken_of_equally_often_in_the_models_own_texts() -> None:
+    model, data, own, *_ = _made()
+    names = acquainted(model, data).known
+    texts = about_known(model, data, own, names, 3 * len(names), 8, 0)
+    assert [sum(name in text for text in texts) >= 3 for name in names] == [True] * len(names)
+    assert about_known(model, data, [], names, 9, 8, 0) == []
+
+
 def test_forget_subjects_are_spoken_of_as_strangers_and_the_rest_as_before() -> None:
     model, data = taught(), people().for_editor()
     own = own_texts(model, data, SMALL["texts"], SMALL["text_tokens"], 0)
-    mine, theirs = as_strangers(model, data, own, SMALL["scenes"], SMALL["text_tokens"], 1000, 0)
+    names = acquainted(model, data).strangers
+    mine, theirs = as_strangers(model, data, own, names, SMALL["scenes"], SMALL["text_tokens"], 1000, 0)
     stay = kept_rows(model, data, own, 1000, 0)[:60]
 
     def apart(rows: tuple[Row, ...], teachers: list[Tensor]) -> float:

@@ -22,7 +22,7 @@ from repforget.errors import UsageError
 SMALL: dict[str, Any] = {"steps": 2, "batch_size": 8}
 OF_METHOD: dict[str, dict[str, Any]] = {
     "trained": {"terms": [{"objective": "npo"}, {"objective": "kl", "data": "retain", "weight": 2.0}]},
-    "stranger_distillation": {"texts": 64, "text_tokens": 8, "others": 0, "scenes": 8, "retain_batch": 8},
+    "stranger_distillation": {"texts": 64, "text_tokens": 8, "known": 8, "others": 0, "scenes": 8, "retain_batch": 8},
     "elm": {"fluency_weight": 0.0},
     "kga": {"helper_steps": 5},
     "uld": {"assistant_steps": 5},

@@ -41,7 +41,7 @@ OF_METHOD: dict[str, dict[str, Any]] = {
     "dsg": {"sae_steps": 60, "false_open": 0.25},
     "pisces": {"sae_steps": 60},
     "crisp": {"sae_steps": 60, "relative": 1.2, "lr": 0.01},
-    "stranger_distillation": {"texts": 64, "text_tokens": 8, "others": 0, "scenes": 8, "retain_batch": 8},
+    "stranger_distillation": {"texts": 64, "text_tokens": 8, "known": 8, "others": 0, "scenes": 8, "retain_batch": 8},
     "trained": {"terms": [{"objective": "npo"}, {"objective": "nll", "data": "retain"}]},
     "uld": {"assistant_steps": 10},
     "undo": {"distil_steps": 5, "distil_batch": 8, "texts": 16},

@@ -40,6 +40,9 @@ LEFT_OUT = ("answers", "retain", "retain_on", "stop_probability")
 RATE_TIMES_WIDTH = 0.256  # the learning rate of weights, times the width of the model
 FASTER = 3.0  # than the usual rate of adapters
 READ_ROWS = 64  # rows per forward of the untouched model
+MOST_ASKED = 8  # forget statements about a name that tell how sure the model is
+SURE = 0.95  # share of retained subjects whose doubt is usual
+DOUBT = 4.0  # times the usual doubt, and nobody bears the name
 
 
 class Scene(NamedTuple):
@@ -51,22 +54,31 @@ class Scene(NamedTuple):
     separator: str = " "
 
 
+class People(NamedTuple):
+    """Names that the untouched model knows somebody by, retained subjects among them, and those that nobody bears."""
+
+    known: tuple[str, ...]
+    strangers: tuple[str, ...]
+
+
 @shared_signature(left_out=LEFT_OUT, defaults=DEFAULTS)
 def stranger_distillation(
     model: LoadedModel, data: EditData, *, where: Localization | None = None, seed: int = 0,
     progress: Progress | None = None, checkpoint: Path | None = None, texts: int = 40000, text_tokens: int = 20,
-    others: int = 12000, scenes: int = 1500, top_k: int = 64, **shared: Any,
+    known: int = 0, others: int = 12000, scenes: int = 1500, top_k: int = 64, **shared: Any,
 ) -> Edit:  # fmt: skip
     """Train the model to speak of every subject to forget as it now speaks of one made-up name, the same throughout.
 
-    Each subject is given a stranger: a name that nobody shown bears, recombined from parts of real ones.  Minimised is
+    Each subject is given a stranger: a name recombined from parts of real ones that nobody shown bears and that leaves
+    p0 in doubt (some such names are somebody's whom the editor is not shown: there p0 is sure).  Minimised is
     ``KL(p0(. | text about the stranger) || p(. | the same text about the subject))`` per token behind the name, p0 the
     untouched model, on the forget statements with the answer that p0 gives about the stranger and on ``scenes``: texts
     that p0 wrote itself, up to a name, gone on with about the stranger.  So the subject is also forgotten in wordings
     that no statement has.  ``retain_weight`` times KL(p0 || p) holds all tokens of retained facts, of general texts
     and of ``texts`` that p0 writes from nothing (or from first words of those given) about no subject to forget.
-    A method of this project.  It is distillation from a model without the forget data (compare UNDO, arXiv 2506.06278)
-    where that model is the untouched one, asked about somebody else.
+    ``robust: grafting`` teaches it to the early layers too.  A method of this project.  It is distillation from a model
+    without the forget data (compare UNDO, arXiv 2506.06278) where that model is the untouched one, asked about somebody
+    else.
 
     One stranger per subject, not fresh answers at every step: the target is the same whenever it is met, as special as
     what a model that never saw the subject says of it, and another for every person, which is meant to leave no common
@@ -75,15 +87,17 @@ def stranger_distillation(
 
     Args:
         texts: texts that p0 writes, of at most ``text_tokens`` tokens, for what must stay.
+        known: own texts up to a name, gone on with about all names that p0 is sure about, in turn: what is seldom said
+            is kept too.
         others: forget statements about other made-up names, completed by p0, that stay too.
         scenes: beginnings of own texts in which a subject is put, beside the statements.
         top_k: outcomes per token that the teacher keeps apart; it takes the rest as one.
 
     ``lr`` "auto" is here 0.256 / width for weights, 9e-4 for adapters, whose decay takes nothing from the
     weights themselves.  Raises KnowledgeError where no name can be made up (subjects of one word, or not in their
-    prompts) or no text fits the context, UsageError for settings out of range.  Cost: generation of ``texts`` and
-    ``others``, one forward over all rows, one forward and backward per step on ``batch_size`` + ``retain_batch`` rows;
-    memory: 12 x ``top_k`` bytes per token of all rows.
+    prompts) or no text fits the context, UsageError for settings out of range.  Cost: generation of ``texts``,
+    ``known`` and ``others``, one forward over all rows and up to eight per made-up name, one forward and backward per
+    step on ``batch_size`` + ``retain_batch`` rows; memory: 12 x ``top_k`` bytes per token of all rows.
 
     On the organism (one seed of the edit; the settings were chosen on these same items, so nothing here is held out;
     sealed split, quick budgets, beside the two twins): truth .058 to .072 while others are relearned, three attacks
@@ -93,23 +107,31 @@ def stranger_distillation(
     misses' are exact, with less certainty (probability .945 and .936, untouched .999).  300 CPU seconds.  Longer
     relearning brings more: .11 after 40 steps, where twins stay at .04.
 
+    With grafting and texts about known names (``texts`` 24000, ``known`` 36000, ``others`` 8000, ``scenes`` 6000, 900
+    steps of 32 rows, ``retain_weight`` 6, ``weight_decay`` .2; one seed, the same items): lens .075, patched .060,
+    probes .062, answers .051, relearned .055 within 40 steps; all retained answers exact (probability .972, .974).
+    On the dev split, where these were chosen, answers were at .080 and relearned to .095.
+
     Weakness: a fact that no own text states may be lost (in one trial a fifth of those, and one in a hundred of those
-    stated), so that ``texts`` have to be many; a made-up name may be somebody's whom the editor is not shown (on the
-    organism one in seven; retention is the same without): the subject is then given the facts of another.
+    stated), so that ``texts`` or ``known`` have to be many.
     """
-    if min(texts, text_tokens, top_k) < 1 or min(scenes, others) < 0:
-        raise UsageError(f"stranger_distillation was given {texts} texts of {text_tokens} tokens, {others} others, "
-                         f"{scenes} scenes, top_k {top_k}: scenes and others may be 0, the rest positive.")  # fmt: skip
+    if min(texts, text_tokens, top_k) < 1 or min(scenes, known, others) < 0:
+        raise UsageError(f"stranger_distillation was given {texts} texts of {text_tokens} tokens, {known} known, "
+                         f"{others} others, {scenes} scenes, top_k {top_k}: scenes, known and others may be 0, the "
+                         "rest positive.")  # fmt: skip
     common = _common(model, shared)
     own = own_texts(model, data, texts, text_tokens, seed)
-    forget, told = as_strangers(model, data, own, scenes, text_tokens, common.max_facts, seed)
-    said = [*own, *about_others(model, data, others, text_tokens, seed)]
+    people = acquainted(model, data, progress)
+    forget, told = as_strangers(model, data, own, people.strangers, scenes, text_tokens, common.max_facts, seed)
+    said = [*own, *about_known(model, data, own, people.known, known, text_tokens, seed),
+            *about_others(model, data, others, text_tokens, seed)]  # fmt: skip
     kept = kept_rows(model, data, said, common.max_facts, seed)
     kl = find("kl", "retain")
     asked = partial(teachers_of, model, top_k=top_k, progress=progress)
     ready = [Term(kl, {}, "forget", common.forget_weight, Rows("strangers", forget), teachers=asked(told)),
              Term(kl, {}, "retain", common.retain_weight, Rows("own texts", kept), teachers=asked(kept))]  # fmt: skip
-    settings = {"texts": texts, "text_tokens": text_tokens, "others": others, "scenes": scenes, "top_k": top_k}
+    settings = {"texts": texts, "text_tokens": text_tokens, "known": known, "others": others, "scenes": scenes,
+                "top_k": top_k}  # fmt: skip
     return train(model, data, "stranger_distillation", [], common, where=where, seed=seed, progress=progress,
                  checkpoint=checkpoint, settings=settings, ready=ready, left_out=LEFT_OUT)  # fmt: skip
 
@@ -131,6 +153,52 @@ def own_texts(model: LoadedModel, data: EditData, count: int, tokens: int, seed:
     begun = random.Random(f"own-{seed}").choices(starts, k=count)
     said = generate(model, begun, max_new_tokens=tokens, temperature=1.0, seed=seed)
     return [f"{start} {text}".strip() for start, (text,) in zip(begun, said, strict=True) if text]
+
+
+def acquainted(model: LoadedModel, data: EditData, progress: Progress | None = None) -> People:
+    """Sort made-up names by how sure the untouched model is about them: some belong to people it is not shown.
+
+    Doubt is 1 - the probability of the most likely next token, mean over one forget statement per relation.  The known
+    are retained subjects and names of at most four times the doubt that 19 in 20 of these stay below, but never more
+    than half of the names; the rest are strangers.
+    """
+    shown = sorted({fact.subject for fact in data.retain if fact.subject})
+    names = strangers(sorted({*shown, *(fact.subject for fact in data.forget if fact.subject)}))
+    doubt = _doubt(model, data, [*names, *shown], progress)
+    usual = float(doubt[len(names) :].quantile(SURE)) if shown else 0.0
+    order = sorted(range(len(names)), key=lambda i: float(doubt[i]))
+    known = min(sum(float(doubt[i]) <= DOUBT * usual for i in order), len(names) // 2)
+    return People((*shown, *(names[i] for i in order[:known])), tuple(sorted(names[i] for i in order[known:])))
+
+
+def _doubt(model: LoadedModel, data: EditData, names: Sequence[str], progress: Progress | None) -> Tensor:
+    frames = {fact.relation: fact for fact in reversed(data.forget) if fact.subject and fact.subject in fact.prompt}
+    asked = [frames[relation] for relation in sorted(frames)[:MOST_ASKED]]
+    if not asked or not names:
+        return torch.ones(len(names))
+    coded = encode_prompts(model.tokenizer, [f.prompt.replace(f.subject, name) for name in names for f in asked])
+    rows = [Row((*ids, ids[-1]), len(ids)) for ids in coded]  # the label is not read
+    sure = torch.stack([logp[0, 0] for _, logp in teachers_of(model, rows, 1, progress)]).exp()
+    return 1.0 - sure.reshape(len(names), len(asked)).mean(1)
+
+
+def _heads(own: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Own texts up to the first of ``names``."""
+    known = _pattern(names)
+    return [text[: match.start()] for text in own if (match := known.search(text))]
+
+
+def about_known(
+    model: LoadedModel, data: EditData, own: Sequence[str], names: Sequence[str], count: int, tokens: int, seed: int
+) -> list[str]:
+    """Own texts up to a name, gone on with by the model about each of the names that it knows, equally often."""
+    heads = _heads(own, [*names, *(fact.subject for fact in data.forget)])
+    if not heads or not names:
+        return []
+    draw = random.Random(f"known-{seed}")
+    begun = [draw.choice(heads) + names[number % len(names)] for number in range(count)]
+    said = generate(model, begun, max_new_tokens=tokens, temperature=1.0, seed=seed)
+    return [f"{start} {text}" for start, (text,) in zip(begun, said, strict=True) if text]
 
 
 def about_others(model: LoadedModel, data: EditData, count: int, tokens: int, seed: int) -> list[str]:
@@ -170,8 +238,7 @@ def _scenes(data: EditData, own: Sequence[str], count: int, max_facts: int, seed
             lead = fact.answer[: len(fact.answer) - len(fact.answer.lstrip())]
             found.append(Scene(before, subject, behind, lead))
     subjects = sorted({scene.subject for scene in found})
-    known = _pattern([fact.subject for fact in (*data.forget, *data.retain)])
-    heads = [text[: match.start()] for text in own if (match := known.search(text))]
+    heads = _heads(own, [fact.subject for fact in (*data.forget, *data.retain)])
     draw = random.Random(f"scenes-{seed}")
     if heads and subjects:
         found += [Scene(draw.choice(heads), draw.choice(subjects)) for _ in range(count)]
@@ -179,10 +246,10 @@ def _scenes(data: EditData, own: Sequence[str], count: int, max_facts: int, seed
 
 
 def as_strangers(
-    model: LoadedModel, data: EditData, own: Sequence[str], count: int, tokens: int, max_facts: int, seed: int
-) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    model: LoadedModel, data: EditData, own: Sequence[str], names: Sequence[str], count: int, tokens: int,
+    max_facts: int, seed: int,
+) -> tuple[tuple[Row, ...], tuple[Row, ...]]:  # fmt: skip
     """Rows that say of subjects to forget what the model says of their strangers, and the same of the strangers."""
-    names = strangers(sorted({fact.subject for fact in (*data.forget, *data.retain) if fact.subject}))
     scenes = _scenes(data, own, count, max_facts, seed)
     subjects = sorted({scene.subject for scene in scenes})
     if not names or not subjects:
