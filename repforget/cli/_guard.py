@@ -22,12 +22,14 @@ ERROR_FILE = "error.txt"
 class State:
     """What the guard must know of the running command: whether to show tracebacks, and where results go.
 
-    ``training`` is the folder in which an interrupted training keeps its state.
+    ``training`` is the folder in which an interrupted training keeps its state; ``interrupted`` what a command that
+    keeps its results elsewhere wants to be said.
     """
 
     debug: bool = False
     folder: Path | None = None
     training: Path | None = None
+    interrupted: str | None = None
 
 
 def guarded(arguments: Sequence[str]) -> int:
@@ -68,7 +70,9 @@ def _usage(error: click.UsageError) -> int:
 
 
 def _interrupted(state: State) -> int:
-    if state.training is not None and state.training.is_dir():
+    if state.interrupted is not None:
+        _say(state.interrupted)
+    elif state.training is not None and state.training.is_dir():
         _say(f"Interrupted: the state of training is kept in '{state.training}'; the same command continues from "
              "there.")  # fmt: skip
     elif state.folder is None:

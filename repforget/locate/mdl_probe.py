@@ -20,6 +20,8 @@ from repforget.probing import Codes, code_lengths
 from repforget.progress import Progress, track
 from repforget.records import Component, Localization
 
+ITEMS_PER_RELATION = True
+
 
 @dataclass(frozen=True)
 class _Sent:

@@ -20,6 +20,7 @@ from repforget.progress import Progress, track
 from repforget.records import Component, Localization
 
 Classifier = Literal["logistic", "mean_difference", "lda", "mlp"]
+ITEMS_PER_RELATION = True
 
 
 def probe_sweep(
