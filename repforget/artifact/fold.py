@@ -275,7 +275,8 @@ def probe_logits(module: nn.Module) -> Tensor:
     return logits.double().cpu()
 
 
-def _cosines(new: NewValue) -> dict[str, float]:
+def cosines(new: NewValue) -> dict[str, float]:
+    """How much of a change survives: cosine with the exact one in the parameter's own dtype and in half precisions."""
     exact = new.exact - new.old
     out: dict[str, float] = {}
     for name, dtype in (("own", new.value.dtype), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
@@ -293,9 +294,9 @@ def fold(edit: Edit, model: LoadedModel, *, check: bool) -> Undo:
     with attach(edit, model, check=False):
         expected = probe_logits(module)
     with ExitStack() as stack:
-        touched, cosines, hooked = _install(edit, module, stack)
+        touched, kept, hooked = _install(edit, module, stack)
         gap = float((probe_logits(module) - expected).abs().max())
-        parity = Parity(gap, float(expected.abs().max()), cosines)
+        parity = Parity(gap, float(expected.abs().max()), kept)
         return Undo(parity, touched, hooked, stack.pop_all())
 
 
@@ -305,15 +306,15 @@ def _install(
     if any(isinstance(op, Untie) for op in edit.weight_operations):
         stack.callback(untie(module))
     grouped, rest = fold_changes(module, edit.operations)
-    cosines: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float]] = {}
     for new in new_values(module, grouped):
-        cosines[new.name] = _cosines(new)
+        found[new.name] = cosines(new)
         stack.callback(write(new))
-    if not cosines and not rest and edit.manifest.strength != 0.0 and grouped:
+    if not found and not rest and edit.manifest.strength != 0.0 and grouped:
         raise NoEffectError(f"Edit '{edit.manifest.method}' changes no weight at the precision of this "
                             "model: raise its strength, or load the model in float32.")  # fmt: skip
     hook_operations(module, rest, stack)
-    return tuple(cosines), cosines, tuple(dict.fromkeys(str(op.site) for op in rest))
+    return tuple(found), found, tuple(dict.fromkeys(str(op.site) for op in rest))
 
 
 class _Kept:

@@ -92,6 +92,21 @@ def headers(folder: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
                 yield name, entry["dtype"], tuple(entry["shape"])
 
 
+def checked(folder: Path) -> Path:
+    """The folder itself, once it is seen to hold a configuration and safetensors files; ModelLoadError otherwise."""
+    if not folder.is_dir():
+        raise ModelLoadError(f"'{folder}' is not a model folder: give a folder with config.json and *.safetensors.")
+    return _checked_folder(folder)
+
+
+def tensors(path: Path) -> dict[str, dict[str, Any]]:
+    """Tensor name -> its header entry (dtype, shape, data_offsets) and ``start``, where the data of the file begin."""
+    header = _header(path)
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+    return {name: {**entry, "start": 8 + length} for name, entry in header.items() if name != "__metadata__"}
+
+
 def _header(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -32,10 +33,24 @@ def fingerprint(module: nn.Module) -> str:
     distinct = {(t.data_ptr(), t.shape, t.dtype, t.device, t.stride()): t for t in tensors.values()}
     with ThreadPoolExecutor(max_workers=2) as pool:  # hashing releases the interpreter lock
         digests = dict(zip(distinct, pool.map(_digest, distinct.values()), strict=True))
-    whole = hashlib.sha256(type(module).__name__.encode())
-    for name in sorted(tensors):
-        t = tensors[name]
-        whole.update(name.encode() + b"\0" + digests[(t.data_ptr(), t.shape, t.dtype, t.device, t.stride())])
+    keys = {name: (t.data_ptr(), t.shape, t.dtype, t.device, t.stride()) for name, t in tensors.items()}
+    return _whole(type(module).__name__, {name: digests[key] for name, key in keys.items()})
+
+
+def fingerprint_of(kind: str, names: Mapping[str, str], read: Callable[[str], Tensor]) -> str:
+    """The :func:`fingerprint` of a model of class ``kind`` from its tensors one at a time.
+
+    ``names``: of the state -> what ``read`` is asked for; names of one stored tensor are read once.
+    """
+    stored = {where: _digest(read(name)) for name, where in names.items() if name == where}
+    return _whole(kind, {name: stored[where] if where in stored else _digest(read(name))
+                         for name, where in names.items()})  # fmt: skip
+
+
+def _whole(kind: str, digests: Mapping[str, bytes]) -> str:
+    whole = hashlib.sha256(kind.encode())
+    for name in sorted(digests):
+        whole.update(name.encode() + b"\0" + digests[name])
     return whole.hexdigest()
 
 
