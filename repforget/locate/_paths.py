@@ -41,9 +41,8 @@ def receiver_of(model: LoadedModel, named: str | Sequence[str]) -> Receiver:
     names = [named] if isinstance(named, str) else list(named)
     last = Site("resid_post", model.n_layers - 1)
     sites = tuple(dict.fromkeys(last if name == "final" else Site.parse(name) for name in names))
-    states = [site for site in sites if site.kind in ("resid_pre", "resid_post")]
-    if not (states if len(sites) == 1 else not states) or any(s.kind not in ("q", "k", "v") for s in sites
-                                                              if s not in states):  # fmt: skip
+    residual = len(sites) == 1 and sites[0].kind in ("resid_pre", "resid_post")
+    if not residual and not (sites and all(site.kind in ("q", "k", "v") for site in sites)):
         raise UsageError(f"A path cannot end in {', '.join(names) or 'nothing'}: name 'final', one resid_pre or "
                          "resid_post, or queries, keys and values of heads such as q.3.h1.")  # fmt: skip
     places = site_map(model.module)

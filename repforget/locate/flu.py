@@ -78,8 +78,7 @@ def flu(
         "statements": statements, "contrast": contrast, "top": top, "draws": draws, "control": control, "seed": seed,
     }  # fmt: skip
     cost = {"forwards": passes + spent, "backwards": 0.0, "facts": float(len({r.id for r in tasks[0].forget}))}
-    chosen = f"Chosen: {', '.join(map(str, order[: band.k]))}."
-    return Localization("flu", order, values, band, cost, settings, tables, (*notes, *told, chosen, *band_notes))
+    return Localization("flu", order, values, band, cost, settings, tables, (*notes, *told, *band_notes))
 
 
 def before_largest_drop(scores: Sequence[float]) -> int:
