@@ -55,6 +55,13 @@ class Concept:
         weight = torch.where(total[frames] > 0, share / total[frames], torch.zeros_like(share))
         return cross - summed[:, frames] * weight
 
+    def spread(self, stats: Statistics) -> float:
+        """Variance of the one-hot classes within their frames, summed over classes."""
+        share, frames = stats.mean_z, self.frames.to(stats.mean_z.device)
+        total = torch.zeros(int(frames.max()) + 1, dtype=share.dtype, device=share.device).index_add(0, frames, share)
+        inside = torch.where(total[frames] > 0, share / total[frames], torch.zeros_like(share))
+        return float((share * (1 - inside)).sum())
+
 
 def answer_concept(points: Points) -> Concept:
     """The concept "which answer", within each relation and kind of position."""

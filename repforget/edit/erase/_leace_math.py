@@ -73,7 +73,7 @@ def fit_eraser(
         raise UsageError(f"LEACE was asked for rank {rank}: give a positive rank or None for all of it.")
     corr, scale = stats.correlation(shrinkage)
     target = (stats.cross if cross is None else cross.to(scale)) * scale[:, None]
-    basis, mixing = _range(target, tolerance)
+    basis, mixing = column_space(target, tolerance)
     spread = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
     center = stats.mean_x if affine else None
     total = basis.shape[1]
@@ -97,7 +97,7 @@ def fit_eraser(
     return eraser
 
 
-def _range(target: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+def column_space(target: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """Orthonormal basis [d, r] of the column space of ``target`` [d, k], and its coordinates [r, k].
 
     Columns are brought to unit length first, so that the rank does not depend on how frequent a class is.
