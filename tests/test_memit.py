@@ -174,10 +174,10 @@ def test_where_nothing_is_kept_yet_nothing_can_be_written_over() -> None:
     left = {}
     for layer in (0, 3):
         where = Localization("told", (Component(Site("mlp_out", layer)),), (1.0,), RandomBand(1, 20, 1.0, 0.0, 0.1, ""))
-        edit = run_editor(model, knowledge, "memit", where=where, top_layers=1, weight=0.2, contexts=2, steps=10)
+        edit = run_editor(model, knowledge, "memit", where=where, top_layers=1)
         assert edit.manifest.settings["layers"] == [layer]
         left[layer] = _known(model, edit, knowledge.forget)
-        assert _known(model, edit, knowledge.retain) > 0.85
+        assert _known(model, edit, knowledge.retain) > 0.8
     assert left[3] < 0.55
     assert left[0] > left[3] + 0.25
 

@@ -29,7 +29,8 @@ from repforget.records import Component, Localization, RandomBand, Site
 
 PLAIN = [name for name in tiny_models.ALL if name != "mixtral"]
 # Untrained models hardly know an answer that could be erased, so that another is put in its place.
-QUICK: dict[str, Any] = {"objective": "inject", "steps": 4, "contexts": 2, "strangers": 20}
+QUICK: dict[str, Any] = {"objective": "inject", "steps": 4, "step_size": 0.2, "clamp": 4.0, "kl_weight": 0.0625,
+                         "decay": 0.01, "contexts": 2, "strangers": 20}  # fmt: skip
 
 
 def some(facts: int = 1) -> EditData:
