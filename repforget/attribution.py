@@ -60,7 +60,8 @@ def integrated_gradients(
 
     ``A_i = sum_t w_it mean_k dP(alpha_k w) / dw_it`` with alpha_k the midpoints of ``steps`` equal parts of [0, 1] and
     t the positions that predict the answer, where all neurons w of one layer (inputs of its down projection) are scaled
-    together: their sum is P(w) - P(0), up to the rule's error.  Cost: steps forwards and backwards per run and layer.
+    together: their sum is P(w) - P(0), up to the rule's error (but see :func:`completeness`).  Cost: ``steps`` forwards
+    and backwards per run and layer.
     """
     if steps < 1:
         raise UsageError(f"Integrated gradients were asked for in {steps} steps: take one or more, 20 as published.")
@@ -75,6 +76,14 @@ def integrated_gradients(
             for k, site in enumerate(sites):
                 found[list(item.rows), k] = _integrated(model, item, site, values[site], steps).cpu()
     return found
+
+
+def completeness(model: LoadedModel) -> tuple[str, ...]:
+    """A note where attributions do not add up: a norm behind the MLP makes up for any common factor of its neurons."""
+    if not any(layer.mlp_post_norm for layer in site_map(model.module).anatomy.layers):
+        return ()
+    return ("a norm behind the MLP undoes the scaling of its neurons, so that attributions of a layer do not add up to "
+            "what they bring together",)  # fmt: skip
 
 
 def _integrated(model: LoadedModel, item: Prepared, site: Site, value: Tensor, steps: int) -> Tensor:

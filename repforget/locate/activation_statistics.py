@@ -31,7 +31,8 @@ def activation_statistics(
     the down projection, or the mean over a head's columns at the input of the output projection; ``damping`` is a share
     of the site's mean on retain facts, so that the score does not change when all activations are scaled. ``statistic``
     may be the root mean square, the standard deviation or the frequency of z > 0 instead.  A neuron that forget facts
-    leave idle scores 0.  Of four planted layers its best neuron lies in PLANTED (chance is one).
+    leave idle scores 0.  Of four planted layers all hold its best neuron (chance is one), two by
+    frequency; patching the top neurons together brings back no more than patching random ones.
 
     Cost: one forward pass per forget and per retain fact, half of them again for the band, and the band's exact
     patches; no gradient.

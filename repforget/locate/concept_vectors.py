@@ -37,8 +37,8 @@ def concept_vectors(
     The band is causal: what noise of ``noise`` times a vector's root mean square, added to the ``top`` vectors that the
     answers of one half of the facts rank, takes from the answers of the other half, less ``contrast`` times what it
     takes from matched retain answers; at most ``items`` of each, against ``draws`` random selections.  (The published
-    0.1 is absolute, so that its size depends on the model.)  Of four planted layers its best vector lies in PLANTED
-    (chance is one).
+    0.1 is absolute, so that its size depends on the model.)  Of four planted layers two hold its best vector (chance
+    is one).
 
     Cost: one unembedding per neuron, and a forward per item and selection; no gradient.
     What it does not show: vectors that speak of the answer only to later layers, or, where gates make activations

@@ -30,12 +30,14 @@ def knowledge_neurons(
     """Rank MLP neurons by the answer's probability that integrated gradients give them, in most prompts of a fact.
 
     ``A_i = w_i * mean over alpha of dP(alpha w) / dw_i`` at the positions that predict the answer, alpha at ``steps``
-    midpoints, all neurons of a layer scaled together, so that a layer's sum is P(w) - P(0); P is the probability of the
-    whole answer.  A neuron belongs to a fact where it has at least ``threshold`` of the largest attribution in at least
-    ``share`` of the fact's prompts (at most ``prompts`` of each); its score is the mean over facts of its relative
-    attribution where it belongs, 0 elsewhere. ``aggregate="texts"`` takes all prompts as one group, as for private
-    texts (published with threshold 0.1 and share 0.5).  The published search moves ``share`` until two to five neurons
-    are left; here it is fixed.  Of four planted layers its best neuron lies in PLANTED (chance is one).
+    midpoints, all neurons of a layer scaled together, so that a layer's sum is P(w) - P(0) (but not before a norm
+    behind the MLP, which undoes the scaling); P is the probability of the whole answer.  A neuron belongs to a fact
+    where it has at least ``threshold`` of the largest attribution in at least ``share`` of the fact's prompts (at most
+    ``prompts`` of each); its score is the mean over facts of its relative attribution where it belongs, 0 elsewhere.
+    ``aggregate="texts"`` takes all prompts as one group, as for private texts (published with threshold 0.1 and share
+    0.5).  The published search moves ``share`` until two to five neurons are left; here it is fixed.  Of four planted
+    layers one holds its best neuron, which is always in the first (chance is one); yet patching its top neurons brings
+    back more than patching random ones.
 
     Cost: ``steps`` forwards and backwards per prompt and layer, and the band's exact patches.
     What it does not show: that the fact is in these neurons. There is no contrast with retain facts, so that neurons
@@ -68,10 +70,11 @@ def knowledge_neurons(
         members = attribution.knowledge_neurons(stacked, groups, threshold, share)
         return np.asarray(members.scores.flatten().numpy(), dtype=np.float64)
 
+    notes = (*found.notes, *attribution.completeness(model))
     settings: dict[str, Any] = {"layers": layers, "steps": steps, "threshold": threshold, "share": share,
                                 "aggregate": aggregate, "items": items, "prompts": prompts, "top": top, "draws": draws,
                                 "control": control, "seed": seed}  # fmt: skip
     shown = Shown("knowledge_neurons", settings, "relative attribution", float(steps * len(depths) * len(found.runs)),
                   forwards=float(len(found.runs)))  # fmt: skip
-    return weight_localization(model, knowledge, components, score, Facts(found.runs, (), found.notes),
+    return weight_localization(model, knowledge, components, score, Facts(found.runs, (), notes),
                                BandPlan(top, draws, control, seed), shown, progress)  # fmt: skip

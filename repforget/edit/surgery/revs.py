@@ -28,7 +28,7 @@ from repforget.progress import Progress, track
 from repforget.records import Component, Localization, Site
 
 ROUNDS = 200  # of lowering and reading again, per vector
-STEP = 1.05  # of the way below the wanted rank that a round goes
+MARGIN = 0.05  # below the wanted rank that a round aims, in standard deviations of the logits
 
 
 def revs(
@@ -151,16 +151,14 @@ def lowered(
     inverse = torch.linalg.pinv(gram, hermitian=True)
     moved = vector.to(readout)
     for _ in range(ROUNDS):
-        logits = spoken(model.module, ref, moved[None].to(model.dtype))[0].double()
+        logits, turned = spoken(model.module, ref, torch.stack([moved, -moved]).to(model.dtype)).double()
         high = [t for t in tokens if int((logits > logits[t]).sum()) < below]
         if not high:
             return moved.float().cpu()
-        plain = readout @ moved
-        order = plain.sort(descending=True).values
-        aim = order[below] - (STEP - 1) * plain.std()
-        rows = readout[high]
-        change = aim - plain[high]
-        change = torch.where(change < 0, change, (STEP - 1) * -plain.std())
+        plain, rows = readout @ moved, readout[high]
+        scale = (plain @ (logits - turned) / 2 / plain.square().sum()).clamp(min=1e-12)  # biases cancel
+        aim = logits.sort(descending=True).values[below] - MARGIN * logits.std()
+        change = (aim - logits[high]) / scale
         moved = moved + inverse @ rows.T @ torch.linalg.lstsq(rows @ inverse @ rows.T, change[:, None]).solution[:, 0]
     raise NumericalError(f"A value vector of '{ref.name}' cannot have {below} tokens ranked above each of "
                          f"{len(tokens)} at once: lower 'rank', or take fewer facts.")  # fmt: skip
