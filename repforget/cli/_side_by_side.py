@@ -102,11 +102,11 @@ def show(result: Comparison, as_json: bool) -> None:
     if as_json:
         print_json(result.to_json())
         return
-    headings, rows = locators.method_table(result)
-    print_table(headings, rows, numbers=range(2, len(headings)))
-    if result.agreements:
-        headings, rows = locators.agreement_table(result)
-        print_table(headings, rows, numbers=range(3, len(headings)))
+    listed = ((locators.method_table, 2), (locators.truth_table, 1), (locators.agreement_table, 3))
+    for table, words in listed:
+        headings, rows = table(result)
+        if rows:
+            print_table(headings, rows, numbers=range(words, len(headings)))
     for name, where in result.localizations.items():
         for note in where.notes:
             typer.echo(f"{name}: {note}")

@@ -67,7 +67,7 @@ def direct_logit_attribution(
     Cost: one forward pass per fact and partner, and the band's exact patches.
     What it does not show: what later layers make of a write. Where a fact is looked up at the subject and carried to
     the last token by attention, the carriers get the credit, and the place it is kept little: of four planted
-    layers it puts all four first among the MLPs, but one without the contrast (chance is one).
+    layers it puts all four first among the MLPs, one of them narrowly, and without the contrast one (chance is one).
     Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
     """
     components = expand_nodes(model, nodes, layers)
@@ -94,9 +94,8 @@ def direct_logit_attribution(
     cost = {"forwards": float(len(forget) + len(retain)) + spent, "backwards": 0.0,
             "facts": float(len({run.id for run in forget}))}  # fmt: skip
     mean = found.total.mean()
-    told = (*told, f"The logit difference is {mean:.3g} on average, of which the embedding writes "
-                   f"{found.embed.mean() / mean:.1%} and the final norm and unembedding add "
-                   f"{found.constant.mean() / mean:.1%} as biases.")  # fmt: skip
+    told = (*told, f"The logit difference is {mean:.3g} on average: {found.embed.mean():.2g} of it written by the "
+                   f"embedding, {found.constant.mean():.2g} by biases of the final norm and unembedding.")  # fmt: skip
     return Localization("direct_logit_attribution", order, values, band, cost, settings,
                         _tables(components, scores, found), (*notes, *told, *band_notes))  # fmt: skip
 

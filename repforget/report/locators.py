@@ -20,21 +20,26 @@ def _number(value: float | None, form: str = ".2f") -> str:
 
 
 def method_table(result: Comparison) -> tuple[tuple[str, ...], Rows]:
-    """Headings and one row per method: best components, band, cost, CPU seconds, and the truth where it was named."""
-    truth = ("truth found", *(f"rank of {c}" for c in result.truth)) if result.truth else ()
+    """Headings and one row per method: best components, band, cost in passes and CPU seconds."""
     headings = ("method", "best components", "top", "random (95 %)", "beats random", "facts", "forwards", "backwards",
-                "CPU s", *truth)  # fmt: skip
+                "CPU s")  # fmt: skip
     rows: Rows = []
     for name, where in result.localizations.items():
         band = where.band
         row = [name, ", ".join(map(str, where.components[:3])), f"{band.top:.3g}", f"{band.low:.3g} to {band.high:.3g}",
                "yes" if band.beats_random else "no"]  # fmt: skip
         row += [f"{where.cost.get(key, 0):.0f}" for key in ("facts", "forwards", "backwards")]
-        row.append(_number(result.seconds.get(name), ".1f"))
-        if result.truth:
-            row.append(_number(result.accuracy(name), ".0%"))
-            row += [f"{f.rank} of {f.count} ({f.unit})" if f.count else f.unit for f in result.found(name)]
-        rows.append(tuple(row))
+        rows.append((*row, _number(result.seconds.get(name), ".1f")))
+    return headings, rows
+
+
+def truth_table(result: Comparison) -> tuple[tuple[str, ...], Rows]:
+    """Headings and one row per method: the share of the true components it finds, and where it ranks each."""
+    headings = ("method", *(f"rank of {c}" for c in result.truth), "truth found")
+    rows: Rows = []
+    for name in result.localizations if result.truth else ():
+        ranks = [f"{f.rank} of {f.count} ({f.unit})" if f.count else f.unit for f in result.found(name)]
+        rows.append((name, *ranks, _number(result.accuracy(name), ".0%")))
     return headings, rows
 
 
@@ -77,6 +82,15 @@ def agreement_panels(result: Comparison) -> tuple[Panel, ...]:
     return tuple(panels)
 
 
+def _square(panels: Sequence[Panel]) -> figures.Figure:
+    """Panels with room for the names of methods below."""
+    figure = figures.heat_map(panels, across="")
+    below = 20 + 5 * max(len(name) for name in panels[0].layers)
+    figure["layout"]["height"] += below - figure["layout"]["margin"]["b"]
+    figure["layout"]["margin"]["b"] = below
+    return figure
+
+
 def html(result: Comparison) -> str:
     """The comparison as one self-contained page: no request leaves it, and its policy forbids any."""
     from jinja2 import Environment, StrictUndefined
@@ -84,12 +98,13 @@ def html(result: Comparison) -> str:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     panels = unit_panels(list(result.localizations.values()))
-    maps = {f"maps-{k}": figures.heat_map(panels[k : k + PER_ROW]) for k in range(0, len(panels), PER_ROW)}
-    matrix = {"agreement": figures.heat_map(agreement_panels(result), across="")} if result.agreements else {}
+    wide = math.ceil(len(panels) / math.ceil(len(panels) / PER_ROW)) if panels else 1
+    maps = {f"maps-{k}": figures.heat_map(panels[k : k + wide]) for k in range(0, len(panels), wide)}
+    matrix = {"agreement": _square(agreement_panels(result))} if result.agreements else {}
     scripts = [plotly_js(), asset("report.js")] if panels else []
     return environment.from_string(asset("locators.html.j2")).render(
-        result=result, methods=method_table(result), agreements=agreement_table(result), maps=list(maps),
-        matrix=list(matrix), figures={k: Markup(embedded(f)) for k, f in {**maps, **matrix}.items()},
+        result=result, methods=method_table(result), truths=truth_table(result), agreements=agreement_table(result),
+        maps=list(maps), matrix=list(matrix), figures={k: Markup(embedded(f)) for k, f in {**maps, **matrix}.items()},
         style=Markup(asset("report.css")), scripts=[Markup(script) for script in scripts],
         policy=" ".join(f"'{csp_hash(script)}'" for script in scripts) or "'none'",
     )  # fmt: skip
