@@ -259,12 +259,19 @@ def test_on_every_architecture_they_work_or_say_why_not(architecture: str) -> No
         assert architecture in ("gemma2", "gemma3", "mixtral", "olmo2") and "pisces" not in str(error)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not (planted.FOLDER / "base").exists(), reason="planted-fact models are not built")
-@pytest.mark.parametrize("layer", planted.LAYERS)
-def test_planted_people_have_features_of_their_own(layer: int) -> None:
-    people = planted.planted_people(), planted.background_people()[:40]
+def test_the_band_compares_with_features_of_like_frequency_on_other_facts() -> None:
+    """A band that removed features would not move (or that looked at the facts that ranked) is none."""
+    people = planted.planted_people()[:12], planted.background_people()[:20]
     knowledge = Knowledge.build("planted", _items(people[0], "f"), _items(people[1], "r"))
-    model = wrap(*planted.planted(layer), f"planted-{layer}")
-    where = rf.locate(model, knowledge, "sae_features", draws=20, sae_steps=100, items=16)
-    print(layer, where.band, where.layers(), where.tables, where.notes)
+    model = wrap(*planted.planted(1), "planted-1")
+    settings = {"sites": ["mlp_out.1"], "size": 64, "sae_steps": 40, "items": 8, "draws": 20, "percentile": 50.0}
+    where = rf.locate(model, knowledge, "sae_features", **settings)
+    assert {c.site for c in where.components} == {Site("mlp_out", 1)} and where.band.k == 20
+    assert where.band.low < where.band.high and where.band.effect.endswith("takes from the answers of the other")
+    again = run_editor(model, knowledge.for_editor(), "sae_clamp", where=where, sites=["mlp_out.1"], size=64,
+                       sae_steps=40, features=3)  # fmt: skip
+    (chosen,) = again.manifest.settings["chosen_features"].values()
+    assert chosen == [c.feature for c in where.components[:3]]
+    with pytest.raises(UsageError, match="is the autoencoder of one site"):
+        rf.locate(model, knowledge, "sae_features", sae="a folder", sites=["mlp_out.1", "mlp_out.2"])

@@ -25,7 +25,7 @@ from repforget.scoring.encode import pad_id
 BATCH = 512  # tokens of a step
 PASSES, FEWEST, MOST = 20, 100, 500  # over the texts, and the steps that they come to
 RATE = 3e-3
-REVIVALS = 8  # times dead features start again, in the first half of the steps
+PAUSE = 1 / 16  # share of the steps after which a feature that was never active counts as silent
 SETTLED = 0.25  # last share of the steps over which the threshold is averaged
 JUDGED = 512  # texts on which the result is measured
 
@@ -55,9 +55,9 @@ def train_features(
     Each step minimises ``|x - x'|²`` over some 500 tokens of texts drawn by ``seed``, where the ``active`` x tokens
     largest values of the step are kept (batch top-k, Bussmann et al. 2024, arXiv 2412.06410); the threshold at which
     that cuts becomes a common fixed one, so that afterwards a feature depends on its own row alone (jumprelu).
-    Features that fell silent start again from tokens that are badly explained.  Cost: ``steps`` forwards (auto: 20
-    passes over the texts, 100 to 500 steps), nothing kept.  A low value unexplained does not show that features mean
-    anything.  Raises UsageError for sizes out of range, KnowledgeError without texts.
+    Features that fell silent are trained on what the others miss (Gao et al. 2024, arXiv 2406.04093).  Cost: ``steps``
+    forwards (auto: 20 passes over the texts, 100 to 500 steps), nothing kept.  A low value unexplained does not show
+    that features mean anything.  Raises UsageError for sizes out of range, KnowledgeError without texts.
     """
     places = site_map(model.module)
     if not sequences or not sites:
@@ -109,7 +109,7 @@ class _Learner:
             raise UsageError(f"An autoencoder of {size} features, {active} of them active, was asked for in {steps} "
                              "steps: give a step or more, and fewer active features than there are.")  # fmt: skip
         self.site, self.size, self.active, self.steps = site, size, active, steps
-        self.pause = max(1, steps // (2 * REVIVALS))
+        self.pause = max(1, round(PAUSE * steps))
         self.generator = torch.Generator().manual_seed(seed)
         self.parameters: list[Tensor] = []
         self.threshold = 0.0
@@ -138,11 +138,6 @@ class _Learner:
         made = self._kept((inner @ self.decoder.T).relu())[0] @ self.decoder
         return (inner * made).sum() / made.square().sum().clamp(min=1e-30)
 
-    def _drawn(self, weight: Tensor, count: int) -> Tensor:
-        """Rows drawn with probability in proportion to ``weight``."""
-        odds = weight.detach().double().cpu() + 1e-30
-        return torch.multinomial(odds, count, replacement=True, generator=self.generator).to(weight.device)
-
     def step(self, x: Tensor, index: int) -> None:
         if not self.parameters:
             self._start(x)
@@ -153,7 +148,12 @@ class _Learner:
         f, level = self._kept(values)
         missed = inner - (f @ self.decoder + self.centre)
         self.optimizer.zero_grad()
-        missed.square().mean().backward()  # type: ignore[no-untyped-call]
+        loss = missed.square().mean()
+        silent = self.seen < index - self.pause
+        if bool(silent.any()):
+            idle = self._kept(torch.where(silent, values, 0.0))[0]
+            loss = loss + (missed.detach() - idle @ self.decoder).square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         with torch.no_grad():
@@ -162,22 +162,6 @@ class _Learner:
             if index >= (1 - SETTLED) * self.steps or index == self.steps - 1:
                 settled = index - math.ceil((1 - SETTLED) * self.steps) + 1
                 self.threshold += (float(level) - self.threshold) / max(1, settled)
-            if (index + 1) % self.pause == 0 and index < self.steps / 2:
-                self._revive(missed.detach(), index)
-
-    def _revive(self, missed: Tensor, index: int) -> None:
-        """Features silent since the last time turn to tokens that are badly explained, with fresh moments."""
-        silent = (self.seen <= index + 1 - self.pause).nonzero()[:, 0]
-        if not len(silent):
-            return
-        rows = torch.nn.functional.normalize(missed[self._drawn(missed.square().sum(1), len(silent))], dim=1)
-        self.decoder[silent] = rows
-        self.encoder[silent] = rows * 0.2 * self.encoder.norm(dim=1).mean()  # longer rows overshoot
-        self.bias[silent] = 0.0
-        for p in (self.encoder, self.bias, self.decoder):
-            for moment in self.optimizer.state[p].values():
-                if moment.shape == p.shape:
-                    moment[silent] = 0.0
 
     def finished(self) -> SparseAutoencoder:
         """In the units of the site: decoder rows of length one, values as lengths."""

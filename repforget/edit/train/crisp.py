@@ -63,7 +63,7 @@ def crisp(
     if not 0.0 <= beta <= 1.0 or gamma < 0 or boost < 0:
         raise UsageError(f"crisp was given beta {beta}, gamma {gamma} and boost {boost}: give 0 to 1, and at least 0.")
     if beta == 1.0:
-        raise NoEffectError("With beta 1 crisp has nothing to forget, since what is left of its loss only keeps states: "
+        raise NoEffectError("With beta 1 crisp has nothing to forget, since all that is left of its loss keeps: "
                             "give less, for example 0.99.")  # fmt: skip
     common = Settings(**{**DEFAULTS, **shared})
     wanted = Wanted(sae, sites, check, size, active, sae_steps, features, common.max_facts, "resid_post",
