@@ -8,8 +8,8 @@ import torch
 from repforget.knowledge import Item, Knowledge
 from repforget.models.load import LoadedModel
 
-NAMES = tuple(f"{first} {last}" for first in ("Ada", "Tom", "Eva", "Max", "Lea", "Ben")
-              for last in ("Mia", "Jon", "red", "blue"))  # fmt: skip
+FIRST = ("Ada", "Tom", "Eva", "Max", "Lea", "Ben")
+NAMES = tuple(f"{first} {last}" for first in FIRST for last in ("Mia", "Jon", "red", "blue"))
 
 
 def knowledge_of(model: LoadedModel, prompt: str = "the job of {subject} is") -> Knowledge:

@@ -55,7 +55,7 @@ def causal_tracing(
     What it does not show: that editing there removes the knowledge (Hase et al. 2023, arXiv 2301.04213). The size of
     the noise decides the answer, for noised embeddings are none that the model has seen; a window says less about its
     middle layer the wider it is; resid_post of the last layer at the last token always brings back everything. Without
-    a contrast the first MLP comes first wherever it puts names together.
+    a contrast the last MLP may lead, which says the answer, or the first, which puts names together.
     Source: Meng et al. 2022, arXiv 2202.05262; token replacement: Zhang & Nanda 2023, arXiv 2309.16042.
     """
     if not np.isfinite(noise) or noise < 0 or samples < 1:
