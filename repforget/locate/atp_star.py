@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -56,7 +56,7 @@ def atp_star(
     pairs, ``mode``, ``positions`` and the scale are. ``contrast`` subtracts that share of the score on matched retain
     facts. Nodes q, k and v are heads (key/value heads for k and v).
 
-    Cost per pair: four forward passes, ``steps`` more with one backward pass for each layer, and exact patches of the
+    Cost per pair: five forward passes, ``steps`` more with one backward pass for each layer, and exact patches of the
     band.
     What it does not show: effects through saturated logits (their gradient is zero), nor, once layers are dropped, the
     direction of an effect. Of four planted layers it puts one first among the MLPs, as chance does, and with
@@ -81,7 +81,7 @@ def atp_star(
     }  # fmt: skip
     pairs = sum(len(task.forget) + len(task.retain) for task in tasks)
     passes = model.n_layers if grad_drop else 1
-    cost = {"forwards": float(pairs * (4 + steps)) + spent, "backwards": float(pairs * steps * passes),
+    cost = {"forwards": float(pairs * (5 + steps)) + spent, "backwards": float(pairs * steps * passes),
             "facts": float(len({run.id for run in tasks[0].forget}))}  # fmt: skip
     tables = {**_head_maps(components, scores), **_role_maps([part for _, part in found], float(moves.gap.mean()))}
     return Localization("atp_star", order, values, band, cost, settings, tables, (*notes, *band_notes))
@@ -158,8 +158,9 @@ def attributions(
 class _Reader:
     """How far each patch moves the sites of one batch, and how that meets their gradients.
 
-    ``change`` [b, s, d] is donor minus base at patched positions; ``fixed`` maps a site of queries or keys to the change
-    of attn_z once all its heads are patched (a head's z depends on its own query and key alone).
+    ``change`` [b, s, d] is donor minus base at patched positions; ``fixed`` maps a site of queries or keys to the
+    change of attn_z once all its heads are patched (a head's z depends on its own query and key alone), or every head's
+    site to what patching it alone changes, where a norm joins the heads.
     """
 
     components: Sequence[Component]
@@ -187,6 +188,8 @@ class _Reader:
 
     def _part(self, k: int, summed: Values, anew: Values) -> Tensor:
         site, columns = self.columns[k]
+        if self.components[k].site in anew:
+            return anew[self.components[k].site].sum(-1)
         if site in anew:  # every query head of a key's group reads it
             width = self.head_dim * (self.group if site.kind == "k" else 1)
             head = self.components[k].site.head or 0
@@ -206,23 +209,35 @@ def _reader(
     fixed: Values = {}
     for kind in ("q", "k"):
         chosen = [site for site in anew if site.kind == kind]
-        if chosen:
-            fixed |= _moved_attention(model, item, chosen, donor, base)
-    return _Reader(components, columns, maps, {s: v for s, v in change.items() if s != EMBED and s not in fixed}, fixed,
+        heads = range(places.heads_of(kind)) if chosen and _norm_joins_heads(model, chosen[0].layer) else [None]
+        for head in heads if chosen else ():
+            fixed |= _moved_attention(model, item, [replace(site, head=head) for site in chosen], donor, base)
+    return _Reader(components, columns, maps, {s: v for s, v in change.items() if s != EMBED and s not in anew}, fixed,
                    donor[EMBED] - base[EMBED], _roles(item), places.head_dim,
                    places.n_heads // places.n_kv_heads)  # fmt: skip
 
 
+def _norm_joins_heads(model: LoadedModel, layer: int) -> bool:
+    """Whether queries and keys of all heads are normed together (OLMo-2), so that they depend on each other."""
+    places = site_map(model.module)
+    attention = model.module.get_submodule(places.anatomy.layers[layer].attention)
+    return any("norm" in name and p.numel() > places.head_dim for name, p in attention.named_parameters())
+
+
 def _moved_attention(model: LoadedModel, item: Prepared, sites: Sequence[Site], donor: Values, base: Values) -> Values:
-    """Change of attn_z [b, s, d] in every layer once its queries (or keys) are the donor's at patched positions.
+    """Change of attn_z [b, s, d] in every layer once the given queries (or keys) are the donor's at patched positions.
 
     All layers share one forward pass: each gives on the base's attn_z, so that no layer sees another's patch.
     """
     found: Values = {}
+    places = site_map(model.module)
     real = item.base.mask.unsqueeze(-1)
 
     def write(site: Site) -> Callable[[Tensor], Tensor]:
-        return lambda x: torch.where(item.where.to(x.device), donor[site].to(x), x)
+        value, width = donor[replace(site, head=None)], places.head_dim
+        if site.head is not None:
+            value = value[..., site.head * width : (site.head + 1) * width]
+        return lambda x: torch.where(item.where.to(x.device), value.to(x), x)
 
     def restore(site: Site) -> Callable[[Tensor], Tensor]:
         def visit(z: Tensor) -> Tensor:
