@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from repforget.artifact.edit import Edit
 
 PROBE_ROWS, PROBE_COLUMNS = 2, 16
+CHUNK = 1 << 20  # entries compared at a time
 
 
 @dataclass(frozen=True)
@@ -277,12 +279,16 @@ def probe_logits(module: nn.Module) -> Tensor:
 
 def cosines(new: NewValue) -> dict[str, float]:
     """How much of a change survives: cosine with the exact one in the parameter's own dtype and in half precisions."""
-    exact = new.exact - new.old
     out: dict[str, float] = {}
+    pieces = list(zip(new.exact.flatten().split(CHUNK), new.old.flatten().split(CHUNK), strict=True))
     for name, dtype in (("own", new.value.dtype), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
-        left = (new.exact.to(dtype).double() - new.old.to(dtype).double()).flatten()
-        scale = left.norm() * exact.norm()
-        out[name] = float(left @ exact.flatten() / scale) if float(scale) > 0 else 0.0
+        product, left_size, size = 0.0, 0.0, 0.0
+        for value, old in pieces:
+            left, exact = value.to(dtype).double() - old.to(dtype).double(), value - old
+            product += float(left @ exact)
+            left_size += float(left @ left)
+            size += float(exact @ exact)
+        out[name] = product / math.sqrt(left_size * size) if left_size * size > 0 else 0.0
     return out
 
 

@@ -161,10 +161,17 @@ def _patch(
 ) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for path in track(progress, list(grouped), "folding weights"):
-        with checkpoint.owner(path):
-            for new in new_values(checkpoint.module, {path: grouped[path]}):
-                _overwrite(checkpoint, new, built)
-                found[new.name] = cosines(new)
+        found |= _patched(checkpoint, path, grouped[path], built)
+    return found
+
+
+def _patched(checkpoint: Checkpoint, path: str, changes: Sequence[Change], built: Path) -> dict[str, dict[str, float]]:
+    """One module's weights; a function of its own, so that none of its tensors outlives it."""
+    found: dict[str, dict[str, float]] = {}
+    with checkpoint.owner(path):
+        for new in new_values(checkpoint.module, {path: changes}):
+            _overwrite(checkpoint, new, built)
+            found[new.name] = cosines(new)
     return found
 
 
