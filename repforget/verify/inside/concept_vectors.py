@@ -12,6 +12,7 @@ from repforget.errors import UsageError
 from repforget.knowledge import Item, View
 from repforget.models.load import LoadedModel
 from repforget.models.readout import lens
+from repforget.models.value_vectors import in_parts
 from repforget.models.weights import WeightRef, get_weight, writers
 from repforget.progress import Progress, track
 from repforget.records import Measurement
@@ -29,7 +30,6 @@ BUDGETS: Budgets = {
     "standard": {},
     "thorough": {"vectors": 10, "max_items": 2000},
 }
-LOGIT_ELEMENTS = 2**26  # logits of the value vectors that are read out at a time
 
 
 def concept_vectors(
@@ -104,7 +104,7 @@ def _chosen(
     distinct = sorted(set(wanted))
     shares, numbers, start = [], [], 0
     for ref in track(progress, refs, "reading value vectors", len(refs)):
-        for part in _parts(model, get_weight(model.module, ref).T):
+        for part in in_parts(get_weight(model.module, ref).T, model.vocab_size):
             share = lens(model, part).float().log_softmax(-1)[:, distinct].cpu()
             highest = share.topk(min(count, len(share)), dim=0)
             shares.append(highest.values)
@@ -119,11 +119,8 @@ def _chosen(
 @torch.no_grad()
 def _tokens(model: LoadedModel, vectors: Tensor, count: int) -> Tensor:
     """The ``count`` tokens that each vector [n, d] reads out most strongly [n, count]."""
-    return torch.cat([lens(model, part).topk(count, dim=-1).indices.cpu() for part in _parts(model, vectors)])
-
-
-def _parts(model: LoadedModel, vectors: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(vectors, max(1, LOGIT_ELEMENTS // model.vocab_size))
+    parts = in_parts(vectors, model.vocab_size)
+    return torch.cat([lens(model, part).topk(count, dim=-1).indices.cpu() for part in parts])
 
 
 def _jaccard(a: Tensor, b: Tensor) -> Tensor:
