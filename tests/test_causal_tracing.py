@@ -151,6 +151,7 @@ def test_the_last_state_at_the_last_token_brings_everything_back_and_the_last_ml
         assert best["mlp_out.0"] == pytest.approx(max(mlps[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "least"), [
     ({"corruption": "noise", "samples": 5}, 3),
     ({"corruption": "replace", "partners": 2, "metric": "logit_difference"}, 4),
