@@ -81,6 +81,14 @@ def _keep(state: Pass, output: Any) -> None:
     cache = getattr(output, "past_key_values", None)
     if cache is not None and state.opened:
         vars(cache).setdefault(_ROWS, {})[state] = dict(state.opened)
+        cache.reorder_cache = types.MethodType(_reorder, cache)
+
+
+def _reorder(self: Any, beam_idx: Tensor) -> None:
+    """reorder_cache() of the cache's own class, and of what gates noted about the rows of beams."""
+    type(self).reorder_cache(self, beam_idx)
+    vars(self)[_ROWS] = {state: {n: t.index_select(0, beam_idx.to(t.device)) for n, t in gates.items()}
+                         for state, gates in vars(self)[_ROWS].items()}  # fmt: skip
 
 
 def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:

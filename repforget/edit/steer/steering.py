@@ -49,7 +49,7 @@ def steering(
     if not 0.0 <= false_open < 1.0:
         raise UsageError(f"The share of retained texts that may open the gate is {false_open}: give 0 to 1.")
     forget, retain = subsample(data.forget, max_facts, seed), subsample(data.retain, max_facts, seed)
-    chosen = _sites(model, sites, where, top_layers)
+    chosen = steering_sites(model, sites, where, top_layers)
     found = contrasts(model, chosen, forget, retain, positions=positions, progress=progress)
     gates: dict[Site, Gate] = {}
     notes: list[str] = []
@@ -70,9 +70,10 @@ def steering(
     return Edit.build("steering", settings, model, data.digest, operations, sites=chosen, notes=notes)
 
 
-def _sites(
+def steering_sites(
     model: LoadedModel, sites: Literal["auto"] | list[str], where: Localization | None, top_layers: int
 ) -> tuple[Site, ...]:
+    """The sites asked for; "auto": resid_post of the best layers of ``where``, or of the middle layer."""
     if sites == "auto" and (where is None or not where.layers()):
         return (Site("resid_post", model.n_layers // 2),)
     return choose_sites(model, sites, where, kinds=("resid_post",), top_layers=top_layers)
