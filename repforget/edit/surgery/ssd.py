@@ -41,7 +41,8 @@ def ssd(
     Args:
         parameters: all (with embeddings and norms), or the matrices of MLPs or of attention alone, since the right
             ``alpha`` differs between them.
-        alpha: how many times larger F_f has to be; smaller takes more weights. dampening: of those; 0 sets to zero.
+        alpha: how many times larger F_f has to be; smaller takes more weights. A text's log p is over all its tokens, so
+            that general texts outweigh answers: matrices may need less than 1. dampening: of those; 0 sets to zero.
         max_facts: forget facts, and retain facts and general texts, read; chosen by seed.
         where: only the weights of its best units, as many as its band was made with (features have none).
 
