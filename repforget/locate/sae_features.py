@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from repforget.causal import Prepared, answer_metric, prepare
+from repforget.causal import Prepared, Run, answer_metric, prepare
 from repforget.errors import UsageError
 from repforget.features import (
     TRAIN,
@@ -94,14 +94,7 @@ def sae_features(
         share = float(both[component.site][0].frequency[component.feature or 0])
         return f"active on 2^{round(math.log2(share))} of the forget tokens"
 
-    runs = [plain_runs(model.tokenizer, facts, "all").runs for facts in _asked(second, items, seed)]
-    batches = [list(prepare(model, part)) for part in runs]
-
-    def effect(selections: Sequence[Sequence[Component]]) -> Array:
-        base = [_answers(model, part, {}) for part in batches]
-        return np.array([_taken(model, batches, base, saes, chosen, contrast)
-                         for chosen in track(progress, selections, "removing features", len(selections))])  # fmt: skip
-
+    runs, effect = _effect(model, saes, second, items, contrast, seed, progress)
     order, values = ranked(pool, scores(both))
     words = "nats that removing the top {k}, ranked on one half of the facts, takes from the answers of the other"
     held, _ = ranked(pool, scores(seen[first]))
@@ -117,6 +110,22 @@ def sae_features(
             "facts": float(len(runs[0]))}  # fmt: skip
     tables = {"selected features and best score by layer": _table(order, values)}
     return Localization("sae_features", order, values, band, cost, settings, tables, (*notes, *said))
+
+
+def _effect(
+    model: LoadedModel, saes: Mapping[Site, SparseAutoencoder], half: _Half, items: int, contrast: float, seed: int,
+    progress: Progress | None,
+) -> tuple[list[tuple[Run, ...]], Callable[[Sequence[Sequence[Component]]], Array]]:  # fmt: skip
+    """The forget and retain runs that judge, and what removing each selection of features takes from them."""
+    runs = [plain_runs(model.tokenizer, facts, "all").runs for facts in _asked(half, items, seed)]
+    batches = [list(prepare(model, part)) for part in runs]
+
+    def effect(selections: Sequence[Sequence[Component]]) -> Array:
+        base = [_answers(model, part, {}) for part in batches]
+        return np.array([_taken(model, batches, base, saes, chosen, contrast)
+                         for chosen in track(progress, selections, "removing features", len(selections))])  # fmt: skip
+
+    return runs, effect
 
 
 def _sites(model: LoadedModel, sae: str, sites: Literal["auto"] | list[str]) -> tuple[Site, ...]:
