@@ -60,7 +60,7 @@ def lens_trajectory(
     Cost: one forward pass per fact and an unembedding of its answer tokens per layer; with ``tuned`` as many more as
     there are layers times ``steps`` times 256 states, forward and backward; and the band.
     What it does not show: what is computed in another basis or at the subject, and that a layer which makes the answer
-    readable holds it: on four models with a planted layer either lens puts the last layer first on each, and so finds
+    readable holds it: on four models with a planted layer either lens puts the last layer first on each and so finds
     one (chance is one). It is a picture of the readout more than a locator.
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens"; Belrose et al. 2023, arXiv 2303.08112.
     """
