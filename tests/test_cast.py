@@ -1,4 +1,4 @@
-"""Conditional steering: the best comparison, gates that stay with their sequence, and closed ones that change no bit."""
+"""Conditional steering: the best comparison, gates that stay with their sequence, closed ones that change no bit."""
 
 from __future__ import annotations
 

@@ -57,13 +57,14 @@ def tuned(
 
 
 def tuned_on(
-    model: LoadedModel, rows: Sequence[Row], how: Tuning, where: Localization | None, seed: int, scale: float = 1.0
-) -> list[Operation]:
-    """What changes when the model is tuned on the labels of rows; it is left as it was."""
+    model: LoadedModel, rows: Sequence[Row], how: Tuning, where: Localization | None, seed: int, scale: float = 1.0,
+    layers: Sequence[int] = (),
+) -> list[Operation]:  # fmt: skip
+    """What changes when the model (or ``layers`` of it alone) is tuned on the labels of rows; it is left as it was."""
     texts = examples(rows)
     adapter = model_size_default(model.module) if how.adapter == "auto" else how.adapter
     rate = scale * ((10.0 if adapter == "lora" else 1.0) * 0.1 / model.width if how.lr == "auto" else how.lr)
-    names = _names(model, where)
+    names = parameters_of(model, layers or (where.layers() if where is not None else ()))
     module = model.module
     if adapter == "lora":
         targets = [name for name in adaptable(module, names) if module.get_parameter(name).ndim == 2]
@@ -80,14 +81,12 @@ def tuned_on(
     return [DenseDelta(name, now.float() - then.float()) for name, now, then in zip(names, after, before, strict=True)]
 
 
-def _names(model: LoadedModel, where: Localization | None) -> list[str]:
-    """All parameters, or those of the localised layers."""
+def parameters_of(model: LoadedModel, layers: Sequence[int]) -> list[str]:
+    """All parameters, or those of the given layers."""
     names = [name for name, _ in model.module.named_parameters()]
-    if where is None or not where.layers():
-        return names
     paths = site_map(model.module).anatomy.layers
-    prefixes = tuple(f"{paths[layer].path}." for layer in where.layers())
-    return [name for name in names if name.startswith(prefixes)]
+    prefixes = tuple(f"{paths[layer].path}." for layer in layers)
+    return [name for name in names if not layers or name.startswith(prefixes)]
 
 
 def dense(model: LoadedModel, operation: Operation) -> tuple[str, Tensor]:

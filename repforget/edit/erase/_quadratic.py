@@ -2,7 +2,7 @@
 
 Both map a point by its class, which nobody knows when a model is served: they are no editors.  Oracle LEACE is the
 smallest change that any linear eraser could get away with; quadratic LEACE also hides from readers of second moments.
-Belrose et al. 2023, arXiv 2306.03819, sections 4.1 and 5.  Arrays in, arrays out; float64.
+Belrose et al. 2023, arXiv 2306.03819.  Arrays in, arrays out; float64.
 """
 
 from __future__ import annotations

@@ -79,8 +79,8 @@ def cast(
                 "positions": positions, "condition": str(site), "condition_positions": condition_positions,
                 "directions": directions, "max_facts": max_facts}  # fmt: skip
     side = "above" if rule.above else "below"
-    notes = [f"condition at {site}: cosine {side} {rule.threshold:.4g}, F1 {rule.f1:.3f} ({always:.3f} if always open); "
-             f"opens on {rule.opened:.1%} of the forget prompts and on {rule.false_open:.1%} of the others"]  # fmt: skip
+    notes = [f"condition at {site}: cosine {side} {rule.threshold:.4g}, F1 {rule.f1:.3f} ({always:.3f} if always "
+             f"open); opens on {rule.opened:.1%} of the forget prompts and {rule.false_open:.1%} of the others"]
     return Edit.build("cast", settings, model, data.digest, operations, sites=chosen, notes=notes)
 
 
