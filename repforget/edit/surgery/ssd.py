@@ -33,16 +33,16 @@ def ssd(
 ) -> Edit:  # fmt: skip
     """Shrink every weight whose Fisher information is larger on forget facts than ``alpha`` times that on kept data.
 
-    ``F`` is the mean over facts of the squared gradient of one fact's log p(answer), and of one general text's log p
-    (released code squares the gradients of batches, which shrinks F by about the batch size and mixes signs).  Where
-    F_f > alpha F_r, ``w <- min(dampening F_r / F_f, 1) w``: weights never grow, and others keep their bits.
+    ``F`` is the mean over facts of the squared gradient of one fact's log p(answer), and of one general text's log p,
+    both per token (released code squares the gradients of batches, which shrinks F by about the batch size and mixes
+    signs).  Where F_f > alpha F_r, ``w <- min(dampening F_r / F_f, 1) w``: weights never grow, and others keep their
+    bits, so that ``alpha`` below ``dampening`` takes no more of them.
     Source: Foster et al. 2023, arXiv 2308.07707.
 
     Args:
         parameters: all (with embeddings and norms), or the matrices of MLPs or of attention alone, since the right
             ``alpha`` differs between them.
-        alpha: how many times larger F_f has to be; smaller takes more weights. A text's log p is over all its tokens, so
-            that general texts outweigh answers: matrices may need less than 1. dampening: of those; 0 sets to zero.
+        alpha: how many times larger F_f has to be; smaller takes more weights. dampening: of those; 0 sets to zero.
         max_facts: forget facts, and retain facts and general texts, read; chosen by seed.
         where: only the weights of its best units, as many as its band was made with (features have none).
 
@@ -112,12 +112,14 @@ def _texts(model: LoadedModel, texts: Sequence[str]) -> tuple[Run, ...]:
 def _information(
     model: LoadedModel, runs: Sequence[Run], names: Sequence[str], progress: Progress | None
 ) -> dict[str, Tensor]:
-    """Mean squared gradient of single runs for each parameter, float32."""
+    """Mean squared gradient of the log p per token of single runs for each parameter, float32."""
+    lengths = iter(len(run.base) - run.start for run in runs)
     total = {name: torch.zeros_like(model.module.get_parameter(name), dtype=torch.float32) for name in names}
 
     def add(gradients: Mapping[str, Tensor]) -> None:
+        share = 1 / (len(runs) * next(lengths) ** 2)
         for name, value in gradients.items():
-            total[name].addcmul_(value.float(), value.float(), value=1 / len(runs))
+            total[name].addcmul_(value.float(), value.float(), value=share)
 
     visit_gradients(model, runs, names, add, progress)
     if not all(bool(value.isfinite().all()) for value in total.values()):
