@@ -38,7 +38,7 @@ def mdl_probe(
     model: LoadedModel, knowledge: Knowledge, *, twins: Sequence[LoadedModel] = (), seed: int = 0,
     progress: Progress | None = None, nodes: tuple[Node, ...] = ("resid_post", "attn_out", "mlp_out"),
     layers: Layers = "all", token: Token = "last", l2: float = 0.01, permutations: int = 3, statements: int = 1,
-    items: int = 200, contrast: float = 0.0, top: int | Literal["auto"] = "auto", draws: int = 100,
+    items: int = 100, contrast: float = 0.0, top: int | Literal["auto"] = "auto", draws: int = 100,
     control: Control = "mean",
 ) -> Localization:  # fmt: skip
     """Rank sites by how few bits send the answers to someone who has the site's states and learns on the way.
