@@ -72,7 +72,7 @@ def _of_edit(model: LoadedModel, folder: str) -> Sequence[Operation]:
     edit.check_base(model)
     if site_operations(edit.operations):
         raise UsageError(f"The edit '{edit.manifest.method}' in {folder} acts on activations, so that there is no "
-                         "straight path of weights towards it: attach it at another strength (Edit.scaled).")  # fmt: skip
+                         "straight path of weights towards it: attach it at another strength.")  # fmt: skip
     return edit.operations
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -11,21 +11,21 @@ from torch import Tensor
 from repforget.artifact import Edit
 from repforget.edit._collect import Points, Positions, collect, leftover, read_points, subsample, text_sequences
 from repforget.edit._contrast import Contrast, contrasts
+from repforget.edit.steer._selection import LATEST, Judge, Scores, best, held_out
 from repforget.edit.steer._writers import ablate_writers, orthonormal
-from repforget.errors import UsageError
+from repforget.errors import NoEffectError, UsageError
 from repforget.knowledge import EditData, Fact
 from repforget.models.load import LoadedModel
 from repforget.models.sites import site_map
-from repforget.progress import Progress
+from repforget.progress import Progress, track
 from repforget.records import Localization, Site
-
-LATEST = 0.8  # share of the depth beyond which directions belong to the output (Arditi et al., appendix C)
 
 
 def direction_ablation(
     model: LoadedModel, data: EditData, *, where: Localization | None = None, seed: int = 0,
     progress: Progress | None = None, site: str = "auto", positions: Positions = "last",
-    directions: Literal["mean", "principal"] = "mean", rank: int = 1, max_facts: int = 1024,
+    directions: Literal["mean", "principal"] = "mean", rank: int = 1, select: Literal["spread", "rules"] = "spread",
+    max_facts: int = 1024,
 ) -> Edit:  # fmt: skip
     """Orthogonalise every writer of the residual stream against the forget-minus-retain direction of one site.
 
@@ -37,26 +37,35 @@ def direction_ablation(
 
     Args:
         site: where the direction is read; "auto" is resid_post of the best layer of ``where``, or of the layer
-            in the first 80 % of the depth where forget and retain points lie furthest apart in units of their
-            spread.
-        positions: points that are compared: last prompt token, last subject token, or both.
+            in the first 80 % of the depth that ``select`` prefers.
+        positions: points that are compared: last prompt token, last subject token, or both (together; one against
+            the other with ``select="rules"``).
         directions: "mean" difference, or the leading "principal" directions of the uncentred differences.
         rank: number of directions; more than one needs "principal".
+        select: of several sites, "spread" prefers the one where forget and retain points lie furthest apart in units
+            of their spread; "rules" the one whose ablation makes the answers of held-out forget facts least likely, of
+            those that change retained predictions by a KL of at most 0.1 and that make retained answers less likely
+            when added at their site (Arditi et al., with the answer's first token in the place of a refusal's).
         max_facts: facts read per set, chosen by seed.
 
-    Raises NoEffectError where the means agree. Cost: two to three passes over the facts; no training.
+    Raises NoEffectError where the means agree, or no direction passes the rules. Cost: two to three passes over the
+    facts, with "rules" three over 32 facts per site and position; no training.
     """
     if rank < 1 or (rank > 1 and directions == "mean"):
         raise UsageError(f"A difference of means is one direction and rank={rank} was asked for: give rank=1, or "
                          "directions='principal'.")  # fmt: skip
     forget, retain = subsample(data.forget, max_facts, seed), subsample(data.retain, max_facts, seed)
     candidates = _candidates(model, site, where)
-    found = contrasts(model, candidates, forget, retain, positions=positions, rank=rank,
-                      principal=directions == "principal", required=site != "auto", progress=progress)  # fmt: skip
-    chosen = next(iter(found)) if len(found) == 1 else _furthest(model, found, forget, retain, positions)
+    if select == "rules":
+        chosen, found, notes = _judged(model, candidates, forget, retain, positions, rank, directions, seed, progress)
+    else:
+        found = contrasts(model, candidates, forget, retain, positions=positions, rank=rank,
+                          principal=directions == "principal", required=site != "auto", progress=progress)  # fmt: skip
+        chosen = next(iter(found)) if len(found) == 1 else _furthest(model, found, forget, retain, positions)
+        notes = []
     basis = orthonormal(found[chosen].directions)
     settings = {"site": str(chosen), "positions": positions, "directions": directions, "rank": rank,
-                "max_facts": max_facts}  # fmt: skip
+                "select": select, "max_facts": max_facts}  # fmt: skip
     edit = Edit.build("direction_ablation", settings, model, data.digest, ablate_writers(model, basis))
     places = site_map(model.module)
     stream = [s for kind in ("resid_pre", "resid_post") for s in places.expand(kind)]
@@ -66,7 +75,8 @@ def direction_ablation(
         after = leftover(model, stream, basis, texts)
     note = (f"direction of {chosen}: largest share of the residual stream along it {before:.3g} before, {after:.3g} "
             "left after")  # fmt: skip
-    return Edit.build("direction_ablation", settings, model, data.digest, edit.operations, notes=(note,))
+    return Edit.build("direction_ablation", settings, model, data.digest, edit.operations,
+                      notes=(note, *notes))  # fmt: skip
 
 
 def _candidates(model: LoadedModel, site: str, where: Localization | None) -> tuple[Site, ...]:
@@ -80,6 +90,36 @@ def _candidates(model: LoadedModel, site: str, where: Localization | None) -> tu
     if where is not None and where.layers():
         return (Site("resid_post", where.layers()[0]),)
     return tuple(Site("resid_post", i) for i in range(max(1, int(LATEST * places.n_layers))))
+
+
+def _judged(
+    model: LoadedModel, candidates: Sequence[Site], forget: Sequence[Fact], retain: Sequence[Fact],
+    positions: Positions, rank: int, directions: str, seed: int, progress: Progress | None,
+) -> tuple[Site, Mapping[Site, Contrast], list[str]]:  # fmt: skip
+    """The site that the rules choose of all sites and positions, its contrasts, and what was seen."""
+    if not forget or not retain:
+        raise NoEffectError("The rules judge a direction by facts of both sets, and one is empty: give facts of both.")
+    (ours, judged), (others, spared) = held_out(forget, seed), held_out(retain, seed)
+    kinds: tuple[Positions, ...] = ("last", "subject") if positions == "both" else (positions,)
+    found: dict[str, dict[Site, Contrast]] = {}
+    for kind in kinds:
+        try:
+            found[kind] = contrasts(model, candidates, ours, others, positions=kind, rank=rank,
+                                    principal=directions == "principal", required=False, progress=progress)  # fmt: skip
+        except NoEffectError:
+            if kind == kinds[-1] and not found:
+                raise
+    judge = Judge.of(model, judged, spared)
+    pairs = [(site, kind) for kind, sites in found.items() for site in sites]
+    scores: dict[tuple[Site, str], Scores] = {}
+    for site, token in track(progress, pairs, "judging directions"):
+        contrast = found[token][site]
+        scores[site, token] = judge.scores(orthonormal(contrast.directions), contrast.difference, site)
+    chosen, token = best(scores, model.n_layers)
+    won = scores[chosen, token]
+    return chosen, found[token], [f"rules: {chosen} at the {token} token, of {len(pairs)} directions: log-odds of forget "
+                                  f"answers {won.bypass:.3g} when ablated, retained answers {won.induce:.3g} less when "
+                                  f"added, KL {won.kl:.3g} on retained prompts"]  # fmt: skip
 
 
 def _furthest(
