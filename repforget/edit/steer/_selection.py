@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from repforget.artifact import Edit
 from repforget.edit._collect import subsample
+from repforget.edit.steer._writers import ablate_writers
 from repforget.errors import NoEffectError
 from repforget.knowledge import Fact
 from repforget.models.capture import hooks
 from repforget.models.load import LoadedModel
 from repforget.models.sites import site_map
+from repforget.models.weights import writers
 from repforget.records import Site
 from repforget.scoring.encode import context_limit, encode_many, pad_id, token_batches
 from repforget.scoring.forward import forward, places_tokens
@@ -70,9 +74,7 @@ class Judge:
 
     def scores(self, basis: Tensor, added: Tensor, site: Site) -> Scores:
         """Of the direction(s) ``basis`` [r, d] ablated everywhere, and of ``added`` [d] at ``site``; three passes."""
-        places = site_map(self.model.module)
-        writes = [*places.expand("resid_pre")[:1], *places.expand("attn_out"), *places.expand("mlp_out")]
-        with hooks(self.model, dict.fromkeys(writes, projection(basis))):
+        with ablated(self.model, basis):
             hidden = last_log_probs(self.model, self.forget[0])
             spared = last_log_probs(self.model, self.retain[0])
         with hooks(self.model, {site: addition(added)}):
@@ -82,9 +84,14 @@ class Judge:
         return Scores(float(log_odds(hidden, self.forget[1]).mean()), float(fall.mean()), float(kl.mean()))
 
 
-def projection(basis: Tensor) -> Callable[[Tensor], Tensor]:
-    """x without its component in the span of orthonormal ``basis`` [r, d]."""
-    return lambda x: x - (x @ basis.to(x).mT) @ basis.to(x)
+def ablated(model: LoadedModel, basis: Tensor) -> AbstractContextManager[object]:
+    """Nothing is written along orthonormal ``basis`` [r, d] while inside: by hooks at what is written, or, where norms
+    stand behind the writers and rescale it, by the weights of the edit."""
+    if any(ref.post_norm is not None for ref in writers(model.module)):
+        return Edit.build("ablation", {}, model, "", ablate_writers(model, basis)).attach(model)
+    places = site_map(model.module)
+    writes = [*places.expand("resid_pre")[:1], *places.expand("attn_out"), *places.expand("mlp_out")]
+    return hooks(model, dict.fromkeys(writes, lambda x: x - (x @ basis.to(x).mT) @ basis.to(x)))
 
 
 def addition(vector: Tensor) -> Callable[[Tensor], Tensor]:

@@ -117,9 +117,10 @@ def _judged(
         scores[site, token] = judge.scores(orthonormal(contrast.directions), contrast.difference, site)
     chosen, token = best(scores, model.n_layers)
     won = scores[chosen, token]
-    return chosen, found[token], [f"rules: {chosen} at the {token} token, of {len(pairs)} directions: log-odds of forget "
-                                  f"answers {won.bypass:.3g} when ablated, retained answers {won.induce:.3g} less when "
-                                  f"added, KL {won.kl:.3g} on retained prompts"]  # fmt: skip
+    note = (f"rules: {chosen} at the {token} token, of {len(pairs)} directions: log-odds of forget answers "
+            f"{won.bypass:.3g} when ablated, retained answers {won.induce:.3g} less when added, KL {won.kl:.3g} on "
+            "retained prompts")  # fmt: skip
+    return chosen, found[token], [note]
 
 
 def _furthest(
