@@ -175,6 +175,9 @@ def test_gemma_scope_arrays_are_read_as_the_output_of_their_block(tmp_path: Path
     ({"hook_name": "blocks.0.hook_resid_pre"}, {"b_enc": torch.zeros(4)}, "encoder_bias"),
     ({"hook_name": "blocks.0.hook_resid_pre"}, {"b_dec": torch.full((8,), torch.nan)}, "NaN"),
     ({"hook_name": "blocks.0.hook_resid_pre", "normalize_activations": "expected_average_only_in"}, {}, "scaling"),
+    ({"architecture": "topk", "hook_name": "blocks.0.hook_resid_pre", "k": None}, {}, "active features 'None'"),
+    ({"hook_name": "blocks.0.hook_resid_pre"}, {"W_dec": torch.ones(16, 8).long()}, "int64"),
+    ({"metadata": [1], "activation_fn_kwargs": [1]}, {}, "no site"),
 ])  # fmt: skip
 def test_files_that_are_not_understood_are_refused(
     config: dict[str, Any], arrays: dict[str, Tensor], said: str, tmp_path: Path
@@ -193,6 +196,12 @@ def test_missing_and_broken_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "cfg.json").write_text("{}")
     with pytest.raises(ArtifactError, match="no safetensors"):
         read(tmp_path)
+    np.savez_compressed(tmp_path / "params.npz", W_enc=np.random.default_rng(0).normal(size=(8, 16)))
+    whole = bytearray((tmp_path / "params.npz").read_bytes())
+    for damaged in (b"", whole[:90] + bytes(40) + whole[130:]):
+        (tmp_path / "params.npz").write_bytes(damaged)
+        with pytest.raises(ArtifactError, match="plain arrays"):
+            read(tmp_path / "params.npz")
 
 
 def principal(model: LoadedModel, site: Site, rank: int) -> SparseAutoencoder:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ def _config(path: Path) -> dict[str, Any]:
                             "says what they are.") from None  # fmt: skip
     if not isinstance(found, dict):
         raise ArtifactError(f"'{path}' is not the configuration of an autoencoder: give the folder as it was written.")
-    return {**found, **(found.get("metadata") or {})}
+    found = {**found, **inner} if isinstance(inner := found.get("metadata"), dict) else found
+    told = found.get("activation_fn_kwargs")
+    return {**found, "k": told["k"]} if isinstance(told, dict) and "k" in told else found
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -103,7 +106,7 @@ def _arrays(path: Path) -> dict[str, Tensor]:
     try:
         with np.load(path, allow_pickle=False) as held:
             return {name: torch.from_numpy(held[name]) for name in held.files}
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ArtifactError(f"'{path}' cannot be read as plain arrays ({error}): take it from its source "
                             "again.") from None  # fmt: skip
 
@@ -144,11 +147,15 @@ def _build(path: Path, config: Mapping[str, Any], held: Mapping[str, Tensor], si
     if missing:
         raise ArtifactError(f"'{path}' holds no array '{missing[0]}': it has {', '.join(sorted(held)) or 'none'}, and "
                             f"an autoencoder needs {', '.join(wanted)}.")  # fmt: skip
-    kept = (config.get("activation_fn_kwargs") or {}).get("k", config.get("k", 0))
+    odd = next((name for name in wanted if not held[name].is_floating_point()), None)
+    kept = config.get("k", 0)
+    if odd or (activation == "topk" and not isinstance(kept, int)):
+        what = f"'{odd}' of {held[odd].dtype}" if odd else f"the number of active features '{kept}'"
+        raise ArtifactError(f"'{path}' has {what}: an autoencoder has real numbers, and a whole number for topk.")
     sae = SparseAutoencoder(
         site or _site(path, config), held["W_enc"].T.contiguous(), held["W_dec"], held["b_enc"], held["b_dec"],
         activation, held["threshold"] if activation == "jumprelu" else None,  # type: ignore[arg-type]
-        int(kept) if activation == "topk" else 0, bool(config.get("apply_b_dec_to_input", True)),
+        kept if activation == "topk" else 0, bool(config.get("apply_b_dec_to_input", True)),
         config.get("normalize_activations") or "none",
     )  # fmt: skip
     if not config.get("rescale_acts_by_decoder_norm", False):
