@@ -34,3 +34,8 @@ def tiny_model(architecture: str) -> LoadedModel:
 def people(prefix: str, surnames: range) -> list[Any]:
     """Items about eight people per surname."""
     return _contract()._items(prefix, surnames)  # type: ignore[no-any-return]
+
+
+def made(name: str, model: LoadedModel) -> Any:
+    """The edit of an editor with the contract's small settings."""
+    return _contract().make(name, model)
