@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repforget.causal import Effects, Metric, Patch, Run, patch_effects
-from repforget.errors import UsageError
+from repforget.errors import KnowledgeError, UsageError
 from repforget.locate._units import size_class
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress
@@ -56,6 +56,21 @@ def in_second_half(clusters: Sequence[str], seed: int) -> NDArray[np.bool_]:
     random.Random(f"band-{seed}").shuffle(names)
     second = set(names[(len(names) + 1) // 2 :])
     return np.array([c in second for c in clusters], dtype=bool)
+
+
+def may_rank(tasks: Sequence[Task], clusters: Sequence[str], seed: int) -> NDArray[np.bool_]:
+    """Which forget facts, by their cluster, are not among those that the band of ``tasks`` is measured on.
+
+    For rankings by other facts than the tasks', whose own halves would fall differently. All of them where the tasks'
+    facts are of one cluster, which :func:`exact_band` says; KnowledgeError where none is left.
+    """
+    late = [task.half(True, seed).forget for task in tasks]
+    held = {run.cluster for runs in late for run in runs} if all(late) else set()
+    found = np.array([cluster not in held for cluster in clusters], dtype=bool)
+    if not found.any():
+        raise KnowledgeError(f"None of {len(clusters)} facts is left to rank by, beside those on which the ranking is "
+                             "measured: allow more items, or give facts about more subjects.")  # fmt: skip
+    return found
 
 
 def _kept(runs: Sequence[Run], second: bool, seed: int) -> tuple[Run, ...]:
@@ -168,8 +183,8 @@ def top_size(order: Sequence[Component], top: int | str, alike: Alike = size_cla
                              f"{len(order)}: choose 1 to {len(order) - 1}, or 'auto'.")  # fmt: skip
         return int(top)
     sizes = range(1, max(2, len(order) // 2 + 1))
-    possible = {k: _possible(order, order[:k], alike) for k in sizes}
-    enough = (next((k for k in sizes if possible[k] >= needed), None) for needed in (PLENTY, MIN_SELECTIONS))
+    enough = (next((k for k in sizes if _possible(order, order[:k], alike) >= needed), None)
+              for needed in (PLENTY, MIN_SELECTIONS))  # fmt: skip
     return next((k for k in enough if k is not None), max(sizes))
 
 

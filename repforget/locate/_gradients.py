@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from repforget.attribution import item_of
 from repforget.causal import Run
 from repforget.errors import KnowledgeError, NumericalError
 from repforget.knowledge import Knowledge
-from repforget.locate._exact import Array, BandPlan, exact_band, in_second_half, ranked
+from repforget.locate._exact import Array, BandPlan, Task, exact_band, in_second_half, may_rank, ranked
 from repforget.locate._pairs import Pairs, forget_and_retain, plain_runs
 from repforget.locate._tasks import corrupted_tasks
 from repforget.locate._units import heat_maps
@@ -27,19 +28,17 @@ from repforget.records import Component, Localization
 
 @dataclass(frozen=True)
 class Facts:
-    """The facts whose gradients are taken; the second half of their clusters is kept for the band."""
+    """The facts whose gradients are taken; for the band, only some of them."""
 
     forget: tuple[Run, ...]
     retain: tuple[Run, ...]
     notes: tuple[str, ...]
 
-    def first_half(self, seed: int) -> Facts:
-        return Facts(_early(self.forget, seed), _early(self.retain, seed), self.notes)
-
-
-def _early(runs: Sequence[Run], seed: int) -> tuple[Run, ...]:
-    late = in_second_half([run.cluster for run in runs], seed)
-    return tuple(run for run, second in zip(runs, late, strict=True) if not second)
+    def beside(self, tasks: Sequence[Task], seed: int) -> Facts:
+        """Those on which the band of ``tasks`` is not measured, and half of the retain facts."""
+        forget, retain = ([run.cluster for run in runs] for runs in (self.forget, self.retain))
+        return Facts(tuple(compress(self.forget, may_rank(tasks, forget, seed))),
+                     tuple(compress(self.retain, ~in_second_half(retain, seed))), self.notes)  # fmt: skip
 
 
 def facts_of(model: LoadedModel, knowledge: Knowledge, items: int, seed: int) -> Facts:
@@ -110,7 +109,7 @@ def weight_localization(
     """Rank by ``score`` of all facts; its ranking on half of them meets exact patches on the other half."""
     items = len({item_of(run.id) for run in facts.forget})
     tasks, notes = corrupted_tasks(model, knowledge, plan.seed, items=items, mode="both")
-    half, _ = ranked(components, score(facts.first_half(plan.seed)))
+    half, _ = ranked(components, score(facts.beside(tasks, plan.seed)))
     band, band_notes, spent = exact_band(tasks, components, half, plan, progress)
     scores = score(facts)
     order, values = ranked(components, scores)

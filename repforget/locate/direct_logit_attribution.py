@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -78,8 +78,12 @@ def direct_logit_attribution(
     tasks, notes = corrupted_tasks(model, knowledge, seed, items=items, partners=partners, mode="both",
                                    positions=positions, contrast=contrast)  # fmt: skip
     forget, told = _with_rival(tasks[1].forget)
+    tasks = tuple(replace(task, forget=tuple(run for run in task.forget if run.rival)) for task in tasks)
     found = direct_effects(model, forget, components, progress)
     retain = [run for run in tasks[1].retain if run.rival]
+    if contrast and not retain:
+        raise KnowledgeError("No retain fact has a rival answer, so that nothing can be subtracted: add retain items "
+                             "of the same relation with other answers, or set contrast to 0.")  # fmt: skip
     beside = direct_effects(model, retain, components, progress).parts if retain else np.zeros((len(components), 0))
     moves = Moves(found.parts, found.total, beside, tuple(r.cluster for r in forget), tuple(r.cluster for r in retain))
     scores = moves.scores(contrast)

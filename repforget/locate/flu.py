@@ -11,7 +11,7 @@ import numpy as np
 from repforget.causal import Metric
 from repforget.errors import UsageError
 from repforget.knowledge import Knowledge
-from repforget.locate._exact import Array, BandPlan, Control, Task, exact_band, in_second_half, ranked
+from repforget.locate._exact import Array, BandPlan, Control, Task, exact_band, may_rank, ranked
 from repforget.locate._labelled import features, relations
 from repforget.locate._paths import Receiver, measure_paths, path_passes, receiver_of
 from repforget.locate._tasks import corrupted_tasks
@@ -67,7 +67,7 @@ def flu(
     if mode == "facts":
         found = _facts(model, tasks, mlps, heads, reads, contrast, seed, progress)
     else:
-        found = _categories(model, knowledge, mlps, statements, items, seed, progress)
+        found = _categories(model, knowledge, tasks, mlps, statements, items, seed, progress)
     scores, half, tables, told, passes = found
     half_order, half_scores = ranked(mlps, half)
     plan = BandPlan(before_largest_drop(half_scores) if top == "auto" else top, draws, control, seed)
@@ -130,10 +130,10 @@ def receiver_for(model: LoadedModel, heads: Sequence[Component], reads: Literal[
 
 
 def _categories(
-    model: LoadedModel, knowledge: Knowledge, mlps: Sequence[Component], statements: int, items: int, seed: int,
-    progress: Progress | None,
+    model: LoadedModel, knowledge: Knowledge, tasks: Sequence[Task], mlps: Sequence[Component], statements: int,
+    items: int, seed: int, progress: Progress | None,
 ) -> Found:  # fmt: skip
-    """Climbs of held-out probe accuracy over each layer on all forget facts and on the first half of the subjects."""
+    """Climbs of held-out probe accuracy over each layer on all forget facts and on those that the band leaves."""
     states = [Component(Site("resid_pre", 0)), *expand_nodes(model, ("resid_post",))]
     probed, notes = relations(knowledge.for_editor(), statements, items, seed)
     right: list[Array] = []
@@ -145,12 +145,11 @@ def _categories(
         right.append(sweep.correct[:, rows.forget].astype(np.float64))
         clusters += [c for c, forget in zip(rows.clusters, rows.forget, strict=True) if forget]
     climbs = np.diff(np.concatenate(right, axis=1), axis=0)
-    late = in_second_half(clusters, seed)
     _, numbers = np.unique(clusters, return_inverse=True)
     low, _ = cluster_interval(climbs, numbers, seed=seed)
     told = () if (low > 0).any() else ("No layer lifts the probe's accuracy on held-out forget subjects beyond chance: "
                                        "no enrichment is claimed.",)  # fmt: skip
     scores = climbs.mean(axis=1)
-    return (scores, climbs[:, ~late if not late.all() else late].mean(axis=1),
+    return (scores, climbs[:, may_rank(tasks, clusters, seed)].mean(axis=1),
             heat_maps(mlps, scores, "climb of accuracy at the last subject token"), (*notes, *told),
             float(sum(len(rows.facts) for rows in probed)))  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 from repforget.causal import Prepared, Run, prepare
 from repforget.errors import UsageError
 from repforget.knowledge import EditData, Knowledge
-from repforget.locate._exact import Array, BandPlan, Control, exact_band, in_second_half, ranked
+from repforget.locate._exact import Array, BandPlan, Control, exact_band, may_rank, ranked
 from repforget.locate._pairs import choose_facts, forget_and_retain, plain_runs
 from repforget.locate._tasks import corrupted_tasks
 from repforget.locate._units import Layers, expand_nodes, layer_writes
@@ -78,8 +78,8 @@ def lens_trajectory(
     beside = trajectory(model, retain.runs, readings, progress) if retain.runs else None
     places = [c.site.layer for c in components]
     scores = _scores(known, beside, contrast)[places]
-    late = in_second_half([run.cluster for run in forget.runs], seed)
-    half_order, _ = ranked(components, _scores(known, beside, contrast, ~late)[places])
+    early = may_rank(tasks, [run.cluster for run in forget.runs], seed)
+    half_order, _ = ranked(components, _scores(known, beside, contrast, early)[places])
     plan = BandPlan(top, draws, control, seed)
     band, band_notes, spent = exact_band(tasks, components, half_order, plan, progress, written=layer_writes)
     order, values = ranked(components, scores)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from repforget.errors import UsageError
 from repforget.knowledge import Knowledge
-from repforget.locate._exact import Array, BandPlan, Control, exact_band, in_second_half, ranked
+from repforget.locate._exact import Array, BandPlan, Control, exact_band, may_rank, ranked
 from repforget.locate._labelled import Rows, Token, features, relations
 from repforget.locate._tasks import corrupted_tasks
 from repforget.locate._units import Layers, Node, expand_nodes, heat_maps, layer_writes, node_of
@@ -65,11 +66,11 @@ def mdl_probe(
             for rows in track(progress, probed, "coding relations")]  # fmt: skip
     every = np.concatenate([s.saved for s in sent], axis=1)
     forget = np.concatenate([s.forget for s in sent])
-    late = in_second_half([c for s in sent for c in s.clusters], seed)
     scores = _scores(every, forget, contrast)
-    early = ~late if (forget & ~late).any() else np.ones_like(late)
-    half_order, _ = ranked(components, _scores(every[:, early], forget[early], contrast))
     tasks, told = corrupted_tasks(model, knowledge, seed, items=min(items, 64), mode="both")
+    early = np.ones_like(forget)
+    early[forget] = may_rank(tasks, list(compress((c for s in sent for c in s.clusters), forget)), seed)
+    half_order, _ = ranked(components, _scores(every[:, early], forget[early], contrast))
     plan = BandPlan(top, draws, control, seed)
     band, band_notes, spent = exact_band(tasks, components, half_order, plan, progress, written=layer_writes,
                                          alike=node_of)  # fmt: skip

@@ -1,0 +1,99 @@
+"""No locator ranks, for its band, by the facts on which the band is measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import pytest
+from test_locate_planted import KNOWLEDGE, model
+
+import repforget as rf
+from repforget.errors import KnowledgeError
+from repforget.knowledge import Knowledge
+from repforget.locate._exact import may_rank
+from repforget.locate._tasks import corrupted_tasks
+from repforget.records import RandomBand
+from tests import planted
+
+pytestmark = pytest.mark.skipif(not (planted.FOLDER / "base").exists(), reason="planted-fact models are not built")
+# method, module that measures the band, settings
+METHODS = [
+    ("activation_patching", "activation_patching", {"nodes": ("mlp_out",)}),
+    ("attribution_patching", "attribution_patching", {"recheck": 0, "steps": 1}),
+    ("path_patching", "path_patching", {"nodes": ("mlp_out",)}),
+    ("causal_tracing", "causal_tracing", {"samples": 1}),
+    ("atp_star", "atp_star", {"steps": 1}),
+    ("direct_logit_attribution", "direct_logit_attribution", {}),
+    ("lens_trajectory", "lens_trajectory", {}),
+    ("flu", "flu", {"partners": 1}),
+    ("fisher", "_gradients", {}),
+    ("wagle", "_gradients", {}),
+    ("activation_statistics", "_gradients", {}),
+    ("knowledge_neurons", "_gradients", {"steps": 2, "prompts": 1}),
+]
+
+
+def parted(held: set[str]) -> tuple[Knowledge, Knowledge]:
+    """Facts of which some have no partner to be patched with, and the same with other answers for ``held`` people."""
+    forget = [replace(item, subject="", statements=()) if k % 7 == 0 else replace(item, statements=())
+              for k, item in enumerate(KNOWLEDGE.forget)]  # fmt: skip
+    retain = [replace(item, statements=()) for item in KNOWLEDGE.retain]
+    own = [k for k, item in enumerate(forget) if item.cluster in held]
+    turned = list(forget)
+    for k, other in zip(own, [*own[3:], *own[:3]], strict=True):
+        turned[k] = replace(forget[k], answer=forget[other].answer)
+    return Knowledge.build("parted", forget, retain), Knowledge.build("parted", turned, retain)
+
+
+def band_of(found: list[Any]) -> Any:
+    def fake(tasks: Any, pool: Any, order: Any, *rest: Any, **more: Any) -> Any:
+        found.append((tasks, order))
+        return RandomBand(1, 20, 0.0, 0.0, 0.0, "none"), (), 0.0
+
+    return fake
+
+
+@pytest.mark.parametrize(("method", "module", "settings"), METHODS, ids=[name for name, *_ in METHODS])
+def test_answers_of_the_facts_that_judge_do_not_change_the_ranking_they_judge(
+    method: str, module: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(import_module(f"repforget.locate.{module}"), "exact_band", band_of(found))
+    given = {"items": 16, **settings}
+    rf.locate(model(1), parted(set())[0], method, **given)
+    judges = {run.cluster for run in found[0][0][0].half(True, 0).forget}
+    assert len(judges) > 2
+    before, after = parted(judges)
+    whole = [rf.locate(model(1), known, method, **given).scores for known in (before, after)]
+    assert whole[0] != whole[1]  # they do change what all facts say
+    assert found[0][1] == found[1][1] == found[2][1]
+
+
+def test_description_lengths_rank_by_people_on_whom_nothing_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, found = import_module("repforget.locate.mdl_probe"), []
+    monkeypatch.setattr(module, "exact_band", band_of(found))
+    tasks, _ = corrupted_tasks(model(1), KNOWLEDGE, 0, items=24, mode="both")
+    judges = {run.cluster for run in tasks[0].half(True, 0).forget}
+
+    def sent(_: Any, components: Any, rows: Any, *rest: Any) -> Any:
+        saved = np.zeros((len(components), len(rows.facts)))
+        saved[0] = [5.0 if cluster in judges else 0.0 for cluster in rows.clusters]
+        saved[1] = 1.0
+        return module._Sent(saved, rows.forget, tuple(rows.clusters), np.ones(len(components)), len(rows.facts))
+
+    monkeypatch.setattr(module, "_send", sent)
+    result = rf.locate(model(1), KNOWLEDGE, "mdl_probe", nodes=("mlp_out",), items=24)
+    assert result.components[0] != found[0][1][0] == result.components[1]
+
+
+def test_nobody_is_left_to_rank_by() -> None:
+    tasks, _ = corrupted_tasks(model(1), KNOWLEDGE, 0, items=24, mode="both")
+    judges = {run.cluster for run in tasks[0].half(True, 0).forget}
+    assert may_rank(tasks, [*judges, "another"], 0).tolist() == [False] * len(judges) + [True]
+    with pytest.raises(KnowledgeError, match="left to rank by"):
+        may_rank(tasks, sorted(judges), 0)
+    one = [replace(t, forget=tuple(replace(run, cluster="one") for run in t.forget)) for t in tasks]
+    assert may_rank(one, ["one", "two"], 0).all()  # said by the band
