@@ -86,20 +86,12 @@ def undo(
         common, steps=distil_steps, retain_batch=min(distil_batch, len(rows)), lr=rate, schedule="cosine",
         warmup=WARMUP, robust="none", combine="linear", stop_probability=0.0,
     )  # fmt: skip
-    near = _near(model, rows, teachers, tolerance)
     settings = {"objective": objective, "noise": noise, "scale": scale, "distil_steps": distil_steps,
                 "distil_batch": distil_batch, "distil_lr": rate, "tolerance": tolerance, "texts": texts,
                 "text_tokens": text_tokens, "top_k": top_k}  # fmt: skip
-    notes = [f"unlearned: {note}" for note in unlearned.manifest.notes]
-    with swapped(list(table.values()), [damaged[name] for name in table]):
-        if distil_steps and not near():
-            repaired = train(model, data, "undo", [], how, where=where, seed=seed, progress=progress,
-                             checkpoint=checkpoint, settings={**settings, "unlearned": unlearned.manifest.settings},
-                             ready=[term], enough=near)  # fmt: skip
-            notes += [f"distilled: {note}" for note in repaired.manifest.notes]
-            with repaired.attach(model):
-                damaged = _values(table)
-    operations = [DenseDelta(name, delta) for name, p in table.items() if (delta := _moved(p, damaged[name])).any()]
+    repaired, notes = _repaired(model, data, unlearned, damaged, term, how, _near(model, rows, teachers, tolerance),
+                                settings, where, seed, progress, checkpoint)  # fmt: skip
+    operations = [DenseDelta(name, delta) for name, p in table.items() if (delta := _moved(p, repaired[name])).any()]
     used = {**dataclasses.asdict(common), **unlearned.manifest.settings}
     stated = {name: used[name] for name in dataclasses.asdict(common) if name not in LEFT_OUT}
     return Edit.build("undo", {**stated, **settings}, model, data.digest, operations, notes=notes)
@@ -145,6 +137,24 @@ def noised(values: Mapping[str, Tensor], noise: float, scale: float, seed: int) 
             shrunk += noise * scale * drawn.to(value.device)
         made[name] = shrunk.to(value.dtype)
     return made
+
+
+def _repaired(
+    model: LoadedModel, data: EditData, unlearned: Edit, damaged: Mapping[str, Tensor], term: Term, how: Settings,
+    near: Callable[[], str], settings: Mapping[str, Any], where: Localization | None, seed: int,
+    progress: Progress | None, checkpoint: Path | None,
+) -> tuple[Mapping[str, Tensor], list[str]]:  # fmt: skip
+    """The values of all parameters after distillation into ``damaged`` ones (as given where none is due), and notes."""
+    notes = [f"unlearned: {note}" for note in unlearned.manifest.notes]
+    table = dict(model.module.named_parameters())
+    with swapped(list(table.values()), [damaged[name] for name in table]):
+        if not how.steps or near():
+            return damaged, notes
+        made = train(model, data, "undo", [], how, where=where, seed=seed, progress=progress, checkpoint=checkpoint,
+                     settings={**settings, "unlearned": unlearned.manifest.settings}, ready=[term],
+                     enough=near)  # fmt: skip
+        with made.attach(model):
+            return _values(table), [*notes, *(f"distilled: {note}" for note in made.manifest.notes)]
 
 
 def _values(table: Mapping[str, Tensor]) -> dict[str, Tensor]:
