@@ -38,8 +38,9 @@ def refitted(x: Tensor, z: Tensor, k: int, rounds: int, step: int, ridge: float)
     for _ in range(rounds):
         left = centred - centred @ taken @ taken.mT
         weights = Ridge(alpha=ridge * (len(x) - 1), fit_intercept=False, solver="cholesky").fit(left.numpy(), labels)
-        u = torch.linalg.svd(torch.tensor(weights.coef_).double().mT, full_matrices=False)[0][:, :step]
-        taken = torch.linalg.qr(torch.cat([taken, u], 1))[0]
+        predicted = torch.tensor(weights.predict(left.numpy()))
+        contrasts = torch.linalg.eigh(labels.mT @ predicted)[1].flip(1)[:, :step]
+        taken = torch.linalg.qr(torch.cat([taken, torch.tensor(weights.coef_).mT @ contrasts], 1))[0]
     return taken
 
 

@@ -29,8 +29,9 @@ def fit_nullspace(
     """Project ``step`` directions of a ridge classifier away, fit the next on what is left, until ``rank`` are gone.
 
     The classifiers ``W = (PΣP + λ I)⁻¹ P cross`` on the complement of what was projected away follow from one solve by
-    a Schur complement: no data is read again.  λ is ``ridge`` times the mean variance.  ``strengths``: singular values
-    of the classifier that each direction came from; they fall from fit to fit, not within all of them.
+    a Schur complement: no data is read again.  λ is ``ridge`` times the mean variance.  Of many classes the directions
+    of a classifier are those of the contrasts of classes that it predicts best.  ``strengths``: standard deviations of
+    the concept that each of them explains.
     """
     _check(rank)
     if step < 1 or not ridge > 0:
@@ -45,16 +46,20 @@ def fit_nullspace(
         raise NumericalError(f"The ridge classifier over {stats.n} points and {d} features is not finite: check the "
                              "activations for extreme values.")  # fmt: skip
     weights = torch.cholesky_solve(target, lower)
+    whole = float((weights * target).sum())
     taken, solved = target[:, :0], target[:, :0]
     strengths = target[0, :0]
     most = total if rank is None else min(total, rank)
     while taken.shape[1] < most:
         left = weights - solved @ torch.linalg.solve(taken.mT @ solved, taken.mT @ weights)
         left = left - taken @ (taken.mT @ left)
-        u, s, _ = torch.linalg.svd(left, full_matrices=False)
-        live = int((s > RANK_TOLERANCE * float(weights.norm())).sum())  # below, classifiers read rounding
+        told = left.mT @ target  # what classes' linear predictions have in common with them
+        values, contrasts = torch.linalg.eigh((told + told.mT) / 2)
+        live = int((values > RANK_TOLERANCE * whole).sum())  # below, classifiers read rounding
         live = min(live, step, most - taken.shape[1])
-        u, s = u[:, :live], s[:live]
+        s = values.flip(0)[:live].sqrt()
+        u = left @ contrasts.flip(1)[:, :live]
+        u = u / u.norm(dim=0)
         if not len(s):
             total = taken.shape[1]
             break
