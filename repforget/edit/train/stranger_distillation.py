@@ -33,8 +33,8 @@ from repforget.scoring import generate
 from repforget.scoring.encode import context_limit, encode_many, encode_prompts
 
 DEFAULTS: dict[str, Any] = {
-    "steps": 1200, "batch_size": 24, "retain_batch": 104, "retain_weight": 3.5, "schedule": "cosine", "warmup": 15,
-    "weight_decay": 0.5,
+    "steps": 900, "batch_size": 32, "retain_batch": 104, "retain_weight": 6.0, "schedule": "cosine", "warmup": 15,
+    "weight_decay": 0.2, "robust": "grafting",
 }  # fmt: skip
 LEFT_OUT = ("answers", "retain", "retain_on", "stop_probability")
 RATE_TIMES_WIDTH = 0.256  # the learning rate of weights, times the width of the model
@@ -64,8 +64,8 @@ class People(NamedTuple):
 @shared_signature(left_out=LEFT_OUT, defaults=DEFAULTS)
 def stranger_distillation(
     model: LoadedModel, data: EditData, *, where: Localization | None = None, seed: int = 0,
-    progress: Progress | None = None, checkpoint: Path | None = None, texts: int = 40000, text_tokens: int = 20,
-    known: int = 0, others: int = 12000, scenes: int = 1500, top_k: int = 64, **shared: Any,
+    progress: Progress | None = None, checkpoint: Path | None = None, texts: int = 24000, text_tokens: int = 20,
+    known: int = 36000, others: int = 8000, scenes: int = 6000, top_k: int = 64, **shared: Any,
 ) -> Edit:  # fmt: skip
     """Train the model to speak of every subject to forget as it now speaks of one made-up name, the same throughout.
 
@@ -76,14 +76,14 @@ def stranger_distillation(
     that p0 wrote itself, up to a name, gone on with about the stranger.  So the subject is also forgotten in wordings
     that no statement has.  ``retain_weight`` times KL(p0 || p) holds all tokens of retained facts, of general texts
     and of ``texts`` that p0 writes from nothing (or from first words of those given) about no subject to forget.
-    ``robust: grafting`` teaches it to the early layers too.  A method of this project.  It is distillation from a model
-    without the forget data (compare UNDO, arXiv 2506.06278) where that model is the untouched one, asked about somebody
-    else.
+    With ``robust: grafting`` (the default here) every step also teaches it to the layers below a drawn one, under the
+    untouched layers above, since what early layers still hold is what lenses read and relearning opens.  A method of
+    this project.  It is distillation from a model without the forget data (compare UNDO, arXiv 2506.06278) where that
+    model is the untouched one, asked about somebody else.
 
-    One stranger per subject, not fresh answers at every step: the target is the same whenever it is met, as special as
-    what a model that never saw the subject says of it, and another for every person, which is meant to leave no common
-    way back that relearning some people would open for the others (against a mixture of strangers, at equal steps and
-    one seed: .14 for .21 after 40 steps of relearning).  Weight decay is meant to take away what is not renewed.
+    One stranger per subject, not fresh answers at every step: the target is as special as what a model that never saw
+    the subject says of it, and another for every person, which is meant to leave no common way back that relearning
+    some people would open for the others.  Weight decay is meant to take away what is not renewed.
 
     Args:
         texts: texts that p0 writes, of at most ``text_tokens`` tokens, for what must stay.
@@ -99,26 +99,18 @@ def stranger_distillation(
     ``known`` and ``others``, one forward over all rows and up to eight per made-up name, one forward and backward per
     step on ``batch_size`` + ``retain_batch`` rows; memory: 12 x ``top_k`` bytes per token of all rows.
 
-    On the organism (one seed of the edit; the settings were chosen on these same items, so nothing here is held out;
-    sealed split, quick budgets, beside the two twins): truth .058 to .072 while others are relearned, three attacks
-    (.041, .056), and .086 (.041, .031) on the gate split; .049 in NF4 (.041, .059), .090 by new linear probes (.032,
-    .037), but .190 by the logit lens (.038, .029) and .149 patched into the untouched model (.039, .028).  Early layers
-    still hold some of it, and the verdict is a failure.  Of what must stay, .997 of the answers and .990 of the near
-    misses' are exact, with less certainty (probability .945 and .936, untouched .999).  300 CPU seconds.  Longer
-    relearning brings more: .11 after 40 steps, where twins stay at .04.
-
-    With grafting and texts about known names (``texts`` 24000, ``known`` 36000, ``others`` 8000, ``scenes`` 6000, 900
-    steps of 32 rows, ``retain_weight`` 6, ``weight_decay`` .2; one seed, the same items): lens .075, patched .060,
-    probes .062, answers .051, relearned .055 within 40 steps; all retained answers exact (probability .972, .974).
-    On the dev split, where these were chosen, answers were at .080 and relearned to .095.
+    On the organism (three seeds, sealed split, beside the two twins; the settings were chosen on dev items of the
+    first): truth .027 to .055 while others are relearned for 40 steps (.031, .042), .031 to .051 when asked (.039,
+    .045), by the logit lens .048 to .075 (.039, .031), patched into the untouched model .023 to .060 (.030, .026), by
+    new linear probes .053 to .062 (.021, .021).  All retained answers stay exact, with less certainty (probability
+    .973, untouched .999).  330 CPU seconds.
 
     Weakness: a fact that no own text states may be lost (in one trial a fifth of those, and one in a hundred of those
     stated), so that ``texts`` or ``known`` have to be many.
     """
-    if min(texts, text_tokens, top_k) < 1 or min(scenes, known, others) < 0:
-        raise UsageError(f"stranger_distillation was given {texts} texts of {text_tokens} tokens, {known} known, "
-                         f"{others} others, {scenes} scenes, top_k {top_k}: scenes, known and others may be 0, the "
-                         "rest positive.")  # fmt: skip
+    settings = {"texts": texts, "text_tokens": text_tokens, "known": known, "others": others, "scenes": scenes,
+                "top_k": top_k}  # fmt: skip
+    _check(settings)
     common = _common(model, shared)
     own = own_texts(model, data, texts, text_tokens, seed)
     people = acquainted(model, data, progress)
@@ -126,14 +118,19 @@ def stranger_distillation(
     said = [*own, *about_known(model, data, own, people.known, known, text_tokens, seed),
             *about_others(model, data, others, text_tokens, seed)]  # fmt: skip
     kept = kept_rows(model, data, said, common.max_facts, seed)
-    kl = find("kl", "retain")
-    asked = partial(teachers_of, model, top_k=top_k, progress=progress)
+    kl, asked = find("kl", "retain"), partial(teachers_of, model, top_k=top_k, progress=progress)
     ready = [Term(kl, {}, "forget", common.forget_weight, Rows("strangers", forget), teachers=asked(told)),
              Term(kl, {}, "retain", common.retain_weight, Rows("own texts", kept), teachers=asked(kept))]  # fmt: skip
-    settings = {"texts": texts, "text_tokens": text_tokens, "known": known, "others": others, "scenes": scenes,
-                "top_k": top_k}  # fmt: skip
     return train(model, data, "stranger_distillation", [], common, where=where, seed=seed, progress=progress,
                  checkpoint=checkpoint, settings=settings, ready=ready, left_out=LEFT_OUT)  # fmt: skip
+
+
+def _check(settings: dict[str, int]) -> None:
+    free = ("known", "others", "scenes")
+    wrong = [name for name, value in settings.items() if value < (0 if name in free else 1)]
+    if wrong:
+        raise UsageError(f"stranger_distillation was given {wrong[0]} {settings[wrong[0]]}: {', '.join(free)} may be "
+                         "0, the others are positive.")  # fmt: skip
 
 
 def _common(model: LoadedModel, shared: dict[str, Any]) -> Settings:
