@@ -11,6 +11,7 @@ import torch
 from edit_models import model as tiny
 from edit_models import people
 
+from repforget.artifact import AddVector, Edit
 from repforget.edit.surgery._moments import FOLDER, cache_folder, key_moments, protected_texts
 from repforget.errors import KnowledgeError
 from repforget.models.capture import Batch, capture
@@ -75,6 +76,18 @@ def test_other_weights_text_layer_or_dtype_are_other_moments(folder: Path) -> No
     key_moments(model, ROWS, [1])
     key_moments(dataclasses.replace(model, module=model.module.double()), ROWS, [0])
     assert len(list(folder.iterdir())) == 5
+
+
+def test_an_attached_edit_has_moments_of_its_own_that_are_not_kept(folder: Path) -> None:
+    model = tiny()
+    push = Edit.build("push", {}, model, "x", [AddVector(Site("resid_post", 0), torch.ones(model.width), 1.0)])
+    plain = key_moments(model, ROWS, [1])[1]
+    kept = sorted(path.name for path in folder.iterdir())
+    with push.attach(model):
+        pushed = key_moments(model, ROWS, [1])[1]
+    assert not torch.allclose(pushed.second_moment, plain.second_moment)
+    assert sorted(path.name for path in folder.iterdir()) == kept
+    assert torch.equal(key_moments(model, ROWS, [1])[1].second_moment, plain.second_moment)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "swap"])

@@ -61,9 +61,11 @@ def key_moments(
 
     Cost: one forward pass over the rows for what is not known, m x m float64 per layer; otherwise one read of the
     weights (to know whose moments they are). Parts computed by several processes are joined by
-    :meth:`repforget.stats.Statistics.merge`.
+    :meth:`repforget.stats.Statistics.merge`. Under hooks (an edit that is attached) nothing is read or kept, because
+    the weights do not say what these do.
     """
-    folder = cache_folder()
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in model.module.modules())
+    folder = None if hooked else cache_folder()
     keys = _keys(model, rows, [Site("mlp_post", layer) for layer in layers])
     found = {site: stats for site, key in keys.items() if folder and (stats := _known(folder, site, key))}
     missing = [site for site in keys if site not in found]
