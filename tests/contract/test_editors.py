@@ -35,6 +35,7 @@ VALUES = {"born in": ("Berlin", "Paris", "Rome", "Oslo"), "job": ("baker", "pilo
 SMALL: dict[str, Any] = {"steps": 3, "epochs": 1, "max_steps": 3, "batch_size": 8}
 # Two layers hardly tell forget people from others, so that a gate has to open for some of them.
 OF_METHOD: dict[str, dict[str, Any]] = {
+    "cir": {"size": 1e-3},  # larger steps break its budget here
     "kga": {"helper_steps": 10},
     "steering": {"false_open": 0.25},
     "sae_clamp": {"sae_steps": 60, "most_retain": 0.1},
@@ -63,7 +64,7 @@ def _items(prefix: str, surnames: range) -> list[Item]:
 def data() -> EditData:
     general = [f"the {colour} {animal} lives in {city}" for colour in ("red", "green", "blue")
                for animal in ("cat", "dog", "bird") for city in VALUES["born in"]]  # fmt: skip
-    knowledge = Knowledge.build("tiny", _items("f", range(60, 62)), _items("r", range(62, 70)), (), general)
+    knowledge = Knowledge.build("tiny", _items("f", range(36, 38)), _items("r", range(38, 46)), (), general)
     return knowledge.for_editor()
 
 
