@@ -108,9 +108,8 @@ def stranger_distillation(
     Weakness: a fact that no own text states may be lost (in one trial a fifth of those, and one in a hundred of those
     stated), so that ``texts`` or ``known`` have to be many.
     """
-    settings = {"texts": texts, "text_tokens": text_tokens, "known": known, "others": others, "scenes": scenes,
-                "top_k": top_k}  # fmt: skip
-    _check(settings)
+    settings = _checked({"texts": texts, "text_tokens": text_tokens, "known": known, "others": others,
+                         "scenes": scenes, "top_k": top_k})  # fmt: skip
     common = _common(model, shared)
     own = own_texts(model, data, texts, text_tokens, seed)
     people = acquainted(model, data, progress)
@@ -125,12 +124,13 @@ def stranger_distillation(
                  checkpoint=checkpoint, settings=settings, ready=ready, left_out=LEFT_OUT)  # fmt: skip
 
 
-def _check(settings: dict[str, int]) -> None:
+def _checked(settings: dict[str, int]) -> dict[str, int]:
     free = ("known", "others", "scenes")
     wrong = [name for name, value in settings.items() if value < (0 if name in free else 1)]
     if wrong:
         raise UsageError(f"stranger_distillation was given {wrong[0]} {settings[wrong[0]]}: {', '.join(free)} may be "
                          "0, the others are positive.")  # fmt: skip
+    return settings
 
 
 def _common(model: LoadedModel, shared: dict[str, Any]) -> Settings:
