@@ -37,7 +37,7 @@ def test_sums_over_units_are_those_under_their_masks(name: str) -> None:
     units = weights(module, components(*wanted))
     generator = torch.Generator().manual_seed(0)
     table = {n: torch.rand(p.shape, generator=generator) for n, p in module.module.named_parameters()}
-    sums, sizes = unit_sums(module.module, units, table)
+    sums, sizes = unit_sums(units, table.__getitem__)
     for component, total, size in zip(units, sums, sizes, strict=True):
         held = {n: m for n, m in masks_of(module, [component]).masks.items() if table[n].ndim > 1}
         by_hand = sum(float(table[n][m.expand_as(table[n])].double().sum()) for n, m in held.items())

@@ -26,6 +26,7 @@ Alike = Callable[[Component], str]
 MIN_SELECTIONS = 41  # fewer possible selections cannot place one above the central 95 % of all
 PLENTY = 200  # with so many, the top need not be the very best to lie above the central 95 %
 MIN_DRAWS = 20
+UNCHECKED = "All facts are of one cluster or item, so the ranking was not checked on other facts."
 AFTER_SPLIT = "of the top {k} ranked on one half of the facts, measured on the other half"
 
 
@@ -267,7 +268,7 @@ def exact_band(
 
     band, notes = band_of(pool, order, plan.top, plan.draws, plan.seed, words, effect, alike)
     if not split:
-        notes = (*notes, "All facts are of one cluster, so the ranking was not checked on other facts.")
+        notes = (*notes, UNCHECKED)
     return band, notes, forwards(held, sum(run))
 
 

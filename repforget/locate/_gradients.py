@@ -8,7 +8,7 @@ from itertools import compress
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from repforget.attribution import item_of
 from repforget.causal import Run
@@ -62,10 +62,8 @@ def weights(model: LoadedModel, components: Sequence[Component]) -> dict[Compone
     return {c: weights_of(module, places, refs, c) for c in components}
 
 
-def unit_sums(
-    module: nn.Module, units: Mapping[Component, Sequence[WeightRef]], table: Mapping[str, Tensor]
-) -> tuple[Array, Array]:
-    """Sum of ``table``'s entries (one tensor per parameter name) over the weights of each unit, and their number."""
+def unit_sums(units: Mapping[Component, Sequence[WeightRef]], of: Callable[[str], Tensor]) -> tuple[Array, Array]:
+    """Sum of the entries of ``of(parameter name)`` over the weights of each unit, and their number; one in memory."""
     sums = np.zeros(len(units))
     sizes = np.zeros(len(units))
     lines: dict[tuple[str, bool], tuple[Array, int]] = {}
@@ -73,7 +71,7 @@ def unit_sums(
         for ref in own:
             along = ref.role in BY_COLUMNS
             if (ref.name, along) not in lines:
-                lines[ref.name, along] = _line(table[ref.name], along != ref.conv1d)
+                lines[ref.name, along] = _line(of(ref.name), along != ref.conv1d)
             line, width = lines[ref.name, along]
             for start, stop in (ref.cols if along else ref.rows) or ((0, len(line) - 1),):
                 sums[k] += line[stop] - line[start]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any, Literal
 
 import numpy as np
@@ -13,8 +14,8 @@ from repforget.causal import Run, answer_metric, prepare
 from repforget.columns import concepts_of, noise_on
 from repforget.errors import UsageError
 from repforget.knowledge import Fact, Knowledge
-from repforget.locate._exact import Array, band_of, in_second_half, ranked
-from repforget.locate._pairs import choose_facts, matched_facts, plain_runs
+from repforget.locate._exact import UNCHECKED, Array, band_of, in_second_half, ranked
+from repforget.locate._pairs import Pairs, choose_facts, matched_facts, plain_runs
 from repforget.locate._units import expand_nodes, heat_maps
 from repforget.models.load import LoadedModel
 from repforget.models.value_vectors import concept_scores, projections
@@ -53,10 +54,11 @@ def concept_vectors(
     components = expand_nodes(model, ("neurons",))
     tokens = min(tokens, model.vocab_size // 2)
     late = in_second_half([fact.cluster for fact in data.forget], seed)
-    first = tuple(fact for fact, second in zip(data.forget, late, strict=True) if not second)
-    held = choose_facts(tuple(f for f in data.forget if f not in set(first)) or data.forget, items, seed)
-    asked = [plain_runs(model.tokenizer, facts, "all").runs if facts else ()
+    first = tuple(compress(data.forget, ~late))
+    held = choose_facts(tuple(compress(data.forget, late)) or data.forget, items, seed)
+    pairs = [plain_runs(model.tokenizer, facts, "all") if facts else Pairs(())
              for facts in (held, matched_facts(held, data.retain, seed))]  # fmt: skip
+    asked = [found.runs for found in pairs]
 
     def scores(facts: Sequence[Fact]) -> Array:
         concepts = concepts_of(model.tokenizer, facts)
@@ -70,6 +72,7 @@ def concept_vectors(
 
     half, _ = ranked(components, scores(first))
     words = "nats that noise on the top {k}, ranked by the answers of one half, takes from the answers of the other"
+    told = [note for found in pairs for note in found.notes] + ([] if late.any() else [UNCHECKED])
     band, notes = band_of(components, half, top, draws, seed, words, effect)
     values = scores(data.forget)
     order, best = ranked(components, values)
@@ -78,7 +81,7 @@ def concept_vectors(
     cost = {"forwards": float(sum(map(len, asked)) * (band.draws + 2)), "backwards": 0.0, "facts": float(len(held)),
             "unembeddings": 2.0 * len(components)}  # fmt: skip
     return Localization("concept_vectors", order, best, band, cost, settings,
-                        heat_maps(components, values, "concept score"), notes)  # fmt: skip
+                        heat_maps(components, values, "concept score"), (*told, *notes))  # fmt: skip
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ def fisher(
         found = [np.zeros(len(components)), np.ones(len(components))]
 
         def add(gradients: Mapping[str, Tensor]) -> None:
-            sums, found[1] = unit_sums(model.module, units, {n: g.double().square() for n, g in gradients.items()})
+            sums, found[1] = unit_sums(units, lambda name: gradients[name].double().square())
             found[0] += sums / len(runs)
 
         visit_gradients(model, runs, names, add, progress)

@@ -91,7 +91,7 @@ def lens_trajectory(
             "readouts trained": trained, "facts": float(len(forget.runs))}  # fmt: skip
     tables = _tables(scores, known, beside)
     return Localization("lens_trajectory", order, values, band, cost, settings, tables,
-                        (*forget.notes, *notes, *band_notes))  # fmt: skip
+                        (*forget.notes, *retain.notes, *notes, *band_notes))  # fmt: skip
 
 
 def _scores(known: Trajectory, beside: Trajectory | None, contrast: float, chosen: Any = None) -> Array:

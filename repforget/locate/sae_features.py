@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from repforget.causal import Prepared, Run, answer_metric, prepare
+from repforget.causal import Prepared, answer_metric, prepare
 from repforget.errors import UsageError
 from repforget.features import (
     TRAIN,
@@ -28,8 +28,8 @@ from repforget.features import (
     told,
 )
 from repforget.knowledge import EditData, Fact, Knowledge
-from repforget.locate._exact import Array, band_of, in_second_half, ranked
-from repforget.locate._pairs import choose_facts, matched_facts, plain_runs
+from repforget.locate._exact import UNCHECKED, Array, band_of, in_second_half, ranked
+from repforget.locate._pairs import Pairs, choose_facts, matched_facts, plain_runs
 from repforget.models.capture import hooks
 from repforget.models.load import LoadedModel
 from repforget.models.sites import site_map
@@ -94,7 +94,8 @@ def sae_features(
         share = float(both[component.site][0].frequency[component.feature or 0])
         return f"active on 2^{round(math.log2(share))} of the forget tokens"
 
-    runs, effect = _effect(model, saes, second, items, contrast, seed, progress)
+    pairs, effect = _effect(model, saes, second, items, contrast, seed, progress)
+    told_of = [note for found in pairs for note in found.notes] + ([UNCHECKED] if second.forget == first.forget else [])
     order, values = ranked(pool, scores(both))
     words = "nats that removing the top {k}, ranked on one half of the facts, takes from the answers of the other"
     held, _ = ranked(pool, scores(seen[first]))
@@ -105,27 +106,28 @@ def sae_features(
         "max_facts": max_facts, "items": items, "contrast": contrast, "top": top, "draws": draws, "seed": seed,
         "autoencoders": {str(site): one.digest for site, one in saes.items()},
     }  # fmt: skip
-    asked = sum(map(len, runs)) * (band.draws + 2)
+    asked = sum(len(found.runs) for found in pairs) * (band.draws + 2)
     cost = {"forwards": float(trained + sum(map(_size, (first, second))) * len(saes) + asked), "backwards": 0.0,
-            "facts": float(len(runs[0]))}  # fmt: skip
+            "facts": float(len(pairs[0].runs))}  # fmt: skip
     tables = {"selected features and best score by layer": _table(order, values)}
-    return Localization("sae_features", order, values, band, cost, settings, tables, (*notes, *said))
+    return Localization("sae_features", order, values, band, cost, settings, tables,
+                        (*notes, *told_of, *said))  # fmt: skip
 
 
 def _effect(
     model: LoadedModel, saes: Mapping[Site, SparseAutoencoder], half: _Half, items: int, contrast: float, seed: int,
     progress: Progress | None,
-) -> tuple[list[tuple[Run, ...]], Callable[[Sequence[Sequence[Component]]], Array]]:  # fmt: skip
+) -> tuple[list[Pairs], Callable[[Sequence[Sequence[Component]]], Array]]:  # fmt: skip
     """The forget and retain runs that judge, and what removing each selection of features takes from them."""
-    runs = [plain_runs(model.tokenizer, facts, "all").runs for facts in _asked(half, items, seed)]
-    batches = [list(prepare(model, part)) for part in runs]
+    pairs = [plain_runs(model.tokenizer, facts, "all") for facts in _asked(half, items, seed)]
+    batches = [list(prepare(model, found.runs)) for found in pairs]
 
     def effect(selections: Sequence[Sequence[Component]]) -> Array:
         base = [_answers(model, part, {}) for part in batches]
         return np.array([_taken(model, batches, base, saes, chosen, contrast)
                          for chosen in track(progress, selections, "removing features", len(selections))])  # fmt: skip
 
-    return runs, effect
+    return pairs, effect
 
 
 def _sites(model: LoadedModel, sae: str, sites: Literal["auto"] | list[str]) -> tuple[Site, ...]:

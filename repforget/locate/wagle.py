@@ -61,8 +61,9 @@ def wagle(
 
     def score(chosen: Facts) -> Array:
         forget, retain = gradient(chosen.forget), gradient(chosen.retain)
-        scores = {name: attribution(table[name].detach(), forget.pop(name), retain.pop(name), mu) for name in names}
-        sums, sizes = unit_sums(model.module, units, scores)
+        sums, sizes = unit_sums(
+            units, lambda name: attribution(table[name].detach(), forget[name], retain[name], mu)
+        )  # fmt: skip
         return sums / sizes
 
     settings: dict[str, Any] = {"nodes": list(nodes), "layers": layers, "mu": mu, "items": items, "top": top,
