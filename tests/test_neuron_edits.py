@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,12 @@ from torch import Tensor
 
 import repforget as rf
 from repforget.artifact import Edit
-from repforget.attribution import visit_gradients
+from repforget.attribution import runs_of, visit_gradients
 from repforget.columns import value_vector
 from repforget.edit.erase.ember import factorised
 from repforget.edit.surgery._units import channel_removal, removal
-from repforget.edit.surgery.revs import _linear, lowered
-from repforget.edit.surgery.ssd import _information, dampened
+from repforget.edit.surgery.revs import _linear, _targets, lowered
+from repforget.edit.surgery.ssd import _information, _texts, dampened
 from repforget.errors import NoEffectError, NumericalError, SiteError, UsageError
 from repforget.masks import masks_of
 from repforget.models.capture import Batch, forward, hooks
@@ -254,8 +255,6 @@ def test_weights_shrink_only_where_forget_information_dominates(seed: int, alpha
 
 
 def test_information_is_of_single_facts() -> None:
-    from repforget.attribution import runs_of
-
     model = tiny("llama")
     asked = runs_of(model.tokenizer, people().for_editor().forget[:4])
     name = "model.layers.0.mlp.up_proj.weight"
@@ -266,6 +265,20 @@ def test_information_is_of_single_facts() -> None:
     visit_gradients(model, asked, [name], lambda g: gradients.append(g[name]))
     batch = torch.stack(gradients).mean(0).square()
     assert float(batch.sum()) < 0.9 * float(whole.sum()), "the square of a mean is another, smaller number"
+
+
+def test_information_is_of_the_mean_over_tokens() -> None:
+    model = tiny("llama")
+    name = "model.layers.0.mlp.up_proj.weight"
+    for text in ("the red cat", "the red cat lives in Oslo and the dog in Rome"):
+        (found,) = _information(model, _texts(model, [text]), [name], None).values()
+        (ids,) = model.tokenizer([text], return_tensors="pt")["input_ids"][:, :]
+        weight = model.module.get_parameter(name)
+        weight.requires_grad_(True)
+        told = model.module(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+        (slope,) = torch.autograd.grad(told.gather(1, ids[1:, None]).mean(), [weight])
+        weight.requires_grad_(False)
+        torch.testing.assert_close(found, slope.square(), rtol=1e-4, atol=1e-9)
 
 
 def test_ssd_shrinks_and_keeps_to_the_units_of_a_localisation() -> None:
@@ -334,6 +347,22 @@ def test_revs_lowers_the_planted_vectors_answers() -> None:
     assert columns(model, edit) == {planted}
     after = spoken(model.module, projections(model.module)[1], value_vector(edit.applied_to(model), planted)[None])[0]
     assert all(int((after > after[t]).sum()) >= 48 for t in tokens)
+
+
+def test_neurons_are_found_where_the_token_is_predicted_whatever_the_length() -> None:
+    """Facts of different lengths in one batch have the neurons that they have alone."""
+    model = tiny("llama")
+    facts = people().for_editor().forget[:3]
+    longer = [dataclasses.replace(f, prompt="the red cat . " * k + f.prompt) for k, f in enumerate(facts)]
+    asked = runs_of(model.tokenizer, longer)
+    assert len({len(run.base) for run in asked}) == 3
+    wanted = [list(range(run.start, len(run.base))) for run in asked]
+    refs = projections(model.module)
+    union: dict[Component, set[int]] = {}
+    for run, own in zip(asked, wanted, strict=True):
+        for unit, tokens in _targets(model, [run], [own], refs, 1, 3, None).items():
+            union.setdefault(unit, set()).update(tokens)
+    assert _targets(model, asked, wanted, refs, 1, 3, None) == union
 
 
 def test_ranks_that_cannot_be_reached_are_refused() -> None:

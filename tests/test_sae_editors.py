@@ -37,7 +37,7 @@ def tiny() -> LoadedModel:
 
 @cache
 def data() -> EditData:
-    """The people of the editors' contract, but with surnames that the tokenizer knows."""
+    """The people of the editors' contract, under other surnames."""
     general = ["the red cat lives in Rome", "the blue dog lives in Oslo", "what is the name of the bird"]
     people = contract_tools.people("f", range(5, 7)), contract_tools.people("r", range(10, 18))
     return Knowledge.build("tiny", *people, (), general).for_editor()
@@ -154,6 +154,15 @@ def test_pisces_turns_the_feature_around_in_its_main_neurons_only(tmp_path: Path
     with edit.attach(model):
         after = capture(model, [out], Batch.pad(texts()[0]), "tokens")[out] @ sae.encoder[index]
     assert after.mean() < before.mean()
+
+
+def test_the_sign_of_a_neuron_is_that_of_most_of_its_activations() -> None:
+    site = Site("mlp_post", 0)
+    rows = texts()[0]
+    each = torch.cat([capture(tiny(), [site], Batch.pad([row]), "all")[site][0, 1:] for row in rows])
+    expected = torch.where((each > 0).sum(0) >= (each < 0).sum(0), 1.0, -1.0)
+    assert expected.unique().tolist() == [-1.0, 1.0]
+    assert torch.equal(majority_sign(tiny(), site, rows), expected)
 
 
 def test_a_strength_that_gives_what_is_there_changes_nothing() -> None:

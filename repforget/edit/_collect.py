@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from repforget.records import Localization, Site
 from repforget.scoring.encode import context_limit, encode_many, encode_prompts, pad_id, token_batches
 from repforget.stats import Precision, Statistics
 
+T = TypeVar("T")
 Positions = Literal["last", "subject", "both"]
 Consume = Callable[[dict[Site, Tensor], list[int]], None]
 MEMORY = 2 << 30  # bytes of covariances held at once when many sites are read in one pass
@@ -188,8 +189,8 @@ def choose_sites(
     return tuple(sorted(dict.fromkeys(found), key=places.rank))
 
 
-def subsample(facts: Sequence[Fact], limit: int, seed: int) -> tuple[Fact, ...]:
-    """At most ``limit`` facts, chosen by seed, in their own order."""
+def subsample(facts: Sequence[T], limit: int, seed: int) -> tuple[T, ...]:
+    """At most ``limit`` facts (or texts), chosen by seed, in their own order."""
     if limit < 1:
         raise UsageError(f"At most {limit} facts were allowed: give a positive number.")
     if len(facts) <= limit:

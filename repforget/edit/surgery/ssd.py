@@ -67,7 +67,7 @@ def ssd(
         raise UsageError(f"The units of the localisation have no weights among '{parameters}': choose 'all'.")
     forget = _information(model, runs_of(model.tokenizer, subsample(data.forget, max_facts, seed)), names, progress)
     kept = runs_of(model.tokenizer, subsample(data.retain, max_facts, seed)) if data.retain else ()
-    kept = (*kept, *_texts(model, data.general[:max_facts]))
+    kept = (*kept, *_texts(model, subsample(data.general, max_facts, seed)))
     if not kept:
         raise UsageError("ssd compares with what is kept, and there are no retain facts or general texts: give some.")
     retain = _information(model, kept, names, progress)
