@@ -280,7 +280,8 @@ def probe_logits(module: nn.Module) -> Tensor:
 def cosines(new: NewValue) -> dict[str, float]:
     """How much of a change survives: cosine with the exact one in the parameter's own dtype and in half precisions."""
     out: dict[str, float] = {}
-    pieces = list(zip(new.exact.flatten().split(CHUNK), new.old.flatten().split(CHUNK), strict=True))
+    whole, before = (torch.split(t.flatten(), CHUNK) for t in (new.exact, new.old))  # type: ignore[no-untyped-call]
+    pieces = list(zip(whole, before, strict=True))
     for name, dtype in (("own", new.value.dtype), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
         product, left_size, size = 0.0, 0.0, 0.0
         for value, old in pieces:
