@@ -29,7 +29,8 @@ SMALL = {"items": 6, "draws": 20, "partners": 1, "steps": 4, "texts": 64, "sae_s
 def names() -> list[tuple[str, str]]:
     from repforget import discover
 
-    return [(room, name) for room in ("locate", "edit") for name in discover.names(room)]
+    found = [*discover.methods("locate"), *discover.methods("edit")]
+    return [(m.room, m.name) for m in found if m.family != "train"]  # those that train are tests of the trainer
 
 
 def tried(room: str, name: str, architecture: str) -> str:
@@ -74,7 +75,8 @@ def table(found: dict[str, dict[str, str]]) -> str:
              "Made by `python experiments/architectures/table.py`, which runs every method once on a tiny random model "
              "of each", "architecture (editors: on one that has learned a few facts); tests try a part of it again.  "
              "`✓`: it ran and gave a", "result, which says nothing about how good it is on a trained model.  Numbers "
-             "are refusals, in the words a user gets."]  # fmt: skip
+             "are refusals, in the words a user gets.", "Editors that train are run on all of them by the tests of the "
+             "trainer."]  # fmt: skip
     for room, title in (("locate", "Locators"), ("edit", "Editors")):
         own = {key.partition(".")[2]: cells for key, cells in sorted(found.items()) if key.startswith(f"{room}.")}
         architectures = list(next(iter(own.values())))
