@@ -114,8 +114,10 @@ def test_the_first_layer_takes_its_share_and_keys_are_read_again() -> None:
     block, key = Site("resid_post", 1), Site("mlp_post", 1)
     with written(model, {0: done.deltas[0]}):
         now = mean_at_keys(model, asked, [block, key])
-    old = mean_at_keys(model, asked, [block, key])
+    first = Site("mlp_post", 0)
+    old = mean_at_keys(model, asked, [block, key, first])
     goal = mean_at_keys(model, asked, [block], (1, done.values.added))[block]
+    torch.testing.assert_close(done.deltas[0].written(old[first]), (goal - old[block]) / 2, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(done.deltas[1].written(now[key]), goal - now[block], rtol=1e-4, atol=1e-5)
     stale = (done.deltas[1].written(old[key]) - (goal - now[block])).norm()
     assert float(stale) > 1e-2 * float((goal - now[block]).norm()), "keys did not move, so the test shows nothing"

@@ -26,7 +26,7 @@ from repforget.edit.surgery.revs import _linear, _targets, lowered
 from repforget.edit.surgery.ssd import _information, _texts, dampened
 from repforget.errors import NoEffectError, NumericalError, SiteError, UsageError
 from repforget.masks import masks_of
-from repforget.models.capture import Batch, forward, hooks
+from repforget.models.capture import Batch, capture, forward, hooks
 from repforget.models.load import LoadedModel
 from repforget.models.value_vectors import projections, spoken
 from repforget.models.weights import find, get_weight
@@ -205,6 +205,23 @@ def test_pruning_takes_the_ratio_in_every_step(units: Any) -> None:
         z = sum(int((get_weight(after.module, find(after.module, "attn_out", k)) == 0).all(0).sum()) for k in (0, 1))
         assert down == (0 if units == "attention" else steps * round(0.05 * 96))
         assert z == (0 if units == "neurons" else steps * round(0.05 * 64))
+
+
+def test_pruning_takes_what_forget_texts_use_most_relative_to_retained_ones() -> None:
+    model, data, site = tiny("llama"), people().for_editor(), Site("mlp_post", 0)
+
+    def used(texts: list[str]) -> Tensor:
+        rows = [model.tokenizer(text)["input_ids"] for text in texts]
+        sites = [site, Site("mlp_post", 1)]
+        found = [capture(model, sites, Batch.pad([row]), "all") for row in rows]
+        return torch.cat([torch.cat([x[s][0, 1:] for x in found]).double().abs().mean(0) for s in sites])
+
+    ratio = used([f.prompt + f.answer for f in data.forget]) / used(
+        [*(f.prompt + f.answer for f in data.retain), *data.general])  # fmt: skip
+    edit = rf.edit(model, people(), "selective_pruning", ratio=0.05, max_steps=1, target=0.0, damping=1e-9)
+    best = ratio.argsort(descending=True)[: round(0.05 * len(ratio))].tolist()
+    width = len(ratio) // 2
+    assert columns_down(model, edit) == {neuron(n // width, n % width) for n in best}
 
 
 def test_pruning_stops_at_its_target_and_spares_idle_units() -> None:
