@@ -60,8 +60,9 @@ def relations(data: EditData, statements: int, items: int, seed: int) -> tuple[l
                             np.array([f for _, f in kept], dtype=bool)))  # fmt: skip
     if not usable:
         raise KnowledgeError(f"No relation can be probed: each of {len(by_relation)} has fewer than {MIN_ROWS} "
-                             "statements whose answer occurs with two subjects, or only one such answer; "
-                             "add retain items with the same answers, or use attribution_patching.")  # fmt: skip
+                             "statements whose answer occurs with two subjects, or only one such answer; raise "
+                             "'items', add retain items with the same answers, or use "
+                             "attribution_patching.")  # fmt: skip
     note = f"Relations without enough shared answers are not probed: {', '.join(repr(r) for r in refused)}."
     return usable, (note,) if refused else ()
 
