@@ -17,7 +17,7 @@ from repforget.errors import NumericalError
 
 NEGLIGIBLE = 1e-7  # share of the largest singular value below which a factor of a delta is rounding
 INSIDE = 1e-9  # share of a squared key inside the null space below which it is rounding
-SINGULAR = 1e-13  # reciprocal condition (of the triangular factor) below which a solve means nothing
+SINGULAR = 1e-13  # reciprocal condition, read from a triangular factor's diagonal, below which a solve means nothing
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ def dual_optim(
     2504.15827 (DualOptim).  The result is the finished step: it needs ``optimizer: descent`` and ``clip: 0``.
     Cost: both gradients at every step, whichever is used; memory: four copies of the gradients.
     Nothing keeps the sides from undoing each other, and only one step in ``retain_steps`` + 1 forgets: give more steps.
-    A retain term at its minimum moves at full rate too, by what is rounding: 0 and 1 retain steps lost facts known by
-    heart at the automatic rate, 2 kept them.
+    A retain term at its minimum moves at full rate too, by what is rounding, so that facts known by heart can be lost.
     """
     if retain_steps < 0 or not 0 <= beta1 < 1 or not 0 <= beta2 < 1:
         raise UsageError(f"dual_optim was given {retain_steps} retain steps, beta1 {beta1} and beta2 {beta2}: give 0 "
