@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from repforget.knowledge import EditData
+from repforget.knowledge import EditData, Knowledge
 from repforget.models.load import LoadedModel
 
 
@@ -25,6 +25,10 @@ def _contract() -> Any:
 
 def tiny_data() -> EditData:
     return _contract().data()  # type: ignore[no-any-return]
+
+
+def tiny_knowledge() -> Knowledge:
+    return _contract().knowledge()  # type: ignore[no-any-return]
 
 
 def tiny_model(architecture: str) -> LoadedModel:

@@ -2,9 +2,9 @@
 
     python experiments/architectures/table.py [--jobs 2] [--only NAME ...] [--draw]
 
-Every method runs once on a tiny random model of each architecture (for editors one that has learned a few facts), with
-the small settings of the contract tests.  A refusal is the sentence a user gets; anything else than a result or a
-refusal ends the run.  Writes result.json here; --draw makes the document from it again.
+Every method runs once on a tiny model of each architecture that has learned a few facts, with the small settings of the
+contract tests.  A refusal is the sentence a user gets; anything else than a result or a refusal ends the run.  Writes
+result.json here; --draw makes the document from it again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ ROOT = HERE.parent.parent
 DOCUMENT = ROOT / "docs" / "architectures.md"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 WORKS = ""
-SMALL = {"items": 6, "draws": 20, "partners": 1, "steps": 4, "texts": 64, "sae_steps": 60}
+ABOUT = (
+    "Made by `python experiments/architectures/table.py`, which runs every method once on a tiny model of each",
+    "architecture that has learned a few facts; tests try a part of it again.  `✓`: it ran and gave a result, which",
+    "says nothing about how good it is on a real model.  Numbers are refusals, in the words a user gets.  Editors that",
+    "train are run on all of them by the tests of the trainer.",
+)
+SMALL = {"items": 24, "draws": 20, "partners": 1, "steps": 4, "texts": 64, "sae_steps": 60}
 
 
 def names() -> list[tuple[str, str]]:
@@ -40,24 +46,22 @@ def tried(room: str, name: str, architecture: str) -> str:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     import contract_tools
-    import edit_models
+    import tiny_models
 
     from repforget import discover
     from repforget.errors import RepforgetError
     from repforget.locate._dispatch import locate
     from repforget.models.load import wrap
 
+    model = contract_tools.tiny_model(architecture)
     try:
         if room == "edit":
-            contract_tools.made(name, contract_tools.tiny_model(architecture))
+            contract_tools.made(name, model)
         else:
-            import tiny_models
-
-            model = edit_models.model(architecture)
-            twin = wrap(tiny_models.build(architecture, seed=1), model.tokenizer, "twin")
+            twin = wrap(tiny_models.build(architecture), model.tokenizer, "twin")  # as it was before it learned
             known = discover.method(room, name).hyperparameters
             settings = {key: value for key, value in SMALL.items() if key in known}
-            locate(model, edit_models.people(), name, twins=(twin,), **settings)
+            locate(model, contract_tools.tiny_knowledge(), name, twins=(twin,), **settings)
     except RepforgetError as reason:
         return str(reason)
     return WORKS
@@ -71,12 +75,7 @@ def row(room: str, name: str) -> tuple[str, dict[str, str]]:
 
 def table(found: dict[str, dict[str, str]]) -> str:
     """Markdown: a table for each room, and below it what each refusal says."""
-    lines = ["# Methods and architectures", "",
-             "Made by `python experiments/architectures/table.py`, which runs every method once on a tiny random model "
-             "of each", "architecture (editors: on one that has learned a few facts); tests try a part of it again.  "
-             "`✓`: it ran and gave a", "result, which says nothing about how good it is on a trained model.  Numbers "
-             "are refusals, in the words a user gets.", "Editors that train are run on all of them by the tests of the "
-             "trainer."]  # fmt: skip
+    lines = ["# Methods and architectures", "", *ABOUT]
     for room, title in (("locate", "Locators"), ("edit", "Editors")):
         own = {key.partition(".")[2]: cells for key, cells in sorted(found.items()) if key.startswith(f"{room}.")}
         architectures = list(next(iter(own.values())))

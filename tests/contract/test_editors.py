@@ -61,11 +61,14 @@ def _items(prefix: str, surnames: range) -> list[Item]:
     ]  # fmt: skip
 
 
-def data() -> EditData:
+def knowledge() -> Knowledge:
     general = [f"the {colour} {animal} lives in {city}" for colour in ("red", "green", "blue")
                for animal in ("cat", "dog", "bird") for city in VALUES["born in"]]  # fmt: skip
-    knowledge = Knowledge.build("tiny", _items("f", range(36, 38)), _items("r", range(38, 46)), (), general)
-    return knowledge.for_editor()
+    return Knowledge.build("tiny", _items("f", range(36, 38)), _items("r", range(38, 46)), (), general)
+
+
+def data() -> EditData:
+    return knowledge().for_editor()
 
 
 _MODELS: dict[str, LoadedModel] = {}
