@@ -75,7 +75,7 @@ def test_answers_of_the_facts_that_judge_do_not_change_the_ranking_they_judge(
 def test_description_lengths_rank_by_people_on_whom_nothing_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
     module, found = import_module("repforget.locate.mdl_probe"), []
     monkeypatch.setattr(module, "exact_band", band_of(found))
-    tasks, _ = corrupted_tasks(model(1), KNOWLEDGE, 0, items=24, mode="both")
+    tasks, _ = corrupted_tasks(model(1), KNOWLEDGE, 0, items=12, mode="both")
     judges = {run.cluster for run in tasks[0].half(True, 0).forget}
 
     def sent(_: Any, components: Any, rows: Any, *rest: Any) -> Any:
@@ -85,7 +85,7 @@ def test_description_lengths_rank_by_people_on_whom_nothing_is_patched(monkeypat
         return module._Sent(saved, rows.forget, tuple(rows.clusters), np.ones(len(components)), len(rows.facts))
 
     monkeypatch.setattr(module, "_send", sent)
-    result = rf.locate(model(1), KNOWLEDGE, "mdl_probe", nodes=("mlp_out",), items=24)
+    result = rf.locate(model(1), KNOWLEDGE, "mdl_probe", nodes=("mlp_out",), items=12)
     assert result.components[0] != found[0][1][0] == result.components[1]
 
 
