@@ -48,6 +48,13 @@ class _Half:
     retain: tuple[Fact, ...]
 
 
+def _frequency(seen: Activity, feature: int) -> str:
+    return f"active on 2^{round(math.log2(float(seen.frequency[feature])))} of the forget tokens"
+
+
+WORDS = "nats that removing the top {k}, ranked on one half of the facts, takes from the answers of the other"
+
+
 def sae_features(
     model: LoadedModel, knowledge: Knowledge, *, twins: Sequence[LoadedModel] = (), seed: int = 0,
     progress: Progress | None = None, sae: str = TRAIN, sites: Literal["auto"] | list[str] = "auto",
@@ -72,8 +79,8 @@ def sae_features(
     matched retain answers; at most ``items`` of each, against ``draws`` random selections of like frequency there.
 
     Cost: training (some hundred forwards), two forwards per fact, one per item and selection.
-    What it does not show: that the knowledge is where the features are (they may detect the subject alone), or that
-    nothing of it is in the part that the autoencoder leaves unexplained.
+    What it does not show: where the knowledge is (features may detect the subject alone; of four planted layers none is
+    found, chance one), or that nothing of it is in what the autoencoder leaves unexplained.
     """
     if items < 1 or max_facts < 2:
         raise UsageError(f"sae_features was given items={items} and max_facts={max_facts}: give 1 and 2 or more.")
@@ -91,15 +98,12 @@ def sae_features(
         return np.array([float(by_site[c.site][c.feature or 0]) for c in pool])
 
     def alike(component: Component) -> str:
-        share = float(both[component.site][0].frequency[component.feature or 0])
-        return f"active on 2^{round(math.log2(share))} of the forget tokens"
+        return _frequency(both[component.site][0], component.feature or 0)
 
     pairs, effect = _effect(model, saes, second, items, contrast, seed, progress)
     told_of = [note for found in pairs for note in found.notes] + ([UNCHECKED] if second.forget == first.forget else [])
-    order, values = ranked(pool, scores(both))
-    words = "nats that removing the top {k}, ranked on one half of the facts, takes from the answers of the other"
-    held, _ = ranked(pool, scores(seen[first]))
-    band, said = band_of(pool, held, top, draws, seed, words, effect, alike)
+    (order, values), (held, _) = ranked(pool, scores(both)), ranked(pool, scores(seen[first]))
+    band, said = band_of(pool, held, top, draws, seed, WORDS, effect, alike)
     settings: dict[str, Any] = {
         "sae": sae, "sites": [str(site) for site in saes], "check": check, "size": size, "active": active,
         "sae_steps": sae_steps, "rule": rule, "percentile": percentile, "relative": relative, "most": most,
@@ -109,9 +113,8 @@ def sae_features(
     asked = sum(len(found.runs) for found in pairs) * (band.draws + 2)
     cost = {"forwards": float(trained + sum(map(_size, (first, second))) * len(saes) + asked), "backwards": 0.0,
             "facts": float(len(pairs[0].runs))}  # fmt: skip
-    tables = {"selected features and best score by layer": _table(order, values)}
-    return Localization("sae_features", order, values, band, cost, settings, tables,
-                        (*notes, *told_of, *said))  # fmt: skip
+    tables, told = {"selected features and best score by layer": _table(order, values)}, (*notes, *told_of, *said)
+    return Localization("sae_features", order, values, band, cost, settings, tables, told)
 
 
 def _effect(

@@ -76,10 +76,9 @@ def stranger_distillation(
     that p0 wrote itself, up to a name, gone on with about the stranger.  So the subject is also forgotten in wordings
     that no statement has.  ``retain_weight`` times KL(p0 || p) holds all tokens of retained facts, of general texts
     and of ``texts`` that p0 writes from nothing (or from first words of those given) about no subject to forget.
-    With ``robust: grafting`` (the default here) every step also teaches it to the layers below a drawn one, under the
-    untouched layers above, since what early layers still hold is what lenses read and relearning opens.  A method of
-    this project.  It is distillation from a model without the forget data (compare UNDO, arXiv 2506.06278) where that
-    model is the untouched one, asked about somebody else.
+    With ``robust: grafting`` (the default here) every step also teaches it to the layers below a drawn one, under
+    untouched ones, since what early layers hold is what lenses read and relearning opens.  A method of this project:
+    distillation from a model without the data (compare UNDO, arXiv 2506.06278), the untouched one asked about another.
 
     One stranger per subject, not fresh answers at every step: the target is as special as what a model that never saw
     the subject says of it, and another for every person, which is meant to leave no common way back that relearning
@@ -93,17 +92,18 @@ def stranger_distillation(
         scenes: beginnings of own texts in which a subject is put, beside the statements.
         top_k: outcomes per token that the teacher keeps apart; it takes the rest as one.
 
-    ``lr`` "auto" is here 0.256 / width for weights, 9e-4 for adapters, whose decay takes nothing from the
-    weights themselves.  Raises KnowledgeError where no name can be made up (subjects of one word, or not in their
-    prompts) or no text fits the context, UsageError for settings out of range.  Cost: generation of ``texts``,
-    ``known`` and ``others``, one forward over all rows and up to eight per made-up name, one forward and backward per
-    step on ``batch_size`` + ``retain_batch`` rows; memory: 12 x ``top_k`` bytes per token of all rows.
+    ``lr`` "auto" is here 0.256 / width for weights, 9e-4 for adapters. Raises KnowledgeError where no name can be made
+    up (subjects of one word, or not in their prompts) or no text fits the context, UsageError for settings out of
+    range. Cost: generation of ``texts``, ``known`` and ``others``, one forward over all rows and up to eight per
+    made-up name, one forward and backward per step on ``batch_size`` + ``retain_batch`` rows; memory: 12 x ``top_k``
+    bytes per token of all rows.
 
     On the organism (three seeds, sealed split, beside the two twins; the settings were chosen on dev items of the
     first): truth .027 to .055 while others are relearned for 40 steps (.031, .042), .031 to .051 when asked (.039,
     .045), by the logit lens .048 to .075 (.039, .031), patched into the untouched model .023 to .060 (.030, .026), by
     new linear probes .053 to .062 (.021, .021).  All retained answers stay exact, with less certainty (probability
-    .973, untouched .999).  330 CPU seconds.
+    .973, untouched .999), for which the verdict is still a failure (2.4 to 2.7 % lost of neighbours' probability, the
+    limit is 2), while no measure of knowledge fails.  330 CPU seconds.
 
     Weakness: a fact that no own text states may be lost (in one trial a fifth of those, and one in a hundred of those
     stated), so that ``texts`` or ``known`` have to be many.
