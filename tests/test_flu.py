@@ -120,10 +120,10 @@ def categories(shuffled: bool) -> Knowledge:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "olmo2"])
 def test_categories_climb_where_attention_brings_them_and_shuffled_ones_nowhere(name: str) -> None:
     model = model_of(name)
-    scores, half, tables, told, passes = _categories(model, categories(False), MLPS, 1, 100, 0, None)
+    scores, half, tables, told, passes = _categories(model, categories(False), (), MLPS, 1, 100, 0, None)
     assert scores[0] > 0.3 and scores[0] > 2 * abs(scores[1]) and half[0] > 0.2 and not told
     assert list(tables.values()) == [[[s] for s in scores]] and passes > 100
-    nothing, *_, told, _ = _categories(model, categories(True), MLPS, 1, 100, 0, None)
+    nothing, *_, told, _ = _categories(model, categories(True), (), MLPS, 1, 100, 0, None)
     assert np.abs(nothing).max() < 0.2 and any("no enrichment" in note for note in told)
 
 

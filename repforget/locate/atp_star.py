@@ -56,7 +56,7 @@ def atp_star(
     pairs, ``mode``, ``positions`` and the scale are. ``contrast`` subtracts that share of the score on matched retain
     facts. Nodes q, k and v are heads (key/value heads for k and v).
 
-    Cost per pair: five forward passes, ``steps`` more with one backward pass for each layer, and exact patches of the
+    Cost: per pair five forward passes, ``steps`` more with one backward pass for each layer, and exact patches of the
     band.
     What it does not show: effects through saturated logits (their gradient is zero), nor, once layers are dropped, the
     direction of an effect. Of four planted layers it puts one first among the MLPs, as chance does, and with
