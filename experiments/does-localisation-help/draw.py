@@ -14,6 +14,7 @@ from repforget.report.svg import FAINT, GRID, INK, number, svg, text
 HERE = Path(__file__).parent
 ATTACKS = ("behaviour", "relearn", "soft_prompt", "quantize")
 HEADS = {"behaviour": "asked", "relearn": "relearned", "soft_prompt": "soft prompt", "quantize": "4-bit"}
+COLUMNS = ("selection", "runs", "strength", *HEADS.values(), "lost", "relearned, against random sites (95 %)", "surely")
 BASE = "random sites"
 DRAWS = 2000
 CONTROLS = ("random sites", "random units", "all")
@@ -84,7 +85,8 @@ def summary(rows: list[dict[str, Any]], known: list[dict[str, Any]]) -> dict[str
                     entry["left"] = {a: [float(r["shares"][a][0].mean()) for r in own] for a in ATTACKS}
                     worst = [max(float(r["shares"][a][0].mean()) for a in ATTACKS) for r in own]
                     entry |= {"worst": worst, "lost": [_kept(known, r) for r in own],
-                              "seconds": [r["seconds"] for r in own]}  # fmt: skip
+                              "seconds": [r["seconds"] for r in own],
+                              "strength": [r["judged"]["strength"] for r in own]}  # fmt: skip
                 if own and base and locator != BASE:
                     both = {a: [[people[id(r)][a] for r in side] for side in (own, base)] for a in ATTACKS}
                     entry["against random"] = {a: difference(*sides) for a, sides in both.items()}
@@ -115,8 +117,7 @@ def table(body: dict[str, Any]) -> str:
     for world, editor in keys:
         own = [r for r in body["rows"] if (r["world"], r["editor"]) == (world, editor)]
         good = sorted((r for r in own if "left" in r), key=lambda r: fmean(r["left"]["relearn"]))
-        head = ["selection", "runs", *HEADS.values(), "lost", "relearned, against random sites (95 %)", "surely"]
-        lines += [f"**{world}, {editor}**", "", "| " + " | ".join(head) + " |", "|---|" + "--:|" * 6 + "---|---|"]
+        lines += [f"**{world}, {editor}**", "", "| " + " | ".join(COLUMNS) + " |", "|---|" + "--:|" * 7 + "---|---|"]
         for r in good:
             name = f"*{r['locator']}*" if r["locator"] in CONTROLS else r["locator"]
             told = ["", ""]
@@ -127,7 +128,7 @@ def table(body: dict[str, Any]) -> str:
             lost = f"{100 * fmean(r['lost']):.1f} %"
             if "lost against random" in r:
                 lost += f" ({100 * r['lost against random']:+.1f})"
-            row = [name, str(r["runs"]), *cells, lost, *told]
+            row = [name, str(r["runs"]), spread(r["strength"]), *cells, lost, *told]
             lines.append("| " + " | ".join(row) + " |")
         lines += [f"\n{r['locator']}: refused ({r['refused'][0]})" for r in own if r["refused"]]
         lines.append("")

@@ -1,12 +1,13 @@
 """Does localisation help?  Every locator chooses what every editor may change, at one budget, judged by attacks.
 
-    python experiments/does-localisation-help/study.py [--jobs 2] [--worlds organism planted] [--out runs/localisation]
+    python experiments/does-localisation-help/study.py [--jobs 2] [--worlds organism planted] [--seeds 0 1]
 
 Cells are locator x editor x seed on the organism and on models in which one layer's MLP holds the forget facts (there,
 layers stand for seeds).  Locators that rank sites, heads or neurons all fill the same budget of parameters with heads
-and neurons; two kinds of random selections (whole sites; single units) and no selection stand beside them.  Stages are
-kept by what went in, so that equal selections are edited and judged once and the same command continues.  It writes
-result.json, table.md and effect.svg here.
+and neurons, and every edit is scaled down until it loses at most 5 % of what must stay on the dev split; two kinds of
+random selections (whole sites; single units) and no selection stand beside them.  Stages are kept by what went in, so
+that equal selections are edited and judged once and the same command continues.  It writes result.json, table.md and
+effect.svg here.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ ATTACKS = {
     "behaviour": ("contrastive", {"samples": 0}), "relearn": ("best_step", {}), "soft_prompt": ("best_step", {}),
     "quantize": ("nf4", {"kinds": ["nf4"]}),
 }  # fmt: skip
-ITEMS = 96
+ITEMS, DEV_ITEMS = 96, 64
+LOST = 0.05  # of what must stay, on the dev split: every edit is scaled down until it keeps the rest
+STRENGTHS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 SEEDS = {"organism": (0, 1, 2), "planted": (0, 1, 2, 3)}
 
 
@@ -146,7 +149,7 @@ def plan(name: str, locator: str, editor: str, seed: int, draw: int, out: str) -
         return chosen, settings
     layers = list(range(model.n_layers)) if locator == "all" else [best_layer(model, found)]
     if editor == "leace":
-        settings["sites"] = [f"{kind}.{layer}" for layer in layers for kind in ("attn_in", "mlp_in")]
+        settings["sites"] = [f"mlp_in.{layer}" for layer in layers]  # before attention of layer 0 nothing is mixed yet
     else:
         settings["layers"] = layers
     return None, settings
@@ -188,10 +191,38 @@ def cell(name: str, locator: str, editor: str, seed: int, draw: int, out: str) -
         return identity | made
 
     def examine(folder: Path) -> None:
-        write_json(folder / "judged.json", judged(load_edit(stage / "edit").applied_to(model), name, seed))
+        made = load_edit(stage / "edit")
+        strength = affordable(made, model, name, seed)
+        edited = made.scaled(strength).applied_to(model)
+        write_json(folder / "judged.json", judged(edited, name, seed) | {"strength": strength})
 
-    found = store.stage("judge", {**key, "items": ITEMS, "attacks": ATTACKS}, examine)
+    asked = {"items": ITEMS, "dev": DEV_ITEMS, "lost": LOST, "strengths": STRENGTHS, "attacks": ATTACKS}
+    found = store.stage("judge", {**key, **asked}, examine)
     return identity | made | {"judged": dict(read_json(found / "judged.json"))}
+
+
+def affordable(made: Any, model: Any, name: str, seed: int) -> float:
+    """The largest strength that loses at most LOST of plain answers on dev, so that damage is no forgetting."""
+    from repforget.models.load import copy_of
+
+    base = kept(copy_of(model), name, seed)
+    for strength in STRENGTHS:
+        found = kept(made.scaled(strength).applied_to(model), name, seed)
+        if all(found[k] >= (1 - LOST) * base[k] for k in base):
+            return strength
+    return 0.0
+
+
+def kept(model: Any, name: str, seed: int) -> dict[str, float]:
+    """Share of plain answers about what must stay, on the dev split."""
+    from repforget.verify.battery import measure, tasks
+
+    knowledge, references = world(name, seed)[1:]
+    view = knowledge.view("dev")
+    view = replace(view, **{k: getattr(view, k)[:DEV_ITEMS] for k in ("forget", "retain", "neighbours", "general")})
+    (task,) = tasks([{"collateral": {"budget": "quick"}}])
+    found = measure(task, model, view, references).scores
+    return {k: found[k].mean for k in ("retain_exact", "neighbours_exact") if k in found}
 
 
 def judged(model: Any, name: str, seed: int) -> dict[str, Any]:
@@ -230,10 +261,10 @@ def control(name: str, arm: str, seed: int, out: str) -> dict[str, Any]:
     return {"world": name, "arm": arm, "seed": seed, "judged": dict(read_json(stage / "judged.json"))}
 
 
-def cells(worlds: list[str]) -> Iterator[tuple[str, str, str, int, int]]:
+def cells(worlds: list[str], seeds: list[int] | None) -> Iterator[tuple[str, str, str, int, int]]:
     """All cells, one whole seed after the other, so that an early stop leaves whole comparisons."""
     for name in worlds:
-        for seed in SEEDS[name]:
+        for seed in SEEDS[name] if seeds is None else [s for s in SEEDS[name] if s in seeds]:
             for editor in EDITORS:
                 for locator in (*LOCATORS, "all"):
                     yield name, locator, editor, seed, 0
@@ -242,9 +273,10 @@ def cells(worlds: list[str]) -> Iterator[tuple[str, str, str, int, int]]:
                         yield name, kind, editor, seed, draw
 
 
-def controls(worlds: list[str]) -> Iterator[tuple[str, str, int]]:
+def controls(worlds: list[str], seeds: list[int] | None) -> Iterator[tuple[str, str, int]]:
     for name in worlds:
-        for seed in SEEDS[name] if name == "planted" else (0,):
+        own = SEEDS[name] if seeds is None else [s for s in SEEDS[name] if s in seeds]
+        for seed in own if name == "planted" else (0,):
             yield from ((name, arm, seed) for arm in ("original", "twin-0", *(("twin-1",) * (name == "organism"))))
 
 
@@ -252,12 +284,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--worlds", nargs="*", default=list(SEEDS), choices=list(SEEDS))
+    parser.add_argument("--seeds", nargs="*", type=int, help="only these (on planted models: layers)")
     parser.add_argument("--out", default="runs/localisation")
     chosen = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(chosen.jobs, get_context("spawn")) as workers:
-        arms = [workers.submit(control, *c, chosen.out) for c in controls(chosen.worlds)]
-        todo = [workers.submit(cell, *c, chosen.out) for c in cells(chosen.worlds)]
+        arms = [workers.submit(control, *c, chosen.out) for c in controls(chosen.worlds, chosen.seeds)]
+        todo = [workers.submit(cell, *c, chosen.out) for c in cells(chosen.worlds, chosen.seeds)]
         try:
             for number, future in enumerate(as_completed(todo), 1):
                 rows.append(future.result())
