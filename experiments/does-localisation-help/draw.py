@@ -168,8 +168,9 @@ def picture(body: dict[str, Any]) -> str:
                           f"<circle cx='{number(mean)}' cy='{number(y)}' r='3.5' fill='{colour}'/>"]  # fmt: skip
     width = left + 5 * (wide + gap)
     height = 60.0 + len(worlds) * (high * len(names) + 70)
-    parts.append(text(12, 20, "Knowledge left after relearning, less that of random sites at one budget and damage (left: "
-                              f"better; ±{reach:g} at the frame; 95 % over people and runs)", size=12, fill=INK))  # fmt: skip
+    title = (f"Knowledge left after relearning, less that of random sites at one budget and damage (left: better; "
+             f"±{reach:g} at the frame; 95 % over people and runs)")  # fmt: skip
+    parts.append(text(12, 20, title, size=12, fill=INK))
     return svg(width, height, parts, "Effect of localisation on what relearning brings back")
 
 
