@@ -18,13 +18,13 @@ from repforget.edit.train._fila import row_weights, squared_gradients
 from repforget.edit.train._lookup import Lookup, looked_up, lookup
 from repforget.edit.train._pass import Term, swapped
 from repforget.edit.train._processes import Processes
-from repforget.edit.train._settings import Settings, Units
+from repforget.edit.train._settings import Settings
 from repforget.edit.train._shards import Shards, check_shards, in_shards
 from repforget.errors import SiteError, UsageError, nearest
 from repforget.masks import Masks, masks, reproject
 from repforget.models.load import LoadedModel
 from repforget.models.sites import site_map
-from repforget.records import Localization
+from repforget.records import Localization, Units
 from repforget.training import only
 
 FILA_ROWS = 128  # of each side, for the importance of weights

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from repforget.errors import UsageError
+from repforget.records import Units
 from repforget.training import AnyOptimizer, Schedule
 
-Units = Literal["located", "random", "inverted"]
 Named = str | dict[str, Any]  # "kl" or {kl: {settings}}
 
 
