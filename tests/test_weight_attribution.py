@@ -103,13 +103,13 @@ def test_wagle_is_snip_for_a_large_mu_and_a_product_of_gradients_for_a_small_one
 
 
 def test_what_weight_attribution_finds_of_four_planted_layers() -> None:
-    """As measured, so that the docstrings stay true: Fisher 0, WAGLE 2, SNIP 4 (chance 1)."""
+    """As measured, so that the docstrings stay true: Fisher 0, WAGLE 1, SNIP 4 (chance 1)."""
 
     def hits(name: str, **settings: Any) -> int:
         return sum(located(k, name, nodes=("mlp_out",), **settings).layers("mlp_out")[0] == k for k in range(4))
 
     assert hits("wagle", mu=1e9) == 4
-    assert hits("wagle") <= 3 and hits("fisher") <= 1
+    assert hits("wagle") <= 2 and hits("fisher") <= 1
 
 
 @pytest.mark.parametrize("name", ["fisher", "wagle"])

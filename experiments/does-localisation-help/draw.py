@@ -104,7 +104,7 @@ def spread(values: list[float]) -> str:
 
 
 def sure(entry: dict[str, Any]) -> str:
-    """What the intervals say of the two attacks after which knowledge comes back, and of plain answers."""
+    """The attacks whose interval against random sites does not hold zero."""
     signs = {a: (d[1] > 0) - (d[2] < 0) for a, d in entry["against random"].items()}
     words = [f"{HEADS[a]} {'more' if s > 0 else 'less'} left" for a, s in signs.items() if s]
     return "; ".join(words) or "not told apart"

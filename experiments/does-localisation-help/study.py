@@ -138,12 +138,9 @@ def plan(name: str, locator: str, editor: str, seed: int, draw: int, out: str) -
     found = where(name, locator, seed, draw, out)
     settings = dict(EDITORS[editor])
     if editor in MASKED:
-        if locator == "all":
-            last = model.n_layers - 1
-            chosen, settings = selection(name, found, seed, budget_of(model, 1.0)), settings | {"mask": True}
-        else:
-            chosen, settings = selection(name, found, seed, budget_of(model, SHARE)), settings | {"mask": True}
-            last = max(c.site.layer for c in chosen.components)
+        chosen = selection(name, found, seed, budget_of(model, 1.0 if locator == "all" else SHARE))
+        last = max(c.site.layer for c in chosen.components)
+        settings["mask"] = True
         if editor == "rmu":  # read behind what may change
             settings["layers"] = [min(last, model.n_layers - 2)] if last else [0]
         return chosen, settings

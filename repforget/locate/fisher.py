@@ -9,7 +9,6 @@ import numpy as np
 from torch import Tensor
 
 from repforget.attribution import visit_gradients
-from repforget.causal import Run
 from repforget.errors import UsageError
 from repforget.knowledge import Knowledge
 from repforget.locate._exact import Array, BandPlan, Control
@@ -33,8 +32,8 @@ def fisher(
     retain facts (``ratio``) plus ``damping`` times the mean unit's, or its mean per weight (``none``). Nodes may be
     whole sites (all weights of the MLP or the attention), ``heads`` or ``neurons``.
 
-    Cost: one forward and backward pass per forget and per retain fact, taken again on half of them for the band, and
-    the band's exact patches; one gradient of the chosen weights in memory.
+    Cost: one forward and backward pass per forget and per retain fact, and the band's exact patches; one gradient of
+    the chosen weights in memory.
     What it does not show: where a fact is kept. Sensitive weights are not storing weights: of four planted layers the
     ratio finds none (chance is one).  It is a weight for what must stay more than a locator.
     Source: empirical Fisher as in Kirkpatrick et al. 2017, arXiv 1612.00796; ratio of sets: Foster et al. 2023,
@@ -47,28 +46,25 @@ def fisher(
     units = weights(model, components)
     names = sorted({ref.name for own in units.values() for ref in own})
     facts = facts_of(model, knowledge, items, seed)
+    runs = (*facts.forget, *(facts.retain if contrast == "ratio" else ()))
+    squares: list[tuple[Array, Array]] = []
 
-    def information(runs: Sequence[Run]) -> tuple[Array, Array]:
-        found = [np.zeros(len(components)), np.ones(len(components))]
+    def add(gradients: Mapping[str, Tensor]) -> None:
+        squares.append(unit_sums(units, lambda name: gradients[name].double().square()))
 
-        def add(gradients: Mapping[str, Tensor]) -> None:
-            sums, found[1] = unit_sums(units, lambda name: gradients[name].double().square())
-            found[0] += sums / len(runs)
-
-        visit_gradients(model, runs, names, add, progress)
-        return found[0], found[1]
+    visit_gradients(model, runs, names, add, progress)
+    found = {run: sums for run, (sums, _) in zip(runs, squares, strict=True)}
 
     def score(chosen: Facts) -> Array:
-        forget, sizes = information(chosen.forget)
+        forget = np.mean([found[run] for run in chosen.forget], axis=0)
         if contrast == "none":
-            return forget / sizes
-        retain, _ = information(chosen.retain)
+            return np.asarray(forget / squares[0][1], dtype=np.float64)
+        retain = np.mean([found[run] for run in chosen.retain], axis=0)
         return np.asarray(forget / (retain + damping * retain.mean() + np.finfo(float).tiny), dtype=np.float64)
 
     settings: dict[str, Any] = {"nodes": list(nodes), "layers": layers, "contrast": contrast, "damping": damping,
                                 "items": items, "top": top, "draws": draws, "control": control,
                                 "seed": seed}  # fmt: skip
-    backwards = 1.5 * (len(facts.forget) + (len(facts.retain) if contrast == "ratio" else 0))
     label = "forget / retain Fisher" if contrast == "ratio" else "Fisher per weight"
     return weight_localization(model, knowledge, components, score, facts, BandPlan(top, draws, control, seed),
-                               Shown("fisher", settings, label, backwards), progress)  # fmt: skip
+                               Shown("fisher", settings, label, float(len(runs))), progress)  # fmt: skip

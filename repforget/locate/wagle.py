@@ -32,7 +32,7 @@ def wagle(
     matched retain facts, and the Hessian of retained data taken as ``mu`` times the identity. A unit's score is the
     mean of S over its weights (whole sites, ``heads`` or ``neurons``).  At the published μ of 1e-6 the first part
     is lost beside g_r / μ and S is |g_r g_f| / μ; a large μ gives |θ g_f| (SNIP).  Of four planted layers the published
-    μ finds two, a large one all (chance is one).
+    μ finds one, a large one all (chance is one).
 
     Cost: one forward and backward pass per forget and per retain fact, half of them again for the band, and the band's
     exact patches; two gradients of the chosen weights in memory.
