@@ -1,6 +1,6 @@
 """Does localisation help?  Every locator chooses what every editor may change, at one budget, judged by attacks.
 
-    python experiments/does-localisation-help/study.py [--jobs 2] [--worlds organism planted] [--seeds 0 1]
+    python experiments/does-localisation-help/study.py [--jobs 2] [--parts organism:0 ...] [--out runs/localisation]
 
 Cells are locator x editor x seed on the organism and on models in which one layer's MLP holds the forget facts (there,
 layers stand for seeds).  Locators that rank sites, heads or neurons all fill the same budget of parameters with heads
@@ -258,36 +258,39 @@ def control(name: str, arm: str, seed: int, out: str) -> dict[str, Any]:
     return {"world": name, "arm": arm, "seed": seed, "judged": dict(read_json(stage / "judged.json"))}
 
 
-def cells(worlds: list[str], seeds: list[int] | None) -> Iterator[tuple[str, str, str, int, int]]:
-    """All cells, one whole seed after the other, so that an early stop leaves whole comparisons."""
-    for name in worlds:
-        for seed in SEEDS[name] if seeds is None else [s for s in SEEDS[name] if s in seeds]:
-            for editor in EDITORS:
-                for locator in (*LOCATORS, "all"):
-                    yield name, locator, editor, seed, 0
-                for kind in RANDOM if editor in MASKED else RANDOM[:1]:
-                    for draw in range(DRAWS):
-                        yield name, kind, editor, seed, draw
+def parts() -> list[tuple[str, int]]:
+    return [(name, seed) for name, seeds in SEEDS.items() for seed in seeds]
 
 
-def controls(worlds: list[str], seeds: list[int] | None) -> Iterator[tuple[str, str, int]]:
-    for name in worlds:
-        own = SEEDS[name] if seeds is None else [s for s in SEEDS[name] if s in seeds]
-        for seed in own if name == "planted" else (0,):
-            yield from ((name, arm, seed) for arm in ("original", "twin-0", *(("twin-1",) * (name == "organism"))))
+def cells(chosen: list[tuple[str, int]]) -> Iterator[tuple[str, str, str, int, int]]:
+    """All cells, one whole part after the other, so that an early stop leaves whole comparisons."""
+    for name, seed in chosen:
+        for editor in EDITORS:
+            for locator in (*LOCATORS, "all"):
+                yield name, locator, editor, seed, 0
+            for kind in RANDOM if editor in MASKED else RANDOM[:1]:
+                for draw in range(DRAWS):
+                    yield name, kind, editor, seed, draw
+
+
+def controls(chosen: list[tuple[str, int]]) -> Iterator[tuple[str, str, int]]:
+    """The original and its twins, once for the organism and once per planted layer."""
+    for name, seed in dict.fromkeys((name, 0 if name == "organism" else seed) for name, seed in chosen):
+        yield from ((name, arm, seed) for arm in ("original", "twin-0", *(("twin-1",) * (name == "organism"))))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--worlds", nargs="*", default=list(SEEDS), choices=list(SEEDS))
-    parser.add_argument("--seeds", nargs="*", type=int, help="only these (on planted models: layers)")
+    known = [f"{name}:{seed}" for name, seed in parts()]
+    parser.add_argument("--parts", nargs="*", default=known, choices=known, help="world:seed (planted: its layer)")
     parser.add_argument("--out", default="runs/localisation")
     chosen = parser.parse_args()
+    asked = [part for part in parts() if f"{part[0]}:{part[1]}" in chosen.parts]
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(chosen.jobs, get_context("spawn")) as workers:
-        arms = [workers.submit(control, *c, chosen.out) for c in controls(chosen.worlds, chosen.seeds)]
-        todo = [workers.submit(cell, *c, chosen.out) for c in cells(chosen.worlds, chosen.seeds)]
+        arms = [workers.submit(control, *c, chosen.out) for c in controls(asked)]
+        todo = [workers.submit(cell, *c, chosen.out) for c in cells(asked)]
         try:
             for number, future in enumerate(as_completed(todo), 1):
                 rows.append(future.result())
@@ -296,10 +299,10 @@ def main() -> None:
         except BaseException:
             workers.shutdown(wait=False, cancel_futures=True)
             raise
-        known = [future.result() for future in arms]
+        judged_arms = [future.result() for future in arms]
     from draw import picture, summary, table
 
-    body = summary(rows, known)
+    body = summary(rows, judged_arms)
     (HERE / "result.json").write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
     (HERE / "table.md").write_text(table(body))
     (HERE / "effect.svg").write_text(picture(body))
