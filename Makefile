@@ -11,7 +11,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,dp,federated]"
 	touch $@
 
 demo: $(VENV)/.installed  ## find, edit, attack and judge on the embedded model; succeeds when the run completed

@@ -32,6 +32,7 @@ from repforget.artifact.operations import (
 )
 from repforget.artifact.runtime import check_finite
 from repforget.errors import ArtifactError, NoEffectError, SiteError
+from repforget.guarantee import Guarantee
 from repforget.models.load import LoadedModel
 from repforget.models.sites import site_map
 from repforget.records import FORMAT_VERSION, Site
@@ -58,6 +59,7 @@ class EditManifest:
     versions: Mapping[str, str]
     strength: float = 1.0
     notes: tuple[str, ...] = ()
+    guarantee: Guarantee | None = None  # of the whole edit at full strength, where a theorem holds
     format_version: int = FORMAT_VERSION
 
 
@@ -94,6 +96,7 @@ class Edit:
     def build(
         cls, method: str, settings: Mapping[str, Any], model: LoadedModel, data_digest: str,
         operations: Sequence[Operation], sites: Sequence[Site | str] = (), notes: Sequence[str] = (),
+        guarantee: Guarantee | None = None,
     ) -> Edit:  # fmt: skip
         """Check the operations against the model and freeze them into an Edit; ``sites`` are those requested.
 
@@ -118,6 +121,7 @@ class Edit:
             base_fingerprint=model.fingerprint, architecture=type(model.module).__name__,
             knowledge=data_digest, sites=_sites(own), weights=parameter_names(own), versions=_versions(),
             artifact="weights+hook" if hooked else "weights", notes=tuple(notes),
+            guarantee=guarantee,
         )  # fmt: skip
         return cls(manifest, own)
 
@@ -195,12 +199,13 @@ class Edit:
 
     def scaled(self, a: float) -> Edit:
         """The edit at strength ``a`` (0 is the identity, bit for bit)."""
-        manifest = dataclasses.replace(self.manifest, strength=self.manifest.strength * a)
+        held = self.manifest.guarantee if a == 1.0 else None  # a theorem is about the whole edit
+        manifest = dataclasses.replace(self.manifest, strength=self.manifest.strength * a, guarantee=held)
         return Edit(manifest, tuple(scaled(op, a) for op in self.operations))
 
     def inverse(self) -> Edit:
         """The edit that takes this one back up to rounding; ArtifactError where information is destroyed."""
-        manifest = dataclasses.replace(self.manifest, method=f"inverse({self.manifest.method})")
+        manifest = dataclasses.replace(self.manifest, method=f"inverse({self.manifest.method})", guarantee=None)
         return Edit(manifest, tuple(inverse(op) for op in reversed(self.operations)))
 
     def then(self, other: Edit, *, stacked: bool = False) -> Edit:
@@ -217,7 +222,7 @@ class Edit:
             settings={"first": dict(first.settings), "second": dict(second.settings)},
             knowledge="+".join(dict.fromkeys((first.knowledge, second.knowledge))),
             sites=_sites(both), weights=parameter_names(both), artifact="weights+hook" if hooked else "weights",
-            strength=1.0, notes=(*first.notes, *second.notes),
+            strength=1.0, notes=(*first.notes, *second.notes), guarantee=None,
         )  # fmt: skip
         return Edit(manifest, both)
 

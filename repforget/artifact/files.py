@@ -16,6 +16,7 @@ from torch import Tensor
 
 from repforget.artifact.operations import KINDS, Gate, Operation
 from repforget.errors import ArtifactError, ResourceError, SiteError
+from repforget.guarantee import Guarantee
 from repforget.records import FORMAT_VERSION, Site
 
 if TYPE_CHECKING:
@@ -125,6 +126,8 @@ def load_edit(folder: str | Path) -> Edit:
         fields = dict(body["manifest"])
         for name in ("sites", "weights", "notes"):
             fields[name] = tuple(fields[name])
+        held = fields.get("guarantee")
+        fields["guarantee"] = None if held is None else Guarantee.from_json(held)
         manifest = EditManifest(**fields)
         operations = tuple(_operation(n, entry, tensors) for n, entry in enumerate(body["operations"]))
     except (KeyError, TypeError, ValueError, AttributeError, SiteError) as error:

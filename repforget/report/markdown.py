@@ -71,6 +71,8 @@ def markdown(run: ReportData, pictures: Sequence[str], texts: Sequence[tuple[str
         lines += [f"## What {cell(str(edit.get('method', 'the edit')))} touched", "",
                   *table(("kind", "name", "relative size"), tables.touched_rows(edit)),
                   *table(("fact", "value"), tables.manifest_rows(edit))]  # fmt: skip
+        if guarantee := tables.guarantee_rows(edit):
+            lines += ["### What a theorem says of it", "", *table(("", ""), guarantee)]
     if run.rungs:
         keys = ("method", "split", "outcome", "sentence")
         lines += ["## What was tried", "", *table(keys, ([r.get(key, "") for key in keys] for r in run.rungs))]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from repforget.guarantee import Guarantee
 from repforget.records import Claim, Evidence, Localization, Verdict
 from repforget.report.series import SHOWN_COMPONENTS, STATUS_SIGNS, arm_order, finite, sorted_claims, total_cost
 
@@ -159,8 +160,14 @@ def touched_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def manifest_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The remaining facts of a manifest, key and value."""
-    hidden = ("sites", "weights", "norms", "format_version", "notes")
+    hidden = ("sites", "weights", "norms", "format_version", "notes", "guarantee")
     return [(key.replace("_", " "), short(value)) for key, value in manifest.items() if key not in hidden]
+
+
+def guarantee_rows(manifest: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """What a theorem says about the edit, in rows; none where there is no theorem."""
+    held = manifest.get("guarantee")
+    return () if held is None else Guarantee.from_json(held).lines()
 
 
 def cost_rows(localizations: Sequence[Localization], evidence: Sequence[Evidence]) -> list[tuple[str, str]]:

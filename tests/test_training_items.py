@@ -1,0 +1,63 @@
+"""Training records: read, named, encoded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import contract_tools
+import pytest
+
+from repforget.errors import UsageError
+from repforget.training.items import Record, chosen, digest, encoded, read_records, records_of
+
+LINES = [{"id": "a", "cluster": "ann", "prompt": "Ann was born in", "answer": "Rome"},
+         {"id": "b", "cluster": "ann", "prompt": "Ann lives in", "answer": " Oslo"},
+         {"id": "c", "text": "Bo sings."}]  # fmt: skip
+
+
+def written(tmp_path: Path, lines: list[object]) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return path
+
+
+def test_records_are_read_and_named(tmp_path: Path) -> None:
+    records = read_records(written(tmp_path, [*LINES]))
+    assert records[0] == Record("a", "ann", "Ann was born in", " Rome")
+    assert records[2] == Record("c", "c", "", "Bo sings.")
+    assert [r.id for r in chosen(records, ["c", "ann"], "data")] == ["c", "a", "b"]
+    with pytest.raises(UsageError, match="'eve' is neither a record nor a cluster .* never trained on"):
+        chosen(records, ["ann", "eve"], "data")
+    assert digest(records) == digest(records[::-1]) != digest(records[:2])
+
+
+@pytest.mark.parametrize(("lines", "said"), [
+    ([], "holds no record"), ([LINES[0], LINES[0]], "more than one record, first 'a'"), ([{"id": "a"}], "'prompt'"),
+    ([{"text": "x"}], "Line 1 of .* has no 'id'"), (["x"], "has no 'id'"),
+])  # fmt: skip
+def test_what_cannot_be_asked_for_again_is_refused(tmp_path: Path, lines: list[object], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        read_records(written(tmp_path, lines))
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_records(tmp_path / "nothing.jsonl")
+
+
+def test_a_probe_gives_every_form_once_and_labels_lie_on_the_answer() -> None:
+    knowledge, model = contract_tools.tiny_knowledge(), contract_tools.tiny_model("llama")
+    records = records_of(knowledge)
+    statements = records_of(knowledge, forms="statements")
+    assert set(statements) < set(records) and {r.cluster for r in records} == {i.cluster for i in knowledge.forget}
+    assert set(statements) | set(records_of(knowledge, forms="questions")) == set(records)
+    examples = encoded(model, records)
+    for record, example in zip(records, examples, strict=True):
+        answer = model.tokenizer.decode([t for t, m in zip(example.tokens, example.labelled, strict=True) if m])
+        assert answer.strip() == record.answer.strip()
+
+
+def test_a_plain_text_is_learned_whole_and_one_too_long_is_named() -> None:
+    model = contract_tools.tiny_model("llama")
+    (example,) = encoded(model, [Record("t", "t", "", "Ada was born in")])
+    assert example.labelled == (False, *(True,) * (len(example.tokens) - 1))
+    with pytest.raises(UsageError, match="Record 'long' .* does not fit the context"):
+        encoded(model, [Record("long", "l", "", "Ada was born in " * 4000)])
