@@ -36,7 +36,8 @@ def names() -> list[tuple[str, str]]:
     from repforget import discover
 
     found = [*discover.methods("locate"), *discover.methods("edit")]
-    return [(m.room, m.name) for m in found if m.family != "train"]  # those that train are tests of the trainer
+    # Those that train are tests of the trainer; those that need a training of ours, of that training.
+    return [(m.room, m.name) for m in found if m.family != "train" and not m.constant("TRAINED_BY")]
 
 
 def tried(room: str, name: str, architecture: str) -> str:

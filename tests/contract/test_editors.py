@@ -8,7 +8,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ VALUES = {"born in": ("Berlin", "Paris", "Rome", "Oslo"), "job": ("baker", "pilo
 # Budgets for a model of two layers: applied to whichever of these settings an editor has.
 SMALL: dict[str, Any] = {"steps": 3, "epochs": 1, "max_steps": 3, "batch_size": 8}
 # Two layers hardly tell forget people from others, so that a gate has to open for some of them.
-OF_METHOD: dict[str, dict[str, Any]] = {
+# An editor whose edit needs a training of ours (TRAINED_BY) has a function here that makes one for the model.
+OF_METHOD: dict[str, dict[str, Any] | Callable[[LoadedModel], dict[str, Any]]] = {
     "cir": {"size": 1e-3},  # larger steps break its budget here
     "kga": {"helper_steps": 10},
     "steering": {"false_open": 0.25},
@@ -98,7 +99,8 @@ def tiny(architecture: str) -> LoadedModel:
 def make(name: str, model: LoadedModel, seed: int = 0) -> Edit:
     method = discover.method("edit", name)
     settings = {key: value for key, value in SMALL.items() if key in method.hyperparameters}
-    return run_editor(model, data(), name, seed=seed, **{**settings, **OF_METHOD.get(name, {})})
+    own = OF_METHOD.get(name, {})
+    return run_editor(model, data(), name, seed=seed, **{**settings, **(own(model) if callable(own) else own)})
 
 
 def edited(name: str, architecture: str) -> tuple[LoadedModel, Edit]:
