@@ -1,0 +1,1 @@
+"""Deletion requests: their ledger, their answers, and whether earlier answers last."""

@@ -1,0 +1,166 @@
+"""Requests one after the other: does what was forgotten first stay forgotten, and what does every request cost?
+
+Rows are states (0: before any request, j: after request j), columns are requests.  Knowledge is a share: 1 as before
+any request, 0 as in a model that never knew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repforget.errors import UsageError
+from repforget.knowledge import Item, Knowledge
+from repforget.models.load import LoadedModel
+from repforget.records import ItemScores
+from repforget.verify import _asking as ask
+from repforget.verify.statistics.equivalence import Equivalence, equivalence
+from repforget.verify.statistics.intervals import Interval, mean_interval, ratio_interval
+
+Array = NDArray[np.float64]
+MARGIN = 0.05  # of the gap between the original and never having known, as in a verdict
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one model knows about the items of every request, and about what must stay (probability of the truth)."""
+
+    requests: Mapping[str, ItemScores]
+    keep: ItemScores
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Knowledge left [states, requests] with what follows from it; limits are one-sided at 5 %, people resampled.
+
+    ``before``: least share left of a request that had not been made yet (1: later requests were not touched early).
+    ``re_emerged``: share of each request's knowledge that came back between its own state and the last.
+    ``kept`` [states]: share of what must stay that is still known; ``slope``: its change per request.  ``area``: mean
+    share left over all pairs of a request and a state at or after it.
+    """
+
+    names: tuple[str, ...]
+    left: Array
+    re_emerged: tuple[Interval, ...]
+    kept: Array
+    slope: Interval
+    area: float
+    before: float
+
+    @property
+    def worst(self) -> int:
+        """The request of which most may have come back, by the upper limit."""
+        return int(np.argmax([interval.high for interval in self.re_emerged]))
+
+    def sentences(self) -> tuple[str, ...]:
+        """What a reader needs to know, without the words that only a theorem allows."""
+        own = np.array([self.left[k + 1, k] for k in range(len(self.names))])
+        back, name = self.re_emerged[self.worst], self.names[self.worst]
+        return (
+            f"Right after its request {own.mean():.1%} of the knowledge is left on average (at most {own.max():.1%}); "
+            f"over all later states {self.area:.1%}.",
+            f"Most came back of '{name}': {back.point:+.1%} of what was known (limits {back.low:+.1%} to "
+            f"{back.high:+.1%}).",
+            f"What must stay: {self.kept[-1]:.1%} after the last request, {self.slope.point:+.2%} per request (limits "
+            f"{self.slope.low:+.2%} to {self.slope.high:+.2%}).",
+            f"Of requests not made yet at least {self.before:.1%} was known until their turn.",
+        )
+
+
+def look(
+    model: LoadedModel, knowledge: Knowledge, requests: Mapping[str, Sequence[Item]], keep: Sequence[Item], *,
+    forms: int = 2, alternatives: int = 31,
+) -> Look:  # fmt: skip
+    """Ask a model about every request's items and about what must stay, in question forms no editor saw.
+
+    Cost: one pass over the prompts and one short row per alternative.  It measures behaviour alone: knowledge that is
+    merely suppressed is found by ``repforget verify``.  Raises UsageError for an item that cannot be asked.
+    """
+
+    def asked(items: Sequence[Item]) -> ItemScores:
+        found = ask.scores(items, ask.contrast(model, items, knowledge, forms=forms, limit=alternatives).probability)
+        if not found.valid.all():
+            name = found.ids[int(np.argmin(found.valid))]
+            raise UsageError(f"Item '{name}' has no other answer to compare with or does not fit the context of "
+                             f"'{model.name}': give it wrong_answers, or leave it out.")  # fmt: skip
+        return found
+
+    return Look({name: asked(items) for name, items in requests.items()}, asked(keep))
+
+
+def stability(looks: Sequence[Look], floor: Look) -> Stability:
+    """The matrix of a sequence of requests: ``looks[0]`` before any of them, ``looks[j]`` after the j-th.
+
+    Requests are in the order of ``looks[0].requests``; ``floor`` is a model that never knew.  Raises UsageError where
+    looks do not fit each other, or a request was not known to begin with.  Source: MUSE's sustainability (Shi et al.
+    2024, arXiv 2407.06460), extended by the state before, by later requests and by limits over people.
+    """
+    names = tuple(looks[0].requests)
+    if len(looks) != len(names) + 1 or any(tuple(each.requests) != names for each in (*looks, floor)):
+        raise UsageError(f"{len(looks)} states of {len(names)} requests do not fit: give one look before the first "
+                         "request and one after each, all of the same requests in the same order.")  # fmt: skip
+    gaps = {name: _gap(looks[0], floor, name) for name in names}
+    left = np.array([[_share(each, floor, gaps[name], name) for name in names] for each in looks])
+    back = tuple(ratio_interval(_values(looks[-1], name) - _values(looks[k + 1], name), gaps[name],
+                                looks[0].requests[name].clusters) for k, name in enumerate(names))  # fmt: skip
+    keep = np.array([each.keep.values for each in looks])
+    steps = np.arange(len(looks)) - (len(looks) - 1) / 2
+    slope = mean_interval(steps @ keep / (steps @ steps) / keep[0].mean(), looks[0].keep.clusters)
+    later = [left[j, k] for k in range(len(names)) for j in range(k + 1, len(looks))]
+    early = [left[j, k] for k in range(len(names)) for j in range(k + 1)]
+    kept = keep.mean(axis=1) / keep[0].mean()
+    return Stability(names, left, back, kept, slope, float(np.mean(later)), float(min(early)))
+
+
+@dataclass(frozen=True)
+class OneShot:
+    """The requests one by one against all of them at once: differences in shares of knowledge and of what must stay.
+
+    Positive ``knowledge``: the sequence leaves more behind than the one edit.
+    """
+
+    knowledge: Interval
+    keep: Interval
+    same: Equivalence
+
+
+def one_shot(sequence: Look, joint: Look, original: Look, floor: Look, margin: float = MARGIN) -> OneShot:
+    """Compare the last state of a sequence with one edit for all requests, paired by item; ``same`` tests both ways."""
+    names = tuple(original.requests)
+    clusters = [c for name in names for c in original.requests[name].clusters]
+    gap = np.concatenate([_gap(original, floor, name) for name in names])
+    more = np.concatenate([_values(sequence, name) - _values(joint, name) for name in names])
+    share = ratio_interval(more, gap, clusters)
+    kept = ratio_interval(sequence.keep.values - joint.keep.values, original.keep.values, original.keep.clusters)
+    return OneShot(share, kept, equivalence(share, margin))
+
+
+def order_spread(finals: Sequence[Look], original: Look, floor: Look) -> Array:
+    """Standard deviation over orders [requests] of the share left after the last request (several orders, one seed).
+
+    0 where the order does not matter; two orders give a difference rather than a spread.
+    """
+    if len(finals) < 2:
+        raise UsageError("One order shows no spread: give the last states of at least two orders.")
+    names = tuple(original.requests)
+    shares = [[_share(each, floor, _gap(original, floor, name), name) for name in names] for each in finals]
+    return np.asarray(np.std(shares, axis=0, ddof=1), dtype=np.float64)
+
+
+def _values(each: Look, name: str) -> Array:
+    return np.asarray(each.requests[name].values, dtype=np.float64)
+
+
+def _gap(original: Look, floor: Look, name: str) -> Array:
+    gap = _values(original, name) - _values(floor, name)
+    if gap.mean() <= 0.0:
+        raise UsageError(f"Request '{name}' was known no better before any request than by a model that never knew: "
+                         "there is nothing whose return could be seen; leave it out.")  # fmt: skip
+    return gap
+
+
+def _share(each: Look, floor: Look, gap: Array, name: str) -> float:
+    return float((_values(each, name) - _values(floor, name)).mean() / gap.mean())
