@@ -30,8 +30,8 @@ def subspace_subtraction(
 
     Source: arXiv 2408.04140 (2024).  For each layer, others frozen, low-rank changes F and R of its
     matrices are learned on forget and on retained facts; the parts of F that read from or write to the subspaces of R
-    are removed (Gram-Schmidt, ``F' = (I - U Uᵀ) F (I - V Vᵀ)`` with U, V the singular vectors of R), and ``W - strength
-    F'``.  The paper learns on data of whole tasks; here the facts stand for them.
+    are taken out (Gram-Schmidt, ``F' = (I - U Uᵀ) F (I - V Vᵀ)`` with U, V the singular vectors of R), and
+    ``W - strength F'``.  The paper learns on data of whole tasks; here the facts stand for them.
 
     Args:
         strength: "auto" is the largest found for which answers of retained facts keep ``keep`` of their probability.
