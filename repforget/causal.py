@@ -21,6 +21,7 @@ from torch import Tensor
 from repforget.errors import KnowledgeError, NumericalError, UsageError
 from repforget.models.capture import Batch, capture, hooks
 from repforget.models.load import LoadedModel
+from repforget.models.resume import Kept, begin
 from repforget.models.sites import site_map
 from repforget.progress import Progress, track
 from repforget.records import Component, Site
@@ -30,6 +31,7 @@ from repforget.scoring.encode import pad_id
 Positions = Literal["all", "subject", "last", "answer"]
 Metric = Literal["logprob", "logit_difference"]
 Patch = Sequence[Component]
+Plan = Mapping[Site, list[int] | None]  # whole site -> columns to write, None for all
 EMBED = Site("embed")
 TOKEN_BUDGET = 8192
 _LOGITS_AT_ONCE = 2**26  # values of the vocabulary distribution held at once (float64: 512 MiB)
@@ -270,9 +272,11 @@ def patch_scores(
     """Metric of every run under every patch [p, n], float64; all components of one patch are written jointly.
 
     Donor activations come from ``donor`` (default: the model itself) on the donor ids.  An empty patch is the
-    unpatched run.  Many patches share one forward pass in the batch dimension.  ``shift`` gives what is added to the
-    token embeddings of the base [b, s, d], before any patch.  Cost: one forward pass of the
-    donor per item and one of the model per item and patch; memory: the donor's sites of one batch.
+    unpatched run.  Many patches share one forward pass in the batch dimension, and where one unpatched pass pays, the
+    blocks before a patch are taken from it (:mod:`repforget.models.resume`; never under hooks).  ``shift`` gives what
+    is added to the token embeddings of the base [b, s, d], before any patch.  Cost: at most one forward pass of the
+    donor per item and one of the model per item and patch, of the blocks from the first patched one on; memory: the
+    donor's sites of one batch, and three states per layer.
     What the number does not show: that an unpatched component is unimportant (other components compensate),
     or that editing at a high-scoring component removes the knowledge.  Zhang & Nanda 2023, arXiv 2309.16042.
     """
@@ -280,28 +284,42 @@ def patch_scores(
     check_same_shape(model, source)
     plans = [patch_plan(model, patch) for patch in patches]
     sites = sorted({site for plan in plans for site in plan})
+    jobs = begin(model, plans)
     result = np.zeros((len(patches), len(runs)), dtype=np.float64)
     share_of_budget = max(1, token_budget // max(1, min(len(patches), 8)))
     batches = list(prepare(model, runs, token_budget=share_of_budget))
     for item in track(progress, batches, "patching activations"):
         values = capture(source, sites, item.donor.to(source.device), gather="all") if sites else {}
+        moved = None if shift is None else shift(item)
         b, s = item.base.ids.shape
         width = item.target.shape[1] * model.vocab_size
         group = max(1, min(token_budget // (b * s), 2 * _LOGITS_AT_ONCE // (b * width)))
-        for first in range(0, len(plans), group):
-            some = plans[first : first + group]
-            edits = {site: patch_writer(values[site], item.where, some, site) for site in sites
-                     if any(site in plan for plan in some)}  # fmt: skip
-            if shift is not None:
-                edits[EMBED] = _shifted(shift(item).repeat(len(some), 1, 1), edits.get(EMBED))
-            wide = Batch(item.base.ids.repeat(len(some), 1), item.base.mask.repeat(len(some), 1))
-            with torch.no_grad(), hooks(model, edits):
-                scores = answer_metric(model, wide, item, metric)
-            result[first : first + len(some), list(item.rows)] = scores.reshape(len(some), b).cpu().numpy()
+        kept = Kept.of(model, jobs)
+        with torch.no_grad(), hooks(model, _edits(values, item, [{}], moved)):
+            kept.record(item.base)
+        for start, numbers in jobs.items():
+            for first in range(0, len(numbers), group):
+                some = numbers[first : first + group]
+                edits = _edits(values, item, [plans[k] for k in some], moved)
+                wide = Batch(item.base.ids.repeat(len(some), 1), item.base.mask.repeat(len(some), 1))
+                with torch.no_grad(), kept.resumed(start, len(some)), hooks(model, edits):
+                    scores = answer_metric(model, wide, item, metric)
+                result[np.ix_(some, item.rows)] = scores.reshape(len(some), b).cpu().numpy()
     if not np.isfinite(result).all():
         raise NumericalError(f"Patching model '{model.name}' gave values that are not finite: load it in "
                              "float32, or patch fewer components at once.")  # fmt: skip
     return result
+
+
+def _edits(
+    values: Mapping[Site, Tensor], item: Prepared, plans: Sequence[Plan], moved: Tensor | None
+) -> dict[Site, Callable[[Tensor], Tensor]]:
+    """Hooks that write each plan's sites into its block of rows, and add ``moved`` to the embeddings of all."""
+    edits = {site: patch_writer(value, item.where, plans, site) for site, value in values.items()
+             if any(site in plan for plan in plans)}  # fmt: skip
+    if moved is not None:
+        edits[EMBED] = _shifted(moved.repeat(len(plans), 1, 1), edits.get(EMBED))
+    return edits
 
 
 def patch_plan(model: LoadedModel, patch: Patch) -> dict[Site, list[int] | None]:
@@ -315,7 +333,7 @@ def patch_plan(model: LoadedModel, patch: Patch) -> dict[Site, list[int] | None]
 
 
 def patch_writer(
-    value: Tensor, where: Tensor, plans: Sequence[Mapping[Site, list[int] | None]], site: Site
+    value: Tensor, where: Tensor, plans: Sequence[Plan], site: Site
 ) -> Callable[[Tensor], Tensor]:
     """A hook that writes the donor's value into the row block of each plan that names ``site``."""
     blocks = [(k, plan[site]) for k, plan in enumerate(plans) if site in plan]
