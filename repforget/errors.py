@@ -46,6 +46,10 @@ class ArtifactError(UsageError):
     """An edit file that is corrupted, truncated, of another format, or made for another model."""
 
 
+class LedgerError(UsageError):
+    """A ledger of requests that is damaged, foreign, of a newer format, or was written to by another hand."""
+
+
 class MissingExtraError(UsageError):
     """A feature whose optional dependency is not installed; names the install command."""
 
