@@ -140,7 +140,7 @@ class Kept:
     def _keep(self, path: str, last: str = "") -> Callable[..., None]:
         def visit(module: nn.Module, args: Any, output: Any) -> None:
             value, rest = (output[0], len(output) - 1) if isinstance(output, tuple) else (output, None)
-            self.outputs[path] = value.detach(), rest
+            self.outputs[path] = value.detach().clone(), rest  # a block may add to it in place
             if last and torch.equal(value, self.outputs[last]):
                 self.exact.add(last)
             self.outputs.pop(last, None)
@@ -149,7 +149,7 @@ class Kept:
 
     def _keep_input(self, last: str) -> Callable[..., None]:
         def visit(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self.inputs[last], self.outputs[last] = args[0].detach(), output.detach()
+            self.inputs[last], self.outputs[last] = args[0].detach().clone(), output.detach()
 
         return visit
 
@@ -217,6 +217,7 @@ def _tried(module: nn.Module) -> bool:
         kept.record(batch)
         plain = run_forward(module, wide, vocabulary=True).logits
         for start in starts:
+            run_forward(module, Batch(wide.ids.flip(1), wide.mask), vocabulary=False)  # what blocks remember is of this
             with kept.resumed(start, 2):
                 again = run_forward(module, wide, vocabulary=True).logits
             if not torch.allclose(again, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max())):
