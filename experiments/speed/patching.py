@@ -1,10 +1,13 @@
-"""Exact patching of every head and MLP of the organism: batched over components, against one forward per component.
+"""Exact patching of every head and MLP of the organism: begun at the patched block and batched over components, against
+one forward per component.
 
     python experiments/speed/patching.py [--pairs 64] [--repeats 3]
 
 Both sides are repforget's own hooks on one thread and CPU time; ``per component`` runs all pairs at once, but one
 component at a time, and ``per component and pair`` is the plain loop.  Attribution patching of the same nodes (eight
-midpoint steps, and one gradient) stands beside them with its Pearson correlation.  Writes patching.json here.
+midpoint steps, and one gradient) stands beside them with its Pearson correlation.  ``limit`` is what counting blocks
+allows against ``per component`` (attention as a third of a block), here and for deeper models of such blocks.  Writes
+patching.json here.
 """
 
 from __future__ import annotations
@@ -44,6 +47,19 @@ def plain(model: Any, runs: Any, components: Any, size: int) -> np.ndarray:
                 scores = answer_metric(model, item.base, item, "logprob").numpy()
             found[k, [first + row for row in item.rows]] = scores
     return found
+
+
+def limit(model: Any, components: Any, depth: int) -> float:
+    """Blocks of one forward per component and one of the donor, over those of two passes and all begun ones."""
+    from repforget.causal import patch_plan
+    from repforget.models.resume import start_of
+    from repforget.models.sites import site_map
+
+    layers = model.n_layers
+    saved = [start_of(site_map(model.module), patch_plan(model, (c,))).blocks - c.site.layer for c in components]
+    mean = (depth - 1) / 2 + float(np.mean(saved))  # blocks saved per component
+    count = len(components) * depth / layers
+    return (count + 1) * depth / (2 * depth + count * (depth - mean))
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -93,6 +109,7 @@ def main() -> None:
     body = {
         "pairs": len(runs), "components": len(components), "seconds": {n: median(s) for n, s in seconds.items()},
         "all seconds": seconds, "pearson with exact": pearson,
+        "limit": {f"{depth} layers": limit(model, components, depth) for depth in (4, 12, 32)},
         "batched against": {n: median(seconds[n]) / median(seconds["batched"]) for n in work if n != "batched"},
     }  # fmt: skip
     (HERE / "patching.json").write_text(json.dumps(body, indent=1) + "\n")
