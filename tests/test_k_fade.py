@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from repforget.edit.train._kfac import Factors, Moments
+from repforget.influence.factors import Factors, Moments
 from repforget.edit.train.k_fade import _longest, k_fade
 from repforget.errors import KnowledgeError, NumericalError, SiteError, UsageError
 from repforget.knowledge import Item, Knowledge

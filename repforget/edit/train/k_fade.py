@@ -16,7 +16,7 @@ from repforget.edit._collect import subsample
 from repforget.edit.surgery._rows import checked
 from repforget.edit.train._data import Row, fact_rows, text_rows
 from repforget.edit.train._head import head_of
-from repforget.edit.train._kfac import Factors, Moments, watched
+from repforget.influence.factors import Factors, Moments, watched
 from repforget.edit.train._pass import LABELS, STATES, Request, read
 from repforget.errors import KnowledgeError, SiteError, UsageError
 from repforget.knowledge import EditData
