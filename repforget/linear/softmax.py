@@ -1,0 +1,142 @@
+"""Multinomial logistic regression, as a change of a given linear map, by Newton's method with conjugate gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import logsumexp
+
+from repforget.errors import NumericalError, UsageError
+from repforget.linear._arrays import EPS, Array, rounding, total
+
+MAX_STEPS, MAX_PRODUCTS, HALVINGS = 60, 2000, 30
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """``change`` [d, k] minimising ``sum_i -log softmax(x_i (base + change) + bias)[y_i] + lam/2 |change|^2``.
+
+    ``lam`` belongs to the whole objective and stays when rows go: without any row the change is zero.  ``residual`` is
+    the norm of the gradient, rounding included, so that ``residual / lam`` bounds the distance to the one minimiser.
+    """
+
+    change: Array
+    n: int
+    lam: float
+    residual: float
+
+    @property
+    def distance(self) -> float:
+        """Upper bound on ``|change - change*|`` (Frobenius), by strong convexity."""
+        return self.residual / self.lam
+
+
+def fit_softmax(
+    x: NDArray[Any], y: NDArray[Any], classes: int, lam: float, *, base: NDArray[Any] | None = None,
+    bias: NDArray[Any] | None = None, start: NDArray[Any] | None = None, tolerance: float = 1e-10,
+    told: Callable[[float], None] | None = None,
+) -> Softmax:  # fmt: skip
+    """Fit to rows ``x`` [n, d] and class numbers ``y`` [n], n possibly 0, to a gradient of norm ``tolerance``.
+
+    With ``start`` near the solution (rows that go are few) this is the removal of those rows: the minimiser is unique,
+    so that the start shows in the result by ``residual / lam`` at most.  ``told`` hears the norm after each step.
+    Cost: some ten Newton steps of as many Hessian products as conjugate gradients need, each 6 n d k multiplications;
+    memory of a block of rows times k.
+    """
+    _check(x, y, classes, lam)
+    shape = (x.shape[1], classes)
+    held = np.zeros(shape) if start is None else start.astype(np.float64)
+    problem = _Problem(x, y, np.zeros(shape) if base is None else base.astype(np.float64),
+                       np.zeros(classes) if bias is None else bias.astype(np.float64), float(lam))  # fmt: skip
+    gradient = problem.gradient(held)
+    norm = float(np.linalg.norm(gradient))
+    floor = 64 * EPS * np.sqrt(len(x) + 1.0)
+    for _ in range(MAX_STEPS):
+        if told is not None:
+            told(norm)
+        if norm <= max(tolerance, floor):
+            break
+        step, size = _conjugate(problem, held, gradient, min(0.1, norm) * norm), 1.0
+        for _ in range(HALVINGS):
+            trial = problem.gradient(held - size * step)
+            reached = float(np.linalg.norm(trial))
+            if reached < norm:
+                break
+            size /= 2
+        else:
+            break  # rounding: no shorter step helps
+        held, gradient, norm = held - size * step, trial, reached
+    if norm > 1e-6 * (1 + lam):
+        raise NumericalError(f"The softmax head was not fitted: its gradient has the norm {norm:.2g} after {MAX_STEPS} "
+                             "Newton steps; raise the L2 penalty, or scale the features.")  # fmt: skip
+    logits = float(np.linalg.norm(problem.base + held)) * x.shape[1] * EPS
+    size = float(np.linalg.norm(x)) if len(x) else 0.0
+    return Softmax(held, len(x), float(lam), norm + (rounding(len(x)) * np.sqrt(len(x) + 1.0) + logits * size) * size)
+
+
+def _check(x: NDArray[Any], y: NDArray[Any], classes: int, lam: float) -> None:
+    if x.ndim != 2 or y.shape != (len(x),) or not np.isfinite(x).all():
+        raise UsageError(f"Rows of shape {x.shape} with classes of shape {y.shape} do not fit: give finite [n, d] and "
+                         "[n].")  # fmt: skip
+    if len(y) and not (np.issubdtype(y.dtype, np.integer) and 0 <= int(y.min()) <= int(y.max()) < classes):
+        raise UsageError(f"The classes of a softmax head are whole numbers from 0 to {classes - 1}: encode them so.")
+    if not (np.isfinite(lam) and lam > 0):
+        raise UsageError(f"The L2 penalty is {lam}: give a positive number, so that there is one solution.")
+
+
+@dataclass(frozen=True)
+class _Problem:
+    x: NDArray[Any]
+    y: NDArray[Any]
+    base: Array
+    bias: Array
+    lam: float
+
+    def _chances(self, block: slice, weights: Array) -> tuple[Array, Array]:
+        held = self.x[block].astype(np.float64, copy=False)
+        z = held @ weights + self.bias
+        chances: Array = np.exp(z - logsumexp(z, axis=1, keepdims=True))
+        return held, chances
+
+    def gradient(self, change: Array) -> Array:
+        weights = self.base + change
+
+        def part(block: slice) -> Array:
+            held, chances = self._chances(block, weights)
+            chances[np.arange(len(held)), self.y[block]] -= 1
+            found: Array = held.T @ chances
+            return found
+
+        return total(len(self.x), change.shape, part) + self.lam * change
+
+    def product(self, change: Array, direction: Array) -> Array:
+        weights = self.base + change
+
+        def part(block: slice) -> Array:
+            held, chances = self._chances(block, weights)
+            moved = chances * (held @ direction)
+            found: Array = held.T @ (moved - chances * moved.sum(1, keepdims=True))
+            return found
+
+        return total(len(self.x), change.shape, part) + self.lam * direction
+
+
+def _conjugate(problem: _Problem, change: Array, right: Array, tolerance: float) -> Array:
+    """``H^-1 right`` by conjugate gradients, to a residual of norm ``tolerance``."""
+    found = np.zeros_like(right)
+    left, direction = right.copy(), right.copy()
+    size = float((left**2).sum())
+    for _ in range(MAX_PRODUCTS):
+        if size**0.5 <= tolerance:
+            break
+        turned = problem.product(change, direction)
+        length = size / float((direction * turned).sum())
+        found += length * direction
+        left -= length * turned
+        size, before = float((left**2).sum()), size
+        direction = left + (size / before) * direction
+    return found
