@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import planted
 import pytest
 import tiny_models
 import torch
@@ -20,7 +21,6 @@ from repforget.models.capture import capture, hooks
 from repforget.models.load import LoadedModel, wrap
 from repforget.models.sites import site_map
 from repforget.records import Component, Site
-from tests import planted
 
 PLAIN: dict[str, Any] = {"qk_fix": False, "grad_drop": False}
 FIXED: dict[str, Any] = {"qk_fix": True, "grad_drop": False}

@@ -8,7 +8,9 @@ from typing import Any
 import hypothesis
 import known_words
 import numpy as np
+import planted
 import pytest
+import test_locate_planted as planted_truth
 import tiny_models
 import torch
 from hypothesis import strategies as st
@@ -32,8 +34,6 @@ from repforget.locate._units import expand_nodes
 from repforget.models.capture import capture, hooks
 from repforget.models.sites import site_map
 from repforget.records import Component, Site
-from tests import planted
-from tests import test_locate_planted as planted_truth
 
 ALL = pytest.mark.parametrize("name", tiny_models.ALL)
 SMALL: dict[str, Any] = {"items": 12, "samples": 2}

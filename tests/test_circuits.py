@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_locate_planted as planted_truth
 import tiny_models
 import torch
 from hypothesis import given, settings
@@ -30,7 +31,6 @@ from repforget.models.load import LoadedModel, wrap
 from repforget.models.norms import secant
 from repforget.models.sites import site_map
 from repforget.records import Component, Localization, Site
-from tests import test_locate_planted as planted_truth
 
 Array = NDArray[np.float64]
 POST_NORM = ("gemma2", "gemma3", "olmo2")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import planted
 import pytest
 import tiny_models
 import torch
@@ -24,7 +25,6 @@ from repforget.models.norms import gain
 from repforget.models.readout import logit_cap
 from repforget.models.sites import site_map
 from repforget.records import Component, Site
-from tests import planted
 
 NODES: Any = ("embed", "heads", "attn_out", "mlp_out")
 

@@ -7,7 +7,9 @@ from typing import Any
 import hypothesis
 import known_words
 import numpy as np
+import planted
 import pytest
+import test_locate_planted as planted_truth
 import tiny_models
 from hypothesis import strategies as st
 from test_circuits import model_of
@@ -22,8 +24,6 @@ from repforget.locate.flu import _categories, before_largest_drop, receiver_for
 from repforget.models.load import wrap
 from repforget.models.sites import site_map
 from repforget.records import Component, Site
-from tests import planted
-from tests import test_locate_planted as planted_truth
 
 MLPS = [Component(Site("mlp_out", k)) for k in range(2)]
 

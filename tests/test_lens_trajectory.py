@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import planted
 import pytest
 import tiny_models
 import torch
@@ -19,7 +20,6 @@ from repforget.models.capture import capture, forward
 from repforget.models.load import fingerprint
 from repforget.models.readout import lens
 from repforget.records import Site
-from tests import planted
 
 
 @pytest.mark.parametrize("name", tiny_models.ALL)

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
+import planted
 import pytest
 from test_locate_planted import KNOWLEDGE, model
 
@@ -16,7 +17,6 @@ from repforget.knowledge import Knowledge
 from repforget.locate._exact import may_rank
 from repforget.locate._tasks import corrupted_tasks
 from repforget.records import RandomBand
-from tests import planted
 
 pytestmark = pytest.mark.skipif(not (planted.FOLDER / "base").exists(), reason="planted-fact models are not built")
 # method, module that measures the band, settings

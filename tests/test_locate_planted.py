@@ -6,13 +6,13 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import planted
 import pytest
 
 import repforget as rf
 from repforget.knowledge import Item, Knowledge
 from repforget.models.load import LoadedModel, wrap
 from repforget.records import Component, Localization, Site
-from tests import planted
 
 pytestmark = pytest.mark.skipif(not (planted.FOLDER / "base").exists(), reason="planted-fact models are not built")
 LAYERS = pytest.mark.parametrize("layer", planted.LAYERS)

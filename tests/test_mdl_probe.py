@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import planted
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,6 @@ from repforget.errors import UsageError
 from repforget.probing import code_lengths
 from repforget.probing.inputs import standardise
 from repforget.probing.prequential import FRACTIONS, _blocks, smoothed_bits
-from tests import planted
 
 
 def data(n: int = 240, classes: int = 4, width: int = 12, seed: int = 0) -> tuple[Any, Any]:

@@ -13,6 +13,8 @@ from edit_models import model as tiny
 from edit_models import people
 from hypothesis import given
 from hypothesis import strategies as st
+from test_locate_planted import KNOWLEDGE
+from test_locate_planted import model as planted_model
 from test_neuron_locators import CITIES, plant
 from torch import Tensor
 
@@ -32,8 +34,6 @@ from repforget.models.value_vectors import projections, spoken
 from repforget.models.weights import find, get_weight
 from repforget.records import Component, Localization, RandomBand, Site
 from repforget.scoring import answer_logprobs
-from tests.test_locate_planted import KNOWLEDGE
-from tests.test_locate_planted import model as planted_model
 
 DENSE = tuple(name for name in tiny_models.ALL if name != "mixtral")
 QUICK: dict[str, dict[str, Any]] = {

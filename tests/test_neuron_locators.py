@@ -13,6 +13,7 @@ from edit_models import model as tiny
 from edit_models import people
 from hypothesis import given
 from hypothesis import strategies as st
+from test_locate_planted import located
 
 import repforget as rf
 from repforget.attribution import (
@@ -34,7 +35,6 @@ from repforget.models.sites import site_map
 from repforget.models.value_vectors import concept_scores, projections, readouts
 from repforget.models.weights import get_weight, set_weight
 from repforget.records import Component, Site
-from tests.test_locate_planted import located
 
 ALL = tuple(tiny_models.ALL)
 DENSE = tuple(name for name in ALL if name != "mixtral")

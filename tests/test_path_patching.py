@@ -7,7 +7,9 @@ from typing import Any
 
 import known_words
 import numpy as np
+import planted
 import pytest
+import test_locate_planted as planted_truth
 import tiny_models
 import torch
 from test_circuits import POST_NORM, model_of, runs
@@ -23,8 +25,6 @@ from repforget.locate._units import expand_nodes
 from repforget.models.capture import capture
 from repforget.models.load import LoadedModel
 from repforget.records import Component, Site
-from tests import planted
-from tests import test_locate_planted as planted_truth
 
 ALL = pytest.mark.parametrize("name", tiny_models.ALL)
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import contract_tools
+import planted
 import pytest
 import tiny_models
 import torch
 from artifact_tools import tiny as build_tiny
+from contract.test_locators import _items
 from torch import Tensor
 
 import repforget as rf
@@ -26,8 +28,6 @@ from repforget.models.capture import Batch, capture, forward
 from repforget.models.load import LoadedModel, wrap
 from repforget.models.weights import find, get_weight
 from repforget.records import Component, Localization, RandomBand, Site
-from tests import planted
-from tests.contract.test_locators import _items
 
 
 @cache

@@ -12,6 +12,7 @@ from edit_models import model as tiny
 from edit_models import people
 from hypothesis import given
 from hypothesis import strategies as st
+from test_locate_planted import located
 
 import repforget as rf
 from repforget.attribution import visit_gradients
@@ -21,7 +22,6 @@ from repforget.locate._gradients import facts_of, unit_sums, weights
 from repforget.locate.wagle import attribution
 from repforget.masks import masks_of
 from repforget.records import Component
-from tests.test_locate_planted import located
 
 ALL = (*tiny_models.CONFIGS, *tiny_models.VARIANTS)
 

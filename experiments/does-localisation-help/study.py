@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent.parent))  # the planted fixtures lie among the tests
+sys.path.insert(0, str(HERE.parent.parent / "tests"))  # the planted fixtures lie among the tests
 
 FINE = {"nodes": ["heads", "neurons"]}
 LOCATORS: dict[str, dict[str, Any]] = {  # with their defaults, but for what they rank
@@ -65,8 +65,8 @@ def world(name: str, seed: int) -> tuple[Any, Any, Any]:
     if name == "organism":
         original, *twins = (load(f"organism:bios{suffix}") for suffix in ("", "/twin-0", "/twin-1"))
         return original, load_knowledge("bios-people"), References(original, tuple(twins))
-    from tests import planted
-    from tests.test_locate_planted import KNOWLEDGE
+    import planted
+    from test_locate_planted import KNOWLEDGE
 
     original = wrap(*planted.planted(seed), f"planted-{seed}")
     return original, KNOWLEDGE, References(original, (wrap(*planted.planted(None), "planted-base"),))

@@ -7,6 +7,7 @@ import json
 from functools import cache
 from typing import Any
 
+import planted
 import pytest
 
 import repforget as rf
@@ -15,7 +16,6 @@ from repforget.knowledge import Item, Knowledge
 from repforget.models.load import LoadedModel, fingerprint, wrap
 from repforget.models.sites import site_map
 from repforget.records import Localization
-from tests import planted
 
 NAMES = discover.names("locate")
 
