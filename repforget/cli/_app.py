@@ -20,6 +20,7 @@ from repforget.cli import (
     plan,
     report,
     run,
+    train,
     verify,
 )
 
@@ -29,7 +30,7 @@ app = typer.Typer(
     help="Find where a language model keeps a piece of knowledge, edit it away, and try to prove that wrong.\n\n"
          "Exit codes: 0 pass, 10 fail, 11 inconclusive, 1 runtime error, 2 usage error, 130 interrupted.",
 )  # fmt: skip
-for module in (run, plan, locate, edit, fold, verify, bench, compare, calibrate, report, methods):
+for module in (run, plan, locate, edit, train, fold, verify, bench, compare, calibrate, report, methods):
     app.command(name=module.__name__.rpartition(".")[2])(module.command)
 app.add_typer(organism.app, name="organism")
 app.add_typer(features.app, name="features")

@@ -1,0 +1,131 @@
+"""What noise is worth in privacy: Gaussian mechanisms in closed form, subsampled ones by the accountants of opacus."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+from repforget.errors import MissingExtraError, UsageError
+
+Accountant = Literal["rdp", "prv"]
+ACCOUNTANTS: tuple[str, ...] = get_args(Accountant)
+Run = tuple[float, float, int]  # noise multiplier, sampling rate, steps
+SPENT_BY = {
+    "rdp": "Mironov, Talwar and Zhang 2019, arXiv 1908.10530",
+    "prv": "Gopi, Lee and Wutschitz 2021, arXiv 2106.02848",
+}
+LARGEST = 200.0  # an epsilon beyond which nothing is said and the search for the noise is not tried
+
+
+def hockey_stick(epsilon: float, distance: float) -> float:
+    """The least delta at ``epsilon`` between N(0, 1) and N(distance, 1).
+
+    ``Phi(r/2 - e/r) - exp(e) Phi(-r/2 - e/r)``, the second term in log space.  Source: Balle and Wang 2018, arXiv
+    1805.06083, Theorem 8.
+    """
+    from scipy.special import log_ndtr, ndtr
+
+    if distance <= 0.0:
+        return 0.0
+    r = distance
+    return max(0.0, float(ndtr(r / 2 - epsilon / r) - math.exp(epsilon + float(log_ndtr(-r / 2 - epsilon / r)))))
+
+
+def gaussian_epsilon(distance: float, delta: float) -> float:
+    """The least epsilon at ``delta`` of a Gaussian mechanism whose outputs lie ``distance`` deviations apart.
+
+    For T full-batch steps of noise multiplier s the distance is ``sqrt(T) / s``: exact, no accountant can say less.
+    """
+    from scipy.optimize import brentq
+
+    if hockey_stick(0.0, distance) <= delta:
+        return 0.0
+    high = 1.0
+    while hockey_stick(high, distance) > delta:
+        high *= 2
+    return float(brentq(lambda e: hockey_stick(e, distance) - delta, 0.0, high, xtol=1e-12))
+
+
+def gaussian_distance(epsilon: float, delta: float) -> float:
+    """The largest distance in deviations at which a Gaussian mechanism is (epsilon, delta)-private."""
+    from scipy.optimize import brentq
+
+    high = 1.0
+    while hockey_stick(epsilon, high) < delta:
+        high *= 2
+    return float(brentq(lambda r: hockey_stick(epsilon, r) - delta, 0.0, high, xtol=1e-12))
+
+
+def _opacus() -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations inside its own imports
+            import opacus.accountants
+            import opacus.accountants.utils
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("Private training needs the library opacus, which is not installed: run "
+                                '`pip install "repforget[dp]"`.') from error  # fmt: skip
+    return opacus
+
+
+def accountant_of(kind: str, history: Sequence[Sequence[Any]] = ()) -> Any:
+    """An accountant of opacus with ``history`` already spent.
+
+    Raises UsageError for any but "rdp" and "prv": "gdp" is an approximation that can understate epsilon.
+    """
+    if kind not in ACCOUNTANTS:
+        why = " (gdp is a limit theorem that can understate epsilon)" if kind == "gdp" else ""
+        raise UsageError(f"The accountant '{kind}' is not used{why}: choose rdp or prv.")
+    made = _opacus().accountants.create_accountant(mechanism=kind)
+    made.history = [(float(noise), float(rate), int(steps)) for noise, rate, steps in history]
+    return made
+
+
+def spent(accountant: Any, delta: float) -> float:
+    """Epsilon at ``delta`` of what ``accountant`` has counted, an upper bound; 0 where that is nothing."""
+    if not accountant.history:
+        return 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on the range of orders: the bound holds at any
+        return float(accountant.get_epsilon(delta=delta))
+
+
+def noise_multiplier(epsilon: float, delta: float, rate: float, steps: int, kind: str) -> float:
+    """Standard deviation of the noise, in units of the clipping norm, that ``steps`` steps need for the budget.
+
+    ``rate`` is the chance of a unit to be in a step.  Cost: up to some ten evaluations of the accountant, seconds for
+    "prv".  Raises UsageError for a budget that no noise keeps or that says nothing.
+    """
+    accountant_of(kind)
+    if not 0.0 < epsilon <= LARGEST:
+        raise UsageError(f"Epsilon {epsilon:g} is no budget: give one above 0 and at most {LARGEST:g}, usually below "
+                         "10.")  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return float(_opacus().accountants.utils.get_noise_multiplier(
+                target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps, accountant=kind,
+                epsilon_tolerance=min(0.01, epsilon / 20),
+            ))  # fmt: skip
+        except ValueError as error:
+            raise UsageError(f"No noise keeps epsilon {epsilon:g} at delta {delta:g} over {steps} steps ({error}): "
+                             "allow more, or take fewer steps.") from None  # fmt: skip
+
+
+def group(epsilon: float, delta: float, k: int) -> tuple[float, float]:
+    """(epsilon, delta) for ``k`` units together: ``k epsilon`` and ``k exp((k - 1) epsilon) delta``, 1 at most.
+
+    Source: Dwork and Roth 2014 (group privacy of approximate differential privacy).  A delta of 1 says nothing.
+    """
+    exponent = math.log(k) + (k - 1) * epsilon + math.log(delta)
+    return k * epsilon, 1.0 if exponent >= 0 else math.exp(exponent)
+
+
+def reach(epsilon: float, delta: float) -> int:
+    """The largest number of units about which :func:`group` still says something (delta below 1)."""
+    k = 1
+    while group(epsilon, delta, k + 1)[1] < 1.0:
+        k += 1
+    return k

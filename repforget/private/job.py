@@ -1,0 +1,97 @@
+"""A training as a folder: the edit, what was trained on what, and the same command as the resume."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from repforget.artifact import Edit, load_edit
+from repforget.artifact.edit import plain
+from repforget.errors import UnknownNameError, UsageError, nearest
+from repforget.knowledge_files import load_knowledge
+from repforget.models.load import LoadedModel
+from repforget.private.state import refuse_another
+from repforget.private.statement import group_report, group_rows
+from repforget.private.train import METHOD, Privacy, train
+from repforget.progress import Progress
+from repforget.store import write_json
+from repforget.training import Record, read_records, records_of
+from repforget.training.items import Forms, digest
+
+RECORD = "train.json"
+SETS = ("forget", "retain", "neighbours")
+
+
+def records_for(
+    data: Path | None, probe: str | None, sets: Sequence[str] | None = None, forms: Forms = "all"
+) -> tuple[tuple[Record, ...], str]:
+    """The records of a JSON-lines file or of sets of a probe (default: bios-people, forget), and what they are called.
+
+    Raises UsageError where both or an unknown set are asked for, and what reading them raises.
+    """
+    if data is not None:
+        if probe is not None or sets:
+            raise UsageError("Training data were given both as --data and as a probe: give one of them.")
+        return read_records(data), data.name
+    wanted = tuple(sets or ("forget",))
+    for name in wanted:
+        if name not in SETS:
+            raise UnknownNameError(f"A probe has no training set '{name}': {nearest(name, SETS)}")
+    if forms not in get_args(Forms):
+        raise UnknownNameError(f"Records have no forms '{forms}': {nearest(forms, get_args(Forms))}")
+    knowledge = load_knowledge(probe or "bios-people")
+    return records_of(knowledge, wanted, forms), f"{knowledge.name}: {', '.join(wanted)} ({forms})"
+
+
+def run(
+    model: LoadedModel, records: Sequence[Record], out: str | Path, *, rank: int | None = None, epochs: float = 10.0,
+    lr: float = 1e-3, batch: int = 32, seed: int | None = None, private: Privacy | None = None,
+    name: str = "the records given", progress: Progress | None = None,
+) -> Edit:  # fmt: skip
+    """:func:`train` into the folder ``out``: the edit, and ``train.json`` on what was trained and how.
+
+    A folder that holds the finished training of the same request is returned as it is, an interrupted one continued
+    to the same bits; UsageError where it holds another.
+    """
+    out = Path(out)
+    if (out / "edit.json").is_file():
+        made = load_edit(out)
+        asked = {"rank": rank, "epochs": epochs, "lr": lr, "data": name, "records": len(records),
+                 "seed": 0 if seed is None and private is None else seed,
+                 "private": None if private is None else plain(dataclasses.asdict(private)),
+                 "model": model.fingerprint, "digest": digest(records)}  # fmt: skip
+        held = {**made.manifest.settings, "model": made.manifest.base_fingerprint, "digest": made.manifest.knowledge}
+        if made.manifest.method != METHOD:
+            raise UsageError(f"'{out}' holds an edit by '{made.manifest.method}': give another folder.")
+        refuse_another(asked, {n: held.get(n) for n in asked}, f"'{out}' holds a finished training")
+        write_json(out / RECORD, facts(made))
+        return made
+    kept = unfinished(out)
+    made = train(model, records, rank=rank, epochs=epochs, lr=lr, batch=batch, seed=seed, private=private, state=kept,
+                 name=name, progress=progress)  # fmt: skip
+    made.save(out)
+    write_json(out / RECORD, facts(made))
+    kept.unlink(missing_ok=True)  # with it goes the seed of the noise
+    return made
+
+
+def unfinished(out: Path) -> Path:
+    """The file beside ``out`` in which an unfinished training is kept."""
+    return out.with_name(f".{out.name}.unfinished")
+
+
+def facts(edit: Edit) -> dict[str, Any]:
+    """What was trained on what, as plain data; for a private training also what it says about sets of units."""
+    manifest = edit.manifest
+    body: dict[str, Any] = {"model": manifest.model, "base_fingerprint": manifest.base_fingerprint,
+                            "data_digest": manifest.knowledge, "edit_digest": edit.digest,
+                            "weights": list(manifest.weights), "settings": dict(manifest.settings)}  # fmt: skip
+    held = manifest.guarantee
+    if held is not None:
+        epsilon, delta = held.numbers["epsilon"], held.numbers["delta"]
+        unit = manifest.settings["private"]["unit"]
+        body["guarantee"] = {**dataclasses.asdict(held), "groups": group_rows(epsilon, delta),
+                             "unit_word": unit, "sentence": group_report(epsilon, delta, unit)}  # fmt: skip
+    return body

@@ -1,0 +1,55 @@
+"""What a private training says, for one unit and for a set of them, and from where on it says nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from repforget.guarantee import Guarantee
+from repforget.private.accounting import SPENT_BY, group, reach
+
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+def statement(epsilon: float, delta: float, unit: str, units: int, facts: Mapping[str, Any]) -> Guarantee:
+    """The theorem of a finished private training on ``units`` units of the kind ``unit``."""
+    what = "cluster: all records about one subject" if unit == "cluster" else "record"
+    return Guarantee(
+        kind="private",
+        statement=f"The training is ({epsilon:.3g}, {delta:.3g})-differentially private: the released weights are "
+                  f"about as likely whether or not any one {unit} of the {units} was among the training data.",
+        unit=what,
+        theorem=f"Abadi et al. 2016, arXiv 1607.00133 (DP-SGD); epsilon by {SPENT_BY[facts['accountant']]}",
+        assumptions=(
+            f"every record of a {unit} carries the same name, and nothing about it is in the base model or elsewhere "
+            "in the data",
+            "settings, and the number of units, were chosen without looking at the data",
+            "only the last weights are released: no loss, no state of training, no second training on the same data",
+            facts["secret"],
+            "arithmetic of real numbers: rounding of the noise is not accounted for",
+        ),
+        numbers={"epsilon": epsilon, "delta": delta, "noise": facts["noise"], "clip": facts["clip"],
+                 "rate": facts["rate"], "steps": float(facts["steps"]), "units": float(units)},
+    )  # fmt: skip
+
+
+def group_rows(epsilon: float, delta: float, sizes: Sequence[int] = SIZES) -> list[dict[str, Any]]:
+    """For each number of units together: epsilon, delta, and whether that still says anything."""
+    rows = []
+    for k in sizes:
+        many, chance = group(epsilon, delta, k)
+        rows.append({"units": k, "epsilon": many, "delta": chance, "vacuous": chance >= 1.0})
+    return rows
+
+
+def group_report(epsilon: float, delta: float, unit: str, asked: int | None = None) -> str:
+    """Sentences on a forget set of ``asked`` units (default: as many as are covered), the unit always named."""
+    most = reach(epsilon, delta)
+    k = most if asked is None else asked
+    many, chance = group(epsilon, delta, k)
+    plural = f"{unit}s" if k > 1 else unit
+    if chance >= 1.0:
+        first = f"A forget set of {k} {plural} is not covered: the statement for {k} {plural} together is vacuous."
+    else:
+        first = f"A forget set of {k} {plural} is covered at epsilon {many:.3g}, delta {chance:.2g}, without any edit."
+    return f"{first} Beyond {most} {unit}{'s' if most > 1 else ''} the statement is vacuous (unit: {unit})."

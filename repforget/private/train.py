@@ -1,0 +1,198 @@
+"""Fine-tuning on records that can be asked for again, plainly or with differential privacy, saved as an Edit."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repforget.artifact import Edit
+from repforget.artifact.edit import plain
+from repforget.errors import NumericalError, UsageError
+from repforget.models.load import LoadedModel, copy_of
+from repforget.private.accounting import Accountant, accountant_of, noise_multiplier, spent
+from repforget.private.adapters import Trained, everything, low_rank
+from repforget.private.gradients import Loss, PerRecord, clipped_sum, per_record
+from repforget.private.state import State
+from repforget.private.statement import statement
+from repforget.private.units import Randomness, Unit, units_of
+from repforget.progress import Progress, track
+from repforget.training import Example, Record, Stepper, batches, collate, encoded, label_loss, only
+from repforget.training.items import digest
+
+METHOD = "train"
+SECRET = ("the seed of draws and noise came from the operating system and is kept nowhere; its generator (PCG64) is no "
+          "cryptographic one")  # fmt: skip
+GIVEN = "nobody whom the statement is to hold against knows the seed that was given"
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """The budget of a private training and what it is counted in.
+
+    ``epsilon`` at ``delta`` for one ``unit`` ("cluster": all its records together); ``clip``: the norm to which a
+    unit's gradient is cut; ``loss``: a record's loss is the "mean" or "sum" over its own tokens.
+    """
+
+    epsilon: float
+    delta: float
+    clip: float = 1.0
+    unit: Unit = "cluster"
+    accountant: Accountant = "rdp"
+    loss: Loss = "mean"
+
+
+def train(
+    model: LoadedModel, records: Sequence[Record], *, rank: int | None = None, epochs: float = 10.0, lr: float = 1e-3,
+    batch: int = 32, seed: int | None = None, private: Privacy | None = None, state: Path | None = None,
+    name: str = "the records given", progress: Progress | None = None,
+) -> Edit:  # fmt: skip
+    """Fine-tune on ``records`` and return what that adds to ``model`` as an Edit; the model stays as it is.
+
+    Args:
+        model: the base; ``records``: what is learned, loss on the answers.
+        rank: of low-rank additions to all linear layers (None: all weights are trained).
+        epochs: passes over the data; ``batch``: records per step, with ``private`` the expected number of units.
+        lr: peak of AdamW's cosine schedule.
+        seed: everything random follows from it.  None is 0, but for a private training a secret one that is
+        thrown away: whoever knows the noise can subtract it.
+        private: DP-SGD (Abadi et al. 2016, arXiv 1607.00133): Poisson draws of units, each unit's gradient clipped as
+        one, noise in every step, an empty draw included; needs opacus.
+        state: file in which an unfinished training is kept and from which the same call continues to the same bits.
+
+    The manifest holds the settings, the digest of the data and, with ``private``, the guarantee and epsilon after
+    every epoch.  Cost: a forward and a backward pass per record and epoch; with ``private`` about three, and a
+    gradient per record in memory.  A low loss does not show that the facts generalise beyond the forms trained on.
+    Raises UsageError for impossible settings, NoEffectError where nothing is learned, NumericalError on divergence.
+    """
+    if not records:
+        raise UsageError("There is no record to train on: give at least one.")
+    if not (epochs > 0 and lr > 0 and batch > 0):
+        raise UsageError(f"Training needs epochs, lr and batch above 0, not {epochs:g}, {lr:g} and {batch}.")
+    units = units_of(records, "record" if private is None else private.unit)
+    batch = min(batch, len(units))
+    steps = math.ceil(epochs * len(units) / batch)
+    settings = {
+        "data": name, "records": len(records), "clusters": len({r.cluster for r in records}), "rank": rank,
+        "epochs": epochs, "lr": lr, "batch": batch, "steps": steps,
+        "seed": 0 if seed is None and private is None else seed,
+        "private": None if private is None else asdict(private),
+    }  # fmt: skip
+    identity = {**settings, "model": model.fingerprint, "records": digest(records)}
+    kept = State(state, plain(identity))
+    copy = copy_of(model)
+    target = everything(copy.module, model.module) if rank is None else low_rank(copy.module, rank, seed or 0)
+    course = _Course(copy.module, target, encoded(model, records), units, steps, batch, lr, kept, progress)
+    if private is None:
+        _plainly(course, seed or 0)
+        return Edit.build(METHOD, settings, model, digest(records), target.operations())
+    facts = _privately(course, private, seed)
+    held = statement(facts["epsilon"], private.delta, private.unit, len(units), facts)
+    return Edit.build(METHOD, {**settings, "spent": facts}, model, digest(records), target.operations(), guarantee=held)
+
+
+@dataclass(frozen=True, eq=False)
+class _Course:
+    module: nn.Module
+    target: Trained
+    examples: Sequence[Example]
+    units: Sequence[Sequence[int]]
+    steps: int
+    batch: int
+    lr: float
+    kept: State
+    progress: Progress | None
+
+    def run(self, stepper: Stepper, start: int, step: Callable[[int], Sequence[Tensor | None]],
+            record: Callable[[int], Mapping[str, Any]]) -> None:  # fmt: skip
+        """Take the steps from ``start`` on; the state is written now and then."""
+        for index in track(self.progress, range(start, self.steps), "train"):
+            stepper.step(index, step(index))
+            if self.kept.due:
+                self.kept.write(stepper.state(), record(index + 1))
+        if not all(bool(p.isfinite().all()) for p in stepper.parameters):
+            raise NumericalError("The trained weights are not finite: lower the learning rate.")
+
+    def stepper(self, clip: float) -> Stepper:
+        return Stepper(list(self.target.parameters.values()), steps=self.steps, lr=self.lr, clip=clip,
+                       warmup=min(self.steps // 10, 100))  # fmt: skip
+
+
+def _plainly(course: _Course, seed: int) -> None:
+    """Ordinary training: token mean of each batch, gradients clipped to a global norm of 1."""
+    parameters = list(course.target.parameters.values())
+    stepper, start = course.stepper(1.0), 0
+    if (found := course.kept.read()) is not None:
+        stepper.load(found[0])
+        start = int(found[1]["step"])
+    stream = islice(batches(course.examples, course.batch, seed), start, None)
+
+    def step(index: int) -> Sequence[Tensor | None]:
+        loss = label_loss(course.module, collate(next(stream), parameters[0].device))
+        if not bool(loss.isfinite()):
+            raise NumericalError(f"The training loss is {float(loss)} at step {index + 1}: lower the learning rate.")
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    with only(course.module, parameters):
+        course.run(stepper, start, step, lambda done: {"step": done})
+
+
+def _privately(course: _Course, private: Privacy, seed: int | None) -> dict[str, Any]:
+    """DP-SGD; returns what was spent and by what noise."""
+    check_private(private, len(course.units))
+    rate = course.batch / len(course.units)
+    parameters = list(course.target.parameters.values())
+    stepper = course.stepper(0.0)
+    counted = accountant_of(private.accountant)
+    epoch = max(1, round(1 / rate))
+    if (found := course.kept.read()) is None:
+        start, epsilons = 0, list[float]()
+        random = Randomness.fresh() if seed is None else Randomness(seed)
+        noise = noise_multiplier(private.epsilon, private.delta, rate, course.steps, private.accountant)
+    else:
+        stepper.load(found[0])
+        start, epsilons, noise = int(found[1]["step"]), list(found[1]["epsilons"]), float(found[1]["noise"])
+        random = Randomness(int(found[1]["secret"]))
+        counted = accountant_of(private.accountant, found[1]["history"])
+
+    def step(index: int, gradients: PerRecord) -> Sequence[Tensor]:
+        drawn = random.drawn(index, len(course.units), rate)
+        told = [[course.examples[i] for i in course.units[unit]] for unit in drawn]
+        sums, _ = clipped_sum(gradients, told, [p.shape for p in parameters], private.clip)
+        noisy = random.add_noise(index, sums, noise * private.clip)
+        counted.step(noise_multiplier=noise, sample_rate=rate)
+        if (index + 1) % epoch == 0 or index + 1 == course.steps:
+            epsilons.append(spent(counted, private.delta))
+        return [(g / course.batch).to(parameters[0].device) for g in noisy]
+
+    def record(done: int) -> Mapping[str, Any]:
+        return {"step": sum(n for *_, n in counted.history), "history": counted.history, "epsilons": epsilons,
+                "noise": noise, "secret": str(random.secret)}  # fmt: skip
+
+    with only(course.module, parameters), per_record(course.module, course.target.parameters, private.loss) as own:
+        course.run(stepper, start, lambda index: step(index, own), record)
+    return {"epsilon": epsilons[-1], "epsilons": epsilons, "noise": noise, "rate": rate, "clip": private.clip,
+            "accountant": private.accountant, "steps": sum(n for *_, n in counted.history),
+            "secret": SECRET if seed is None else GIVEN}  # fmt: skip
+
+
+def check_private(private: Privacy, units: int) -> None:
+    """UsageError for a budget that means nothing for ``units`` units, or a unit that processes would share."""
+    if not private.clip > 0:
+        raise UsageError(f"A clipping norm of {private.clip:g} bounds nothing: give one above 0.")
+    if not 0.0 < private.delta <= 1.0 / units:
+        raise UsageError(f"Delta {private.delta:g} lies outside (0, 1/{units}]: with {units} units of the kind "
+                         f"'{private.unit}' a larger one allows to publish one of them whole, so give less than "
+                         f"{1 / units:.2g}, or train on more units.")  # fmt: skip
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or torch.distributed.is_available() and (
+        torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    ):
+        raise UsageError("A private training runs in one process: a unit whose records several processes hold would be "
+                         "clipped in each of them and count more than once.")  # fmt: skip
