@@ -10,7 +10,18 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from repforget.errors import NumericalError, UsageError
-from repforget.linear._arrays import EPS, Array, blocks, factor, gram, largest_singular_value, rounding, rows, solve, total
+from repforget.linear._arrays import (
+    EPS,
+    Array,
+    blocks,
+    factor,
+    gram,
+    largest_singular_value,
+    rounding,
+    rows,
+    solve,
+    total,
+)
 from repforget.linear.ridge import Sign
 
 LIPSCHITZ = 1 / (6 * np.sqrt(3.0))  # of the second derivative of log(1 + exp(-z)); Guo et al. use 1/4

@@ -1,0 +1,163 @@
+"""A linear head with its rows, classes and promise: fitted, asked to let rows go, and told what then holds."""
+
+from __future__ import annotations
+
+import datetime
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repforget.errors import UsageError, nearest
+from repforget.linear._arrays import Array
+from repforget.linear.budget import Budget, draw_noise, for_rows, within
+from repforget.linear.logistic import Logistic, change_logistic, fit_logistic, refit, within_unit
+from repforget.linear.ridge import Ridge, change_ridge, fit_ridge
+from repforget.linear.rows import Index, Table, prepared
+from repforget.linear.softmax import Softmax, fit_softmax
+
+Loss = Literal["ridge", "logistic", "softmax"]
+LOSSES: tuple[str, ...] = get_args(Loss)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A fitted head: ``loss``, its sums and weights (``model``), and what is needed to answer a request.
+
+    ``classes`` are in the order of the columns (two classes have one column, whose positive side is the second);
+    empty where ridge predicts numbers.  ``log`` has one entry per removal.  Everything but the weights is private:
+    the noise of a ``budget`` above all.
+    """
+
+    loss: Loss
+    model: Ridge | Logistic | Softmax
+    classes: tuple[str, ...]
+    radius: float | None
+    intercept: bool
+    index: Index
+    budget: Budget | None = None
+    log: tuple[Mapping[str, Any], ...] = ()
+    source: str = ""
+
+    @property
+    def weights(self) -> Array:
+        """[d, k], d counting the intercept: what may be published."""
+        return self.model.change if isinstance(self.model, Softmax) else self.model.weights
+
+    @property
+    def n(self) -> int:
+        return len(self.index)
+
+    def scores(self, x: NDArray[Any]) -> Array:
+        """What the columns say of rows ``x`` [n, d]: [n, k]."""
+        found: Array = prepared(x, self.radius, self.intercept) @ self.weights
+        return found
+
+    def predict(self, x: NDArray[Any]) -> NDArray[Any]:
+        """Classes [n], or the scores where ridge predicts numbers."""
+        scores = self.scores(x)
+        if not self.classes:
+            return scores
+        column = (scores[:, 0] > 0).astype(int) if scores.shape[1] == 1 else scores.argmax(1)
+        named: NDArray[Any] = np.array(self.classes)[column]
+        return named
+
+
+def fit_head(
+    table: Table, loss: Loss, lam: float, *, radius: float | None = None, intercept: bool = False,
+    budget: Budget | None = None, seed: int | None = None,
+) -> Head:  # fmt: skip
+    """Fit a head to a table; with a ``budget``, to an objective with secret noise, so that steps can be promised on.
+
+    Several classes under ``logistic`` are one column each against the rest: together one convex problem, whose residual
+    is that of all columns.  ``softmax`` has no bounded step here and takes no budget; ``ridge`` needs none.
+    """
+    if loss not in LOSSES:
+        raise UsageError(f"There is no loss '{loss}': {nearest(loss, LOSSES)}")
+    if budget is not None and loss != "logistic":
+        reason = "its removal is exact without noise" if loss == "ridge" else "its Newton step has no bound here"
+        raise UsageError(f"Private noise is for the loss logistic and not for {loss}, since {reason}: leave the noise "
+                         "out, or use --loss logistic, which takes several classes one against the rest.")  # fmt: skip
+    numbers = loss == "ridge" and np.issubdtype(table.y.dtype, np.number)
+    classes = () if numbers else tuple(str(name) for name in np.unique(table.y.astype(np.str_)))
+    if len(classes) == 1 or (classes and table.y.ndim != 1):
+        raise UsageError(f"'{table.name}' has {len(classes)} classes in targets of shape {table.y.shape}: give [n] "
+                         "classes, two or more.")  # fmt: skip
+    x, y = prepared(table.x, radius, intercept), encoded(table.y, classes)
+    if budget is not None:
+        for_rows(budget, len(x))
+        within_unit(x)
+    model: Ridge | Logistic | Softmax
+    if loss == "ridge":
+        model = fit_ridge(x, y, lam)
+    elif loss == "logistic":
+        noise = None if budget is None else draw_noise(budget.sigma, (x.shape[1], y.shape[1]), seed)
+        model = fit_logistic(x, y, lam, noise)
+        if budget is not None:
+            within(budget, model, 0)
+    else:
+        model = fit_softmax(x, _numbers(y), len(classes), lam)
+    index = Index.of(secrets.token_bytes(16), table, x, y)
+    return Head(loss, model, classes, radius, intercept, index, budget, source=table.name)
+
+
+def encoded(y: NDArray[Any], classes: tuple[str, ...]) -> Array:
+    """Targets [n, k]: numbers as they are; two classes as one column of signs, more as one column each."""
+    if not classes:
+        found: Array = y.astype(np.float64).reshape(len(y), -1)
+        return found
+    names = y.astype(np.str_)
+    if not np.isin(names, classes).all():
+        raise UsageError(f"Class '{names[~np.isin(names, classes)][0]}' is none of the head's: "
+                         f"{nearest(str(names[~np.isin(names, classes)][0]), classes)}")  # fmt: skip
+    columns = classes[1:] if len(classes) == 2 else classes
+    return np.where(names[:, None] == np.array(columns), 1.0, -1.0)
+
+
+def _numbers(y: Array) -> NDArray[np.intp]:
+    return (y[:, 0] > 0).astype(np.intp) if y.shape[1] == 1 else y.argmax(1)
+
+
+def remove(head: Head, table: Table, names: Iterable[str], *, retrain: bool = False) -> Head:
+    """Take the rows that ``names`` (ids or clusters) mean out of the head; the last entry of ``log`` says how.
+
+    ridge: Woodbury, reading these rows alone.  logistic with a budget: one Newton step from the head's own sums,
+    reading these rows alone; ResourceError where the budget does not cover it.  Otherwise, and with ``retrain``:
+    Newton steps to convergence on all remaining rows, which ``table`` must then hold.
+    Raises UsageError for a name that was never trained on and for a row that differs from the one trained on.
+    """
+    places = head.index.chosen(names, head.source)
+    gone = _rows(head, places, table)
+    left = head.index.without(places)
+    if not len(left):
+        raise UsageError(f"All {head.n} rows would be taken out, which leaves nothing to train on: drop the head.")
+    entry: dict[str, Any] = {"at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                             "rows": len(places), "left": len(left)}  # fmt: skip
+    model = head.model
+    if isinstance(model, Ridge):
+        model = change_ridge(model, *gone)
+        entry |= {"by": "woodbury", "drift": model.drift}
+    elif isinstance(model, Logistic) and head.budget is not None and not retrain:
+        model, bounds = change_logistic(model, *gone)
+        within(head.budget, model, len(places))
+        entry |= {"by": "newton step", "data_bound": bounds.data, "worst_bound": bounds.worst,
+                  "residual": model.residual}  # fmt: skip
+    else:
+        x, y = _rows(head, np.delete(np.arange(head.n), places), table)
+        model = refit(model, x, y) if isinstance(model, Logistic) else fit_softmax(
+            x, _numbers(y), len(head.classes), model.lam, start=model.change)  # fmt: skip
+        if head.budget is not None and isinstance(model, Logistic):
+            within(head.budget, model, len(places))
+        entry |= {"by": "newton to convergence", "residual": model.residual}
+    return replace(head, model=model, index=left, log=(*head.log, entry))
+
+
+def _rows(head: Head, places: NDArray[np.intp], table: Table) -> tuple[Array, Array]:
+    """The rows at ``places`` as the head saw them, compared with what was trained on."""
+    chosen = table.only(head.index.rows_of(places, table))
+    x, y = prepared(chosen.x, head.radius, head.intercept), encoded(chosen.y, head.classes)
+    head.index.check(places, x, y, chosen)
+    return x, y
