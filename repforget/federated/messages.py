@@ -1,0 +1,141 @@
+"""What server and clients say to each other, and how it is written: JSON for words, safetensors for numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, get_args
+
+import numpy as np
+
+from repforget.errors import UsageError, nearest
+from repforget.federated.records import RULES, Rule, Update
+from repforget.training.stepper import AnyOptimizer
+
+Packed = tuple[str, bytes]
+FAILED = "failed"  # in the head of a reply that carries no update: why
+
+
+@dataclass(frozen=True)
+class Introduction:
+    """What a client says at the join; digests are sha256 (hex)."""
+
+    client: str
+    records: int
+    base: str
+    tokenizer: str
+
+
+@dataclass(frozen=True)
+class Local:
+    """How a client trains; decided by the server, the same for all.
+
+    ``weights`` are parameter names.  ``rank`` 0 trains them themselves, more gives each an adapter.  "fedsgd" takes one
+    plain step of size ``lr`` over all own records, whatever ``epochs``; ``clip`` 0 leaves gradients as they are.
+    """
+
+    rule: Rule = "fedavg"
+    weights: tuple[str, ...] = ()
+    rank: int = 8
+    alpha: float = 16.0
+    epochs: int = 1
+    batch_size: int = 32
+    lr: float = 1e-3
+    optimizer: AnyOptimizer = "adamw"
+    clip: float = 1.0
+    seed: int = 0
+    share: float = 1.0  # of the epochs; calibration asks for less
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise UsageError(f"There is no strategy '{self.rule}': {nearest(self.rule, RULES)}")
+        if self.optimizer not in get_args(AnyOptimizer) + get_args(get_args(AnyOptimizer)[0]):
+            raise UsageError(f"There is no optimiser '{self.optimizer}': use adamw or descent.")
+        least = {"rank": 0, "epochs": 1, "batch_size": 1, "seed": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise UsageError(f"{name} is {getattr(self, name)} and must be at least {low}.")
+        if not (math.isfinite(self.lr) and self.lr > 0 and math.isfinite(self.alpha) and self.alpha > 0):
+            raise UsageError(f"Learning rate {self.lr} and alpha {self.alpha} must be finite and above 0.")
+        object.__setattr__(self, "weights", tuple(self.weights))
+        if self.rule == "fedsgd":  # the theorem is about one plain step
+            object.__setattr__(self, "optimizer", "descent")
+            object.__setattr__(self, "epochs", 1)
+            object.__setattr__(self, "clip", 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What the server asks of a client in one round: train so, from the base plus ``state``."""
+
+    round: int
+    local: Local
+    state: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Reply:
+    """What came back from a client: an update with its mean loss (nats) and seconds, or why there is none."""
+
+    client: str
+    round: int
+    update: Update | None = None
+    loss: float = math.nan
+    seconds: float = 0.0
+    failed: str | None = None
+    down: int = 0  # bytes that went to the client for it
+    up: int = 0  # bytes that came back
+
+
+def pack_task(task: Task) -> Packed:
+    return json.dumps({"round": task.round, "local": asdict(task.local)}), _tensors(task.state)
+
+
+def unpack_task(packed: Packed) -> Task:
+    head = json.loads(packed[0])
+    return Task(head["round"], Local(**head["local"]), _arrays(packed[1]))
+
+
+def pack_reply(reply: Reply) -> Packed:
+    head: dict[str, Any] = {"client": reply.client, "round": reply.round, "seconds": reply.seconds}
+    if reply.update is None:
+        return json.dumps({**head, FAILED: reply.failed}), b""
+    head |= {"records": reply.update.records, "loss": reply.loss}
+    return json.dumps(head), _tensors(reply.update.tensors)
+
+
+def size(packed: Packed) -> int:
+    """Bytes of the payload (without what the transport adds)."""
+    return len(packed[0].encode()) + len(packed[1])
+
+
+def unpack_reply(packed: Packed, down: int = 0) -> Reply:
+    """The reply as it was sent; one that cannot be read is a :class:`UsageError` that says so."""
+    up = size(packed)
+    try:
+        head = json.loads(packed[0])
+        who, when, seconds = str(head["client"]), int(head["round"]), float(head["seconds"])
+        if FAILED in head:
+            return Reply(who, when, seconds=seconds, failed=str(head[FAILED]), down=down, up=up)
+        update = Update(who, int(head["records"]), _arrays(packed[1]))
+        return Reply(who, when, update, float(head["loss"]), seconds, down=down, up=up)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"A reply cannot be read ({type(error).__name__}: {error}).") from None
+
+
+def _tensors(values: Mapping[str, np.ndarray]) -> bytes:
+    from safetensors.numpy import save
+
+    return bytes(save({name: np.ascontiguousarray(value) for name, value in values.items()}))
+
+
+def _arrays(body: bytes) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        return dict(load(body))
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None

@@ -1,0 +1,188 @@
+"""The server: rounds that ask, check, average and are written down before the next one starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from repforget.errors import NumericalError, ResourceError
+from repforget.federated.aggregate import ADAM, Adam, aggregate, applied
+from repforget.federated.clients import State, shapes_of, tokenizer_digest, untouched
+from repforget.federated.faults import admitted, fault_of
+from repforget.federated.history import History
+from repforget.federated.messages import Introduction, Local, Reply, Task
+from repforget.federated.records import Update
+from repforget.models.load import LoadedModel
+from repforget.progress import Progress, track
+from repforget.store import read_json, write_json
+
+ATTEMPTS = 3  # at a round that too few clients answer
+REPORT = "report.json"
+
+
+class Fleet(Protocol):
+    """The clients as the server sees them, whatever lies between."""
+
+    def members(self) -> Sequence[Introduction]:
+        """Who is here now."""
+        ...
+
+    def ask(self, task: Task, clients: Sequence[str]) -> Iterator[Reply]:
+        """Give ``task`` to the named clients; one reply for each, in any order, failed ones with their reason."""
+        ...
+
+    def refuse(self, client: str, reason: str) -> None:
+        """Tell a client that it may not take part."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained and how; ``min_clients`` and ``timeout`` (seconds for one round) say what a round needs."""
+
+    model: str
+    local: Local
+    rounds: int = 1
+    min_clients: int = 1
+    timeout: float = 600.0
+    adam: Adam = ADAM
+
+
+@dataclass
+class Report:
+    """Who took part, who failed and why, and what it cost: ``report.json``, rewritten after every round."""
+
+    path: Path
+    body: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, folder: Path, plan: Plan, base: LoadedModel, rounds: int) -> Report:
+        """The report in ``folder``, less what it says of rounds that were never written."""
+        path = folder / REPORT
+        body = read_json(path) if path.exists() else {"rounds": [], "refused": {}, "clients": {}}
+        body["rounds"] = [row for row in body["rounds"] if row["round"] <= rounds]
+        body |= {"model": plan.model, "base": base.fingerprint, "strategy": plan.local.rule}
+        return cls(path, body)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self.body["rounds"].append(row)
+        totals = {key: sum(r[key] for r in self.body["rounds"]) for key in ("down", "up", "seconds", "client_seconds")}
+        self.body["totals"] = totals
+        self.write()
+
+    def write(self) -> None:
+        write_json(self.path, self.body)
+
+
+def federate(
+    fleet: Fleet, plan: Plan, base: LoadedModel, folder: Path, *, note: Callable[[str], None] = lambda line: None,
+    progress: Progress | None = None,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Train for ``plan.rounds`` rounds, from the last one written in ``folder``; returns the global state at the end.
+
+    A client that dies, is late or sends what is no update is named in the report and by ``note``, and its round is what
+    it would have been without it.  A round with fewer than ``plan.min_clients`` is repeated, then refused with
+    ResourceError; finished rounds are kept.  Memory at the server: the base, a few copies of the trained weights, and
+    the updates of one round.
+    """
+    history = History(folder / "history", plan.local.rule, plan.adam)
+    report = Report.open(folder, plan, base, len(history))
+    state, moments = resumed(history, untouched(base, plan.local))
+    door = Door(fleet, base.fingerprint, tokenizer_digest(base), shapes_of(base, plan.local), report, note)
+    for number in track(progress, range(len(history) + 1, plan.rounds + 1), "rounds"):
+        updates, row = _round(door, plan, Task(number, plan.local, state))
+        after = applied(state, aggregate(updates, plan.local.rule, adam=plan.adam, state=moments))
+        if not all(np.isfinite(value).all() for value in after.values()):
+            raise NumericalError(f"Round {number} drove the global weights out of range: lower the learning rate.")
+        history.append(state, updates)
+        report.add({**row, "kept": True})
+        state = after
+    return state
+
+
+@dataclass(frozen=True)
+class Door:
+    """Who comes in, and what may come out of them."""
+
+    fleet: Fleet
+    base: str
+    tokenizer: str
+    shapes: Mapping[str, tuple[int, ...]]
+    report: Report
+    note: Callable[[str], None]
+
+    def members(self) -> dict[str, Introduction]:
+        """Those here now with this base and tokenizer, by name; the others are told, and named in the report."""
+        welcome, refused = admitted(self.fleet.members(), self.base, self.tokenizer)
+        known = self.report.body["refused"]
+        for client, reason in refused.items():
+            if known.get(client) != reason:
+                self.note(f"refused: client '{client}' {reason}")
+            known[client] = reason
+            self.fleet.refuse(client, reason)
+        self.report.body["clients"] |= {name: member.records for name, member in welcome.items()}
+        return welcome
+
+    def ask(self, task: Task, members: Mapping[str, Introduction]) -> tuple[list[Reply], list[Update], dict[str, str]]:
+        """All replies, the updates among them that can be used, and who failed and why; in the order of names."""
+        replies = sorted(self.fleet.ask(task, sorted(members)), key=lambda reply: reply.client)
+        good: list[Update] = []
+        failed: dict[str, str] = {}
+        for reply in replies:
+            reason = fault_of(reply, task.round, members[reply.client], self.shapes)
+            if reason is None and reply.update is not None:
+                good.append(reply.update)
+            else:
+                failed[reply.client] = reason or "sent no update"
+                self.note(f"round {task.round}: client '{reply.client}' {failed[reply.client]}; it is left out")
+        return replies, good, failed
+
+
+def _round(door: Door, plan: Plan, task: Task) -> tuple[list[Update], dict[str, Any]]:
+    """The usable updates of one round and its row of the report; asked again where they are too few."""
+    failed: dict[str, str] = {}
+    for attempt in range(1, ATTEMPTS + 1):
+        started = time.monotonic()
+        members = door.members()
+        replies, good, failed = door.ask(task, members) if len(members) >= plan.min_clients else ([], [], {})
+        row = _row(task.round, attempt, replies, good, failed, time.monotonic() - started)
+        if len(good) >= plan.min_clients:
+            return good, row
+        door.report.add({**row, "kept": False})
+        door.note(f"round {task.round}: {len(good)} of at least {plan.min_clients} clients, attempt {attempt} of "
+                  f"{ATTEMPTS}")  # fmt: skip
+    reasons = "; ".join(f"'{client}' {why}" for client, why in {**door.report.body["refused"], **failed}.items())
+    raise ResourceError(f"Round {task.round} had too few clients {ATTEMPTS} times: it needs {plan.min_clients}"
+                        f"{f' ({reasons})' if reasons else ''}; bring them back and give the same command, the rounds "
+                        f"before are kept in '{door.report.path.parent}'.")  # fmt: skip
+
+
+def resumed(history: History, start: State) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Global state and moments after the rounds that are written; ``start`` and none before the first."""
+    moments: dict[str, np.ndarray] = {}
+    state = dict(start)
+    first = 0 if history.rule == "fedadam" else max(0, len(history) - 1)
+    for number in range(first, len(history)):
+        held = history[number]
+        state = dict(held.before)
+        if held.updates:
+            state = applied(state, aggregate(held.updates, history.rule, adam=history.adam, state=moments))
+    return state, moments
+
+
+def _row(
+    number: int, attempt: int, replies: Sequence[Reply], good: Sequence[Update], failed: Mapping[str, str],
+    seconds: float,
+) -> dict[str, Any]:  # fmt: skip
+    used = {update.client for update in good}
+    took = [{"client": r.client, "records": r.update.records, "loss": r.loss, "seconds": r.seconds}
+            for r in sorted(replies, key=lambda r: r.client) if r.client in used and r.update is not None]  # fmt: skip
+    return {"round": number, "attempt": attempt, "took_part": took, "failed": dict(failed),
+            "down": sum(r.down for r in replies), "up": sum(r.up for r in replies), "seconds": seconds,
+            "client_seconds": sum(r.seconds for r in replies)}  # fmt: skip
+

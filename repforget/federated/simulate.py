@@ -1,0 +1,273 @@
+"""Clients on one machine: one after the other in this process, or side by side in flwr's simulation on ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from types import FrameType
+from typing import Any, TypeVar
+
+from repforget.errors import MissingExtraError, ResourceError, UsageError
+from repforget.federated.clients import Client, Worker, answer
+from repforget.federated.faults import Fault, Faulty
+from repforget.federated.messages import Introduction, Packed, Reply, Task, pack_task, size, unpack_reply
+from repforget.federated.sources import Source
+from repforget.models.load import LoadedModel, load
+
+T = TypeVar("T")
+PAUSE = 0.1  # seconds between two looks for replies
+STORE = 200_000_000  # bytes of ray's object store, at least
+
+
+@dataclass(frozen=True)
+class Here:
+    """A fleet in this process: the clients work one after the other, each message packed as if it travelled."""
+
+    clients: Mapping[str, Worker]
+    timeout: float = 600.0
+
+    def members(self) -> list[Introduction]:
+        return [client.introduce() for client in self.clients.values()]
+
+    def refuse(self, client: str, reason: str) -> None:
+        """Nobody is behind it who could be told."""
+
+    def ask(self, task: Task, clients: Sequence[str]) -> Iterator[Reply]:
+        packed = pack_task(task)
+        for name in clients:
+            started = time.monotonic()
+            back = answer(self.clients[name], packed)
+            if time.monotonic() - started > self.timeout:
+                yield Reply(name, task.round, failed=_late(self.timeout), down=size(packed))
+            else:
+                yield _read(name, task.round, back, size(packed))
+
+
+def here(
+    model: LoadedModel, sources: Mapping[str, Source], faults: Sequence[Fault] = (), timeout: float = 600.0
+) -> Here:
+    """The clients of ``sources`` around one loaded model."""
+    made: dict[str, Worker] = {name: Client.of(name, model, source.records()) for name, source in sources.items()}
+    if faults:
+        made = {name: Faulty(client, tuple(faults), timeout) for name, client in made.items()}
+    return Here(made, timeout)
+
+
+@lru_cache(maxsize=1)
+def _model(name: str) -> LoadedModel:
+    import torch
+
+    torch.set_num_threads(1)  # one core for each client's process
+    return load(name, device="cpu")
+
+
+@lru_cache(maxsize=64)
+def _client(model: str, name: str, source: Source) -> Client:
+    return Client.of(name, _model(model), source.records())
+
+
+def client_app(model: str, sources: Mapping[str, Source], faults: Sequence[Fault], timeout: float) -> Any:
+    """The flwr ClientApp of the simulation: partition k is the k-th client, loaded once per process of ray."""
+    from flwr.app import ConfigRecord, Message, RecordDict
+    from flwr.clientapp import ClientApp
+
+    app, names = ClientApp(), sorted(sources)
+
+    @app.train()  # type: ignore[untyped-decorator]
+    def train(message: Any, context: Any) -> Any:
+        name = names[int(context.node_config["partition-id"])]
+        worker = Faulty(_client(model, name, sources[name]), tuple(faults), timeout)
+        body = message.content["task"]
+        head, tensors = answer(worker, (str(body["head"]), bytes(body["tensors"])))
+        return Message(RecordDict({"reply": ConfigRecord({"head": head, "tensors": tensors})}), reply_to=message)
+
+    @app.query()  # type: ignore[untyped-decorator]
+    def query(message: Any, context: Any) -> Any:
+        name = names[int(context.node_config["partition-id"])]
+        own = vars(_client(model, name, sources[name]).introduce())
+        return Message(RecordDict({"member": ConfigRecord({**own})}), reply_to=message)
+
+    return app
+
+
+@dataclass
+class Ray:
+    """The fleet behind a flwr grid: messages to the virtual nodes of a simulation, with an end to every wait."""
+
+    grid: Any
+    timeout: float
+    stop: threading.Event
+    nodes: dict[str, int]
+    known: list[Introduction]
+
+    @classmethod
+    def join(cls, grid: Any, timeout: float, stop: threading.Event, count: int) -> Ray:
+        """Wait until all ``count`` nodes have introduced themselves; ResourceError where they do not in time."""
+        fleet = cls(grid, timeout, stop, {}, [])
+        end = time.monotonic() + timeout
+        while len(nodes := list(grid.get_node_ids())) < count:
+            fleet.pause(end, f"only {len(nodes)} of {count} clients were started")
+        from flwr.app import RecordDict
+
+        for node, reply in fleet.exchange({node: RecordDict() for node in nodes}, "query", 0, timeout):
+            if reply is None or reply.has_error():
+                why = "did not answer" if reply is None else _reason(reply)
+                raise ResourceError(f"A client could not be started: it {why}; the same command tries again.")
+            member = Introduction(**dict(reply.content["member"]))
+            fleet.nodes[member.client] = node
+            fleet.known.append(member)
+        return fleet
+
+    def members(self) -> list[Introduction]:
+        return self.known
+
+    def refuse(self, client: str, reason: str) -> None:
+        """A node of a simulation shares the server's model and cannot be refused for another."""
+
+    def ask(self, task: Task, clients: Sequence[str]) -> Iterator[Reply]:
+        """One reply for each client; those whose process ended are asked once more, for one that dies takes along
+        whoever is to use its process next."""
+        packed, asked = pack_task(task), list(clients)
+        for last in (False, True):
+            ended: list[str] = []
+            for name, reply in self._replies(task, asked, packed):
+                if reply.failed == DIED and not last:
+                    ended.append(name)
+                else:
+                    yield reply
+            asked = ended
+            if not asked:
+                return
+
+    def _replies(self, task: Task, clients: Sequence[str], packed: Packed) -> Iterator[tuple[str, Reply]]:
+        from flwr.app import ConfigRecord, RecordDict
+
+        names = {self.nodes[name]: name for name in clients}
+        contents = {node: RecordDict({"task": ConfigRecord({"head": packed[0], "tensors": packed[1]})})
+                    for node in names}  # fmt: skip
+        for node, message in self.exchange(contents, "train", task.round, self.timeout):
+            name = names[node]
+            if message is None:
+                yield name, Reply(name, task.round, failed=_late(self.timeout), down=size(packed))
+            elif message.has_error():
+                yield name, Reply(name, task.round, failed=_reason(message), down=size(packed))
+            else:
+                body = message.content["reply"]
+                yield name, _read(name, task.round, (str(body["head"]), bytes(body["tensors"])), size(packed))
+
+    def exchange(self, contents: Mapping[int, Any], kind: str, round: int, seconds: float) -> Iterator[tuple[int, Any]]:
+        """Send each node its content; (node, message) as they come back, None for those that do not in time."""
+        from flwr.app import Message
+
+        end = time.monotonic() + seconds
+        sent = [Message(content, node, kind, group_id=str(round)) for node, content in contents.items()]
+        waiting = dict(zip(self.grid.push_messages(sent), contents, strict=True))
+        while waiting and time.monotonic() < end:
+            self.look()
+            for message in self.grid.pull_messages(list(waiting)):
+                yield waiting.pop(message.metadata.reply_to_message_id), message
+            time.sleep(PAUSE)
+        yield from ((node, None) for node in waiting.values())
+
+    def pause(self, end: float, what: str) -> None:
+        self.look()
+        if time.monotonic() > end:
+            raise ResourceError(f"The simulation did not start: {what} in {self.timeout:.0f} s; give --timeout more.")
+        time.sleep(PAUSE)
+
+    def look(self) -> None:
+        """Leave where the user has asked to."""
+        if self.stop.is_set():
+            raise InterruptedError
+
+
+DIED = "died before it answered"
+
+
+def _reason(message: Any) -> str:
+    """The sentence of a flwr error; one that tells of a lost process is told as such."""
+    text = " ".join(str(message.error.reason).split())
+    lost = any(name in text for name in ("ActorDied", "ActorUnavailable", "RayActorError", "WorkerCrashed"))
+    return DIED if lost else f"failed: {text[-300:]}"
+
+
+def _late(seconds: float) -> str:
+    return f"did not answer within {seconds:g} s"
+
+
+def _read(name: str, round: int, packed: Packed, down: int) -> Reply:
+    try:
+        return unpack_reply(packed, down)
+    except UsageError as error:
+        return Reply(name, round, failed=str(error), down=down, up=size(packed))
+
+
+def on_ray(
+    model: str, sources: Mapping[str, Source], act: Callable[[Ray], T], *, workers: int = 2, timeout: float = 600.0,
+    faults: Sequence[Fault] = (),
+) -> T:  # fmt: skip
+    """Run ``act`` with a fleet of ``sources`` in flwr's simulation, ``workers`` processes of one core each.
+
+    Nothing leaves the machine: telemetry of flwr and ray is off, ray's dashboard too.  MissingExtraError without flwr;
+    KeyboardInterrupt after Ctrl-C, once the clients have stopped.  Cost: a start of some seconds, and the model once
+    per process.
+    """
+    quiet()
+    try:
+        import ray  # noqa: F401
+        from flwr.serverapp import ServerApp
+        from flwr.simulation import run_simulation
+    except ImportError:
+        raise MissingExtraError("The simulation of clients needs flwr with ray, which are not installed: pip install "
+                                "'repforget[federated]'.") from None  # fmt: skip
+    logging.getLogger("flwr").setLevel(logging.CRITICAL + 1)  # importing flwr sets it
+    server, stop = ServerApp(), threading.Event()
+    kept: list[T] = []
+
+    @server.main()  # type: ignore[untyped-decorator]
+    def main(grid: Any, context: Any) -> None:
+        kept.append(act(Ray.join(grid, timeout, stop, len(sources))))
+
+    resources = {"num_cpus": 1, "num_gpus": 0.0, "max_restarts": -1}  # ray starts a process that died again
+    started = {"num_cpus": workers, "num_gpus": 0, "object_store_memory": STORE, "include_dashboard": False,
+               "log_to_driver": False, "logging_level": logging.CRITICAL}  # fmt: skip
+    with _interruptible(stop), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            run_simulation(server, client_app(model, sources, faults, timeout), len(sources),
+                           backend_config={"client_resources": resources, "init_args": started})  # type: ignore[dict-item]  # fmt: skip
+        except InterruptedError:
+            raise KeyboardInterrupt from None
+    return kept[0]
+
+
+def quiet() -> None:
+    """No telemetry of flwr and ray; to be called before they are imported."""
+    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+@contextmanager
+def _interruptible(stop: threading.Event) -> Iterator[None]:
+    """Ctrl-C sets ``stop`` instead of tearing a thread pool apart; outside the main thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
