@@ -14,6 +14,7 @@ from repforget.cli import (
     edit,
     features,
     fold,
+    influence,
     locate,
     methods,
     organism,
@@ -34,6 +35,7 @@ for module in (run, plan, locate, edit, train, fold, verify, bench, compare, cal
     app.command(name=module.__name__.rpartition(".")[2])(module.command)
 app.add_typer(organism.app, name="organism")
 app.add_typer(features.app, name="features")
+app.add_typer(influence.app, name="influence")
 
 
 def _version(wanted: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,6 +129,19 @@ def _share(values: NDArray[np.float64], within: NDArray[np.bool_]) -> float:
 
 def cluster_lines(values: Mapping[str, float]) -> str:
     """JSON lines {"cluster", "score"}."""
-    import json
-
     return "".join(json.dumps({"cluster": name, "score": value}) + "\n" for name, value in values.items())
+
+
+def sentences(found: Ranking) -> tuple[str, ...]:
+    """What a ranking says and what it does not, for people."""
+    whose = "records outside the forget set" if found.inside.any() else "records"
+    shares = f"random query sets have {found.band[0]:.2f} to {found.band[1]:.2f} outside their own clusters"
+    share = () if not found.inside.any() else (
+        f"Of the positive influence {found.outside:.2f} comes from outside the forget set; {shares}.",)  # fmt: skip
+    return (
+        f"{len(found.found)} of {len(found.order)} {whose} are above the limit {found.limit:.4g}, which the strongest "
+        f"foreign record reaches for 5 % of {found.draws} random query sets of equal size.",
+        *share,
+        "Influence is what an answer's log-probability (nats) would lose without the record in a linear picture of "
+        "training: it orders records, its size is not what retraining without them would show.",
+    )  # fmt: skip
