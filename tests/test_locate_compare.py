@@ -14,11 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
+from repforget import discover
 from repforget.cli._side_by_side import budgeted, collect, settings_of
 from repforget.errors import RecipeError, UnknownNameError, UsageError
 from repforget.knowledge_files import load_knowledge
 from repforget.locate import _dispatch
 from repforget.locate._compare import Comparison, agreement, common, find, spearman, unit_scores
+from repforget.locate._labelled import relations
 from repforget.records import Component, Localization, RandomBand
 from repforget.report import locators
 
@@ -98,10 +100,28 @@ def test_settings_go_to_the_methods_that_have_them() -> None:
 
 def test_a_budget_lowers_the_facts_and_is_shared_among_relations() -> None:
     probe = load_knowledge("bios-people")
-    relations = len({fact.relation for fact in probe.for_editor().forget})
+    count = len(relations(probe.for_editor(), 2, 200, 0)[0])
+    assert budgeted("flu", {}, 10, probe) == {"items": 10}
+    shared = budgeted("flu", {"mode": "categories"}, 30 * count, probe)
+    assert shared == {"mode": "categories", "items": 30}
     assert budgeted("eap", {}, 10, probe) == {"items": 10} and budgeted("eap", {}, None, probe) == {}
     assert budgeted("eap", {"items": 4}, 10, probe) == {"items": 4}
-    assert budgeted("probe_sweep", {}, 10 * relations, probe) == {"items": 10}
+    assert budgeted("probe_sweep", {}, 30 * count + 1, probe) == {"items": 30}
+    assert budgeted("probe_sweep", {"items": 20}, 30 * count, probe) == {"items": 20}
+
+
+@pytest.mark.parametrize("method", ["probe_sweep", "mdl_probe"])
+def test_a_budget_too_small_for_a_probe_says_how_many_it_takes(method: str) -> None:
+    probe = load_knowledge("bios-people")
+    with pytest.raises(UsageError, match="relations it can probe") as refused:
+        budgeted(method, {}, 10, probe)
+    least = int(re.search(r"--budget (\d+)", str(refused.value))[1])
+    data, statements = probe.for_editor(), discover.method("locate", method).hyperparameters["statements"].default
+    given = budgeted(method, {}, least, probe)["items"]
+    assert len(relations(data, statements, given, 0)[0]) == len(relations(data, statements, 200, 0)[0])
+    assert len(relations(data, statements, given - 1, 0)[0]) < len(relations(data, statements, 200, 0)[0])
+    with pytest.raises(UsageError, match=f"give --budget {least} or more"):
+        budgeted(method, {}, least - 1, probe)
 
 
 def test_what_fails_and_what_is_left_is_kept_beside_what_is_done() -> None:

@@ -47,18 +47,28 @@ def settings_of(methods: Sequence[str], given: Mapping[str, Any]) -> dict[str, S
     return chosen
 
 
-def budgeted(method: str, settings: Settings, budget: int | None, probe: Knowledge) -> Settings:
+def budgeted(method: str, settings: Settings, budget: int | None, probe: Knowledge, seed: int = 0) -> Settings:
     """``settings`` with at most ``budget`` forget facts; refused for a locator that has no ``items``.
 
-    Locators whose items count for every relation get an equal share for each.
+    Locators whose items count for every relation get an equal share for each that they can probe, and refuse a share
+    that would lose one.
     """
     if budget is None:
         return settings
     found = discover.method("locate", method)
     if "items" not in found.hyperparameters:
         raise UsageError(f"Locator '{method}' has no setting 'items' that a budget could lower: leave --budget out.")
-    if found.constant("ITEMS_PER_RELATION", False):
-        budget = max(1, budget // len({fact.relation for fact in probe.for_editor().forget}))
+    full = {**{name: p.default for name, p in found.hyperparameters.items()}, **settings}
+    per_relation = found.constant("ITEMS_PER_RELATION", {"items": None})  # the settings under which they are
+    if all(full[name] == value for name, value in per_relation.items()):
+        from repforget.locate._labelled import least_items
+
+        count, least = least_items(probe.for_editor(), full["statements"], full["items"], seed)
+        if budget // count < least:
+            raise UsageError(f"A budget of {budget} facts leaves '{method}' {budget // count} for each of the {count} "
+                             f"relations it can probe, which need {least} each: give --budget {count * least} or "
+                             "more, or leave the method out.")  # fmt: skip
+        budget //= count
     return {**settings, "items": min(budget, settings.get("items", budget))}
 
 

@@ -62,7 +62,7 @@ def command(
     chosen = beside.settings_of(methods, o.parse_settings(settings))
     true = [Component.parse(text) for text in truth or ()]
     probe = load_knowledge(knowledge, seed=seed)
-    chosen = {name: beside.budgeted(name, own, budget, probe) for name, own in chosen.items()}
+    chosen = {name: beside.budgeted(name, own, budget, probe, seed) for name, own in chosen.items()}
     from repforget.locate._dispatch import locate
     from repforget.models.load import load
     from repforget.models.sites import site_map

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,6 +66,19 @@ def relations(data: EditData, statements: int, items: int, seed: int) -> tuple[l
                              "attribution_patching.")  # fmt: skip
     note = f"Relations without enough shared answers are not probed: {', '.join(repr(r) for r in refused)}."
     return usable, (note,) if refused else ()
+
+
+def least_items(data: EditData, statements: int, items: int, seed: int) -> tuple[int, int]:
+    """How many relations can be probed with ``items`` of each, and with how few of each all of these still can."""
+    usable = len(relations(data, statements, items, seed)[0])
+
+    def enough(count: int) -> bool:
+        try:
+            return len(relations(data, statements, count, seed)[0]) == usable
+        except KnowledgeError:
+            return False
+
+    return usable, bisect_left(range(items), True, lo=1, key=enough)  # more items only add statements
 
 
 def _some(facts: Sequence[Fact], statements: int, items: int, seed: int) -> list[Fact]:

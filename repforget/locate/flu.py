@@ -22,6 +22,7 @@ from repforget.probing import cluster_interval, fit_sweep
 from repforget.progress import Progress, track
 from repforget.records import Component, Localization, Site
 
+ITEMS_PER_RELATION = {"mode": "categories"}
 Found = tuple[Array, Array, Mapping[str, Sequence[Sequence[float]]], tuple[str, ...], float]
 
 

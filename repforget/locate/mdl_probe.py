@@ -21,7 +21,7 @@ from repforget.probing import Codes, code_lengths
 from repforget.progress import Progress, track
 from repforget.records import Component, Localization
 
-ITEMS_PER_RELATION = True
+ITEMS_PER_RELATION: dict[str, Any] = {}  # under any settings
 
 
 @dataclass(frozen=True)

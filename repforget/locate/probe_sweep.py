@@ -20,7 +20,7 @@ from repforget.progress import Progress, track
 from repforget.records import Component, Localization
 
 Classifier = Literal["logistic", "mean_difference", "lda", "mlp"]
-ITEMS_PER_RELATION = True
+ITEMS_PER_RELATION: dict[str, Any] = {}  # under any settings
 
 
 def probe_sweep(
