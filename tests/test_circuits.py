@@ -378,7 +378,7 @@ def test_edges_tell_the_planted_layer_where_their_signs_are_kept(mode: Any, step
 
 def test_the_circuit_of_the_organism_is_small_faithful_and_beats_random_ones() -> None:
     found = rf.locate(rf.load("organism:bios"), rf.knowledge("bios-people"), "eap_ig", items=16, draws=20)
-    assert 10 <= len(found.edges) <= 20
+    assert 5 < len(found.edges) <= 20
     curve, control = ([row[0] for title, row in found.tables.items() if title.startswith(start)][0]
                       for start in ("faithfulness by number", "faithfulness of 20 random"))  # fmt: skip
     assert curve[2] > 0.9 and control[2] < 0.3  # 20 of 343 edges

@@ -29,6 +29,7 @@ METHODS = [
     ("direct_logit_attribution", "direct_logit_attribution", {}),
     ("lens_trajectory", "lens_trajectory", {}),
     ("flu", "flu", {"partners": 1}),
+    ("eap", "_edge_locator", {"recheck": 0, "edges": 5, "partners": 1}),
     ("fisher", "_gradients", {}),
     ("wagle", "_gradients", {}),
     ("activation_statistics", "_gradients", {}),
@@ -70,6 +71,28 @@ def test_answers_of_the_facts_that_judge_do_not_change_the_ranking_they_judge(
     whole = [rf.locate(model(1), known, method, **given).scores for known in (before, after)]
     assert whole[0] != whole[1]  # they do change what all facts say
     assert found[0][1] == found[1][1] == found[2][1]
+
+
+def test_the_size_of_a_circuit_is_chosen_on_other_facts_than_report_its_faithfulness(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = import_module("repforget.locate._edge_locator")
+    monkeypatch.setattr(module, "exact_band", band_of([]))
+    seen: list[frozenset[str]] = []
+
+    def fake(model: Any, graph: Any, runs: Any, circuits: Any, *rest: Any) -> Any:
+        seen.append(frozenset(run.cluster for run in runs))
+        steps = np.arange(len(circuits))  # 20 edges suffice where the size is chosen, 50 where it is reported
+        return np.where(steps >= (2 if len(seen) == 1 else 3), 0.9, 0.1 + 0.01 * steps)
+
+    monkeypatch.setattr(module, "faithfulness", fake)
+    known = parted(set())[0]
+    found = rf.locate(model(1), known, "eap_ig", items=16, steps=1, recheck=0)
+    tasks, _ = corrupted_tasks(model(1), known, 0, items=16, partners=2, mode="both")
+    late, early = ({run.cluster for run in tasks[1].half(second, 0).forget} for second in (True, False))
+    assert seen == [early, late, late] and late and not early & late
+    told = next(note for note in found.notes if "faithfulness of 0.12 on the other half" in note)
+    assert "at most 20 of" in told and len(found.edges) <= 20
 
 
 def test_description_lengths_rank_by_people_on_whom_nothing_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,13 +190,21 @@ def ladder(total: int) -> list[int]:
 def _circuits(
     task: Task, graph: Graph, scores: EdgeScores, plan: Plan, progress: Progress | None
 ) -> tuple[Mask, dict[str, Sequence[Sequence[float]]], tuple[str, ...], float]:
-    """The circuit, tables of faithfulness on the second half of the facts, notes, and forward passes spent."""
-    held = task.half(True, plan.seed).forget or task.forget
+    """The circuit, tables of faithfulness on the second half of the facts, notes, and forward passes spent.
+
+    An automatic size is the first that is faithful on the half that ranks the edges.
+    """
+    early, late = (task.half(second, plan.seed).forget for second in (False, True))
+    held = late or task.forget
     order = edge_order(graph, scores.half, plan.growth)
     sizes = sorted({*ladder(int(graph.exists.sum())), *([] if plan.edges == "auto" else [plan.edges])})
-    curve = faithfulness(task.model, graph, held, [circuit(graph, order, n) for n in sizes], task.metric, progress)
-    enough = [n for n, value in zip(sizes, curve, strict=True) if value >= plan.faithful]
-    size = plan.edges if plan.edges != "auto" else (enough or sizes[-1:])[0]
+    tried = [circuit(graph, order, n) for n in sizes]
+    size, enough, asked = plan.edges, True, 0
+    if size == "auto":
+        values = faithfulness(task.model, graph, early, tried, task.metric, progress) >= plan.faithful
+        enough, asked = bool(values.any()), len(early) * len(sizes)
+        size = sizes[int(np.argmax(values)) if enough else -1]
+    curve = faithfulness(task.model, graph, held, tried, task.metric, progress)
     generator = np.random.default_rng(plan.seed)
     dealt = [edge_order(graph, shuffled(graph, scores.half, generator), plan.growth) for _ in range(RANDOM_CIRCUITS)]
     chance = faithfulness(task.model, graph, held, [circuit(graph, o, size) for o in dealt], task.metric, progress)
@@ -207,9 +215,10 @@ def _circuits(
              f"reach {limits[0]:z.2f} to {limits[2]:z.2f} (median {limits[1]:z.2f})."]  # fmt: skip
     if reached <= limits[2]:
         notes.append("The circuit does not beat random circuits of equal size: no circuit is claimed.")
-    if plan.edges == "auto" and not enough:
-        notes.append(f"No circuit of up to {sizes[-1]} edges is {plan.faithful:g} faithful: the largest is given.")
+    if not enough:
+        notes.append(f"No circuit of up to {sizes[-1]} edges is {plan.faithful:g} faithful on the half of the facts "
+                     "that ranked them: the largest is given.")  # fmt: skip
     names = ", ".join(map(str, sizes))
     control = f"faithfulness of {RANDOM_CIRCUITS} random circuits of {size} edges: lowest, median, highest"
     tables: dict[str, Sequence[Sequence[float]]] = {f"{FAITHFULNESS}: {names}": [curve.tolist()], control: [limits]}
-    return kept, tables, tuple(notes), float(len(held) * (len(sizes) + RANDOM_CIRCUITS + 4))
+    return kept, tables, tuple(notes), float(asked + len(held) * (len(sizes) + RANDOM_CIRCUITS + 4))

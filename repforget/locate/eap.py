@@ -32,10 +32,10 @@ def eap(
     its secant, so that what the senders write always adds up to the stream.
 
     ``growth`` cuts the circuit: ``greedy`` from the final state backwards, ``top`` by strength; edges on no path from
-    the embedding are dropped. ``edges`` is its size, or ``auto``: the smallest that is ``faithful`` on facts that did
-    not rank it. Faithfulness is measured exactly, with all other edges patched to the corrupted run, beside circuits
-    grown from shuffled scores. Heads and MLPs are ranked by the summed |score| of their edges, and their band is that
-    of activation_patching.
+    the embedding are dropped. ``edges`` is its size, or ``auto``: the smallest that is ``faithful`` on the half of the
+    facts that ranks it. Faithfulness is reported on the other half, measured exactly, with all other edges patched to
+    the corrupted run, beside circuits grown from shuffled scores. Heads and MLPs are ranked by the summed |score| of
+    their edges, and their band is that of activation_patching.
 
     With facts planted in one MLP of four and a contrast of 1, that MLP leads the other MLPs in 2 of 4 models (chance
     is 1), because many edges meet in the first MLP whatever the fact; by the signed sum of its edges out, which is in
