@@ -1,0 +1,168 @@
+"""Records taken out of a sharded training: only the slices that saw them are trained again, and the old ones go.
+
+The result is, bit for bit, what the same training without the records would have been (:mod:`repforget.shards.plan`).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from repforget.errors import UsageError
+from repforget.guarantee import Guarantee
+from repforget.models.load import LoadedModel
+from repforget.progress import Progress
+from repforget.shards.folder import LEDGER, Training, build, facts_of, served, write_records
+from repforget.shards.index import write_index
+from repforget.shards.plan import Settings, Stage, place
+from repforget.store import TIMINGS, read_json, write_json
+from repforget.training import Record, chosen
+
+THEOREMS = {
+    "sisa": "sharded, isolated, sliced and aggregated training: every part that saw a record is trained again without "
+            "it (Bourtoule et al. 2021, arXiv 1912.03817)",
+    "s3t": "sequence-aware sharded and sliced training: a block trained after a record came in is dropped, the blocks "
+           "before it never saw it (Chowdhury et al. 2024, arXiv 2406.16257)",
+}  # fmt: skip
+ASSUMPTIONS = (
+    "the base model is frozen and was never trained on the records",
+    "ids and clusters name all that is to go: copies under other names, and other data that carry the same knowledge, "
+    "stay",
+    "equality in bits needs what training needed: the same software, device and number of threads",
+    "requests are not chosen by looking at the models whose training they are about",
+    "earlier models, exports, backups and the blocks of the disk lie outside the folder; whoever holds a model from "
+    "before and one from after can compare them and find out what was taken out",
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a request did, counted: records taken out, shards and stages it touched, steps and passes of training.
+
+    ``share``: record passes of the stages that had to be trained again, over those of the whole training.
+    ``same_text``: records left that say the same, word for word.  ``notes``: what else must be said.
+    """
+
+    records: int
+    shards: int
+    erased: int
+    trained: int
+    steps: int
+    passes: int
+    share: float
+    same_text: int
+    environments: int
+    guarantee: Guarantee
+    notes: tuple[str, ...] = ()
+
+
+def take_out(
+    training: Training, names: Iterable[str], model: Callable[[], LoadedModel], progress: Progress | None = None
+) -> tuple[Training, Outcome]:
+    """Take records (ids or clusters) out of a training and of its folder; ``model`` gives the base where it is needed.
+
+    The hashes of their names go to the ledger, the records leave ``records.jsonl``, every stage that saw one of them
+    is erased, and for "sisa" the affected shards are trained again from the affected slice on.  Killed at any moment,
+    the same call finishes.  UsageError for a name that was never trained on.  Hold ``training.store.locked()``.
+    """
+    names = list(dict.fromkeys(names))
+    if not names:
+        raise UsageError("No name was given: give ids or clusters of the records that are to go.")
+    left_to_go = [name for name in names if training.has(name) or not training.was_here(name)]
+    going = chosen(training.records, left_to_go, str(training.root)) if left_to_go else ()
+    left = without(training, going)
+    gone, gone_clusters = _ledger(training, left, going)
+    after = replace(training, records=left, gone=gone, gone_clusters=gone_clusters)
+    training_again = after.settings.order == "sisa" and not all(map(after.done, after.stages))
+    base = model() if training_again else None  # before anything is written
+    if base is not None:
+        after.check_base(base)
+    write_json(after.root / LEDGER, {"records": sorted(after.gone), "clusters": sorted(after.gone_clusters)})
+    write_records(after)
+    erased = erase(after)
+    made = [] if base is None else build(after, after.stages, base, progress)
+    write_index(after)
+    return after, _outcome(after, going, erased, made)
+
+
+def without(training: Training, going: Sequence[Record]) -> tuple[Record, ...]:
+    gone = set(going)
+    return tuple(r for r in training.records if r not in gone)
+
+
+def complete(training: Training, model: LoadedModel, progress: Progress | None = None) -> list[Stage]:
+    """Train what is not trained yet, erase stages of other records, write the index; returns the stages trained."""
+    write_records(training)
+    erase(training)
+    made = build(training, training.stages, model, progress)
+    write_index(training)
+    return made
+
+
+def _ledger(
+    training: Training, left: Sequence[Record], going: Sequence[Record]
+) -> tuple[frozenset[str], frozenset[str]]:
+    """The hashes of ids, and of clusters of which nothing is left, with those that are going."""
+    clusters = {r.cluster for r in going} - {r.cluster for r in left}
+    return (training.gone | {training.hashed("record", r.id) for r in going},
+            training.gone_clusters | {training.hashed("cluster", c) for c in clusters})  # fmt: skip
+
+
+def erase(training: Training) -> int:
+    """Erase every stage of other records, finished or not, and what the folder keeps about it; returns how many."""
+    old = training.stale()
+    for path in old:
+        shutil.rmtree(path)
+    times = training.root / TIMINGS
+    if times.is_file():
+        kept = {training.path(stage).name for stage in training.stages}
+        write_json(times, {name: value for name, value in read_json(times).items() if name in kept})
+    return len(old)
+
+
+def share(before: Training, after: Training) -> float:
+    """Record passes of the stages of ``after`` that ``before`` does not share, over those of all; 0 for "s3t"."""
+    known = {before.path(stage) for stage in before.stages}
+    passes = [(stage.passes(after.settings), after.path(stage) not in known) for stage in after.stages]
+    again = sum(n for n, new in passes if new and after.settings.order == "sisa")
+    return again / max(1, sum(n for n, _ in passes))
+
+
+def _outcome(after: Training, going: Sequence[Record], erased: int, made: Sequence[Stage]) -> Outcome:
+    s = after.settings
+    texts = {(r.prompt, r.answer) for r in going}
+    same = sum((r.prompt, r.answer) in texts for r in after.records)
+    shards = {place(s, r)[0] for r in going}
+    cost = sum(stage.passes(s) for stage in made) / max(1, sum(stage.passes(s) for stage in after.stages))
+    found = served(after)
+    seen = {repr(_environment(facts_of(after, x))) for chain in found.values() for x in chain}
+    notes = []
+    if same:
+        notes.append(f"{same} records that are left say the same, word for word, under other names.")
+    split = sum(len({place(s, r) for r in going if r.cluster == c}) > 1 for c in {r.cluster for r in going})
+    if split:
+        notes.append(f"The unit is the record: the records of {split} clusters lay in several shards or slices.")
+    if len(seen) > 1:
+        notes.append("The slices that are served were trained in different environments: each is untouched by the "
+                     "records, and a training in one environment differs by rounding.")  # fmt: skip
+    numbers = {"records": float(len(going)), "shards trained again": float(len(shards) if made else 0), "share": cost,
+               "same text left": float(same)}  # fmt: skip
+    return Outcome(
+        records=len(going), shards=len(shards), erased=erased, trained=len(made),
+        steps=sum(stage.steps(s) for stage in made), passes=sum(stage.passes(s) for stage in made), share=cost,
+        same_text=same, environments=len(seen), guarantee=guarantee_of(s, len(after.gone), numbers), notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _environment(facts: Mapping[str, object]) -> tuple[object, ...]:
+    return tuple(facts[name] for name in ("torch", "device", "threads"))
+
+
+def guarantee_of(settings: Settings, records: int, numbers: Mapping[str, float]) -> Guarantee:
+    """What holds after records were taken out."""
+    holds = (f"the adapters are, bit for bit, those of a training from scratch without the {records} records taken out"
+             if settings.order == "sisa" else
+             f"the adapters are, bit for bit, those of blocks that were trained before any of the {records} records "
+             "taken out came in")  # fmt: skip
+    return Guarantee("exact", holds, settings.unit, THEOREMS[settings.order], ASSUMPTIONS, dict(numbers))
