@@ -73,14 +73,14 @@ def scrub(
     groups = [[site] for site in chosen] if how.sequential else site_groups(model, chosen)
     for group in track(progress, groups, "erasing site by site"):
         upstream = erasers if how.sequential else {}
-        seen, space = _moments(model, group, points, concept, background, upstream)
+        seen, space = moments(model, group, points, concept, background, upstream)
         for site in group:
             erasers[site] = fit(site, concept, seen[site], space[site])
     full = {**vars(how), "sites": [str(s) for s in chosen], **settings}
-    return _edit(method, model, data, erasers, how.sites != "auto", full, notes(points, concept, erasers))
+    return as_edit(method, model, data, erasers, how.sites != "auto", full, notes(points, concept, erasers))
 
 
-def _moments(
+def moments(
     model: LoadedModel, group: Sequence[Site], points: Points, concept: Concept,
     background: Points | list[tuple[int, ...]] | None, erasers: Mapping[Site, Eraser],
 ) -> tuple[dict[Site, Statistics], dict[Site, Statistics]]:  # fmt: skip
@@ -107,7 +107,7 @@ def _moments(
     return seen, space
 
 
-def _edit(
+def as_edit(
     method: str, model: LoadedModel, data: EditData, erasers: Mapping[Site, Eraser], explicit: bool,
     settings: Mapping[str, Any], notes: list[str],
 ) -> Edit:  # fmt: skip
