@@ -20,6 +20,7 @@ from repforget.cli import (
     organism,
     plan,
     report,
+    request,
     run,
     train,
     train_shards,
@@ -36,6 +37,7 @@ for module in (run, plan, locate, edit, train, fold, verify, bench, compare, cal
     app.command(name=module.__name__.rpartition(".")[2])(module.command)
 app.add_typer(organism.app, name="organism")
 app.add_typer(features.app, name="features")
+app.add_typer(request.app, name="request")
 app.command(name="train-shards")(train_shards.command)
 app.add_typer(train_shards.app, name="shards")
 app.add_typer(influence.app, name="influence")

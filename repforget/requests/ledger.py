@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -167,7 +168,7 @@ class Ledger:
         for seq, own, kind, at, clock, body, before, own_hash in self._rows(where, values):
             yield Event(seq, own, kind, at, clock, self._body(seq, body), before, own_hash)
 
-    @property
+    @cached_property
     def facts(self) -> Mapping[str, Any]:
         """What the first row says: the model that the ledger is about, the probe that names come from, the salt."""
         opened = next(self.events(0, kinds=("opened",)), None)

@@ -1,0 +1,157 @@
+"""What a request names: references to records of a probe or of a training, never their text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from repforget.errors import UsageError, nearest
+from repforget.knowledge import Item, Knowledge
+from repforget.knowledge_files import load_knowledge
+from repforget.requests.ledger import Ledger
+from repforget.requests.states import Request
+from repforget.store import write_atomic
+
+HIDDEN = "[hidden]"
+Index = Mapping[str, Sequence[str]]
+SETS = ("forget", "retain", "neighbours")
+
+
+@dataclass(frozen=True)
+class Named:
+    """Something that a request can name, by any of ``names`` (id, cluster, subject), and the ``texts`` in it."""
+
+    id: str
+    names: tuple[str, ...]
+    texts: tuple[str, ...]
+
+
+def named(source: str) -> tuple[Named, ...]:
+    """What can be named in a source: a probe, or "training:" and the folder of a sharded training."""
+    from repforget.requests import sharded
+
+    if source.startswith(sharded.SCHEME):
+        return sharded.named(source.removeprefix(sharded.SCHEME))
+    return of_items(everything(load_knowledge(source)))
+
+
+def of_items(items: Iterable[Item]) -> tuple[Named, ...]:
+    """The items of a probe as what can be named."""
+    return tuple(Named(i.id, (i.id, i.cluster, *([i.subject] if i.subject else [])),
+                       (i.subject, i.prompt, i.answer, *i.aliases)) for i in items)  # fmt: skip
+
+
+def everything(knowledge: Knowledge) -> tuple[Item, ...]:
+    """All items of a probe: whatever set it is in, a request may name it."""
+    return tuple(item for name in SETS for item in getattr(knowledge, name))
+
+
+def references(names: Sequence[str], known: Sequence[Named], pseudonym: Callable[[str], str]) -> tuple[str, ...]:
+    """The names as the ledger keeps them: one that is told in the text it stands for (a person's name, as a cluster
+    may be) as a pseudonym, any other as it is."""
+    telling = {name for entry in known for name in entry.names
+               if any(name.casefold() in text.casefold() for text in entry.texts)}  # fmt: skip
+    everyone = {name for entry in known for name in entry.names}
+    return tuple(dict.fromkeys(name if name in everyone - telling else pseudonym(name) for name in names))
+
+
+def index(known: Sequence[Named], pseudonym: Callable[[str], str]) -> Index:
+    """Every name, as it is and as a pseudonym -> ids of what it means."""
+    found: dict[str, list[str]] = {}
+    for entry in known:
+        for name in entry.names:
+            for key in (name, pseudonym(name)):
+                found.setdefault(key, []).append(entry.id)
+    return found
+
+
+def matched(names: Sequence[str], known: Index) -> tuple[tuple[str, ...], int]:
+    """Ids of what ``names`` (as the ledger keeps them) mean, and how many of the names mean nothing."""
+    found = dict.fromkeys(i for name in names for i in known.get(name, ()))
+    return tuple(found), sum(name not in known for name in names)
+
+
+def hint(name: str, known: Sequence[Named]) -> str:
+    """The nearest names, for whoever mistyped one."""
+    return nearest(name, {other for entry in known for other in entry.names})
+
+
+def items_of(ledger: Ledger, request: Request, knowledge: Knowledge) -> tuple[Item, ...]:
+    """The items of its probe that a request is about: the whole forget set where it names none."""
+    if not request.names:
+        return knowledge.forget
+    every = everything(knowledge)
+    ids = set(matched(request.names, index(of_items(every), ledger.pseudonym))[0])
+    return tuple(item for item in every if item.id in ids)
+
+
+def overlapping(ledger: Ledger, wanted: Iterable[str], others: Iterable[Request]) -> tuple[int, ...]:
+    """Numbers of the other requests that are about some of what has the ids ``wanted``."""
+    ids, sources = set(wanted), dict[str, Index]()
+    found = []
+    for request in others:
+        if request.source not in sources:
+            sources[request.source] = index(named(request.source), ledger.pseudonym)
+        own: Iterable[str] = matched(request.names, sources[request.source])[0]
+        if not request.names:
+            own = (item.id for item in load_knowledge(request.source).forget)
+        if not ids.isdisjoint(own):
+            found.append(request.id)
+    return tuple(found)
+
+
+def meaningless(unknown: int, names: int, source: str) -> str:
+    """Why a request is refused whose names mean nothing."""
+    return (f"{unknown} of its {names} names mean nothing in '{source}': nothing is known to have been learned under "
+            "them.")  # fmt: skip
+
+
+def carved(knowledge: Knowledge, forget: Sequence[Item], gone: Iterable[str] = ()) -> Knowledge:
+    """The probe of one request: its items are to be forgotten, all others stay but those already ``gone`` (ids).
+
+    Items of the probe's forget set that nobody asked for are retain items here.  KnowledgeError where the request
+    names too few clusters to be split and judged.
+    """
+    own, before = {item.id for item in forget}, set(gone)
+    clusters = {item.cluster for item in forget}
+
+    def left(items: Sequence[Item]) -> list[Item]:
+        return [item for item in items if item.id not in own | before]
+
+    near = [item for item in left(knowledge.neighbours) if item.cluster not in clusters]
+    return Knowledge.build(knowledge.name, forget, [*left(knowledge.retain), *left(knowledge.forget)], near,
+                           knowledge.general, knowledge.seed)  # fmt: skip
+
+
+def write_probe(knowledge: Knowledge, folder: Path) -> Path:
+    """Write a probe folder that loads as ``knowledge``; it holds texts and is for the time of one run."""
+    separators = {item.separator for item in everything(knowledge)}
+    if len(separators) > 1:
+        raise UsageError(f"The probe '{knowledge.name}' joins answers in {len(separators)} ways, and a request needs "
+                         "one: use one separator.")  # fmt: skip
+    names = [name for name in SETS if getattr(knowledge, name)]
+    lines: dict[str, list[Mapping[str, Any]]] = {name: [_line(i) for i in getattr(knowledge, name)] for name in names}
+    if knowledge.general:
+        lines["general"] = [{"text": text} for text in knowledge.general]
+    for name, rows in lines.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomic(folder / f"{name}.jsonl", text.encode())
+    probe = {"name": knowledge.name, "separator": separators.pop(), "sets": {name: f"{name}.jsonl" for name in lines}}
+    write_atomic(folder / "probe.yaml", json.dumps(probe).encode())  # JSON is YAML
+    return folder
+
+
+def _line(item: Item) -> dict[str, Any]:
+    kept = {field.name for field in fields(Item)} - {"separator"}
+    return {key: value for key, value in asdict(item).items() if key in kept and value not in ((), None, "")}
+
+
+def hidden(text: str, known: Iterable[Named]) -> str:
+    """``text`` without any name or text of what is known: what may be kept and shown."""
+    words = {word for entry in known for word in (*entry.names, *entry.texts) if len(word) > 2}
+    for word in sorted((word for word in words if word in text), key=len, reverse=True):
+        text = text.replace(word, HIDDEN)
+    return text

@@ -1,0 +1,81 @@
+"""Edits in force: which, in which order, and the model that they make together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from repforget.errors import LedgerError, UsageError
+from repforget.requests.ledger import Event, Ledger
+
+if TYPE_CHECKING:
+    from repforget.artifact import Edit
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An edit in force: the row that says so, the requests it covers, its folder and digest."""
+
+    seq: int
+    covers: tuple[int, ...]
+    path: Path
+    digest: str
+    hooked: bool
+
+
+def workplace(ledger: Ledger) -> Path:
+    """The folder beside the ledger that holds runs, edits and the model in force."""
+    return ledger.path.with_suffix(".files")
+
+
+def in_force(ledger: Ledger, request: int | None = None) -> tuple[Placed, ...]:
+    """The edits in force, in the order in which they are applied: now, or after the last answer to ``request``."""
+    rows = {event.seq: event for event in ledger.events(kinds=("edit", "verdict"))}
+    stack: tuple[int, ...] = ()
+    newest: dict[int, Event] = {}
+    for event in rows.values():
+        if event.kind == "edit":
+            newest[event.request] = event
+        elif event.body["in_force"] and (request is None or event.request == request):
+            edit = newest[event.request]
+            stack = (*edit.body["under"], edit.seq)
+    root = workplace(ledger)
+    return tuple(Placed(seq, tuple(rows[seq].body["covers"]), root / rows[seq].body["path"], rows[seq].body["digest"],
+                        rows[seq].body["artifact"] != "weights") for seq in stack)  # fmt: skip
+
+
+def composed(ledger: Ledger, request: int) -> Edit:
+    """The edit of the ledger's model that answers requests 1 to ``request``: everything in force after its answer.
+
+    ``composed(ledger, n).applied_to(load(ledger.facts["model"]))`` is the model of that time, so that the requests
+    before can be checked again.  UsageError where no edit of the request is in force; LedgerError where a saved edit
+    is not the one that was recorded.  Cost: the edits are read; no forward pass.
+    """
+    stack = in_force(ledger, request)
+    if not stack:
+        raise UsageError(f"No edit of request {request} is in force: 'repforget request show {request}' says what "
+                         "became of it.")  # fmt: skip
+    return piled_up(stack)
+
+
+def sequence(ledger: Ledger) -> Iterator[tuple[int, Edit]]:
+    """(number, :func:`composed` edit) of every request with an edit in force, in the order of their answers."""
+    answered = (event.request for event in ledger.events(kinds=("verdict",)) if event.body["in_force"])
+    for number in dict.fromkeys(answered):
+        yield number, composed(ledger, number)
+
+
+def piled_up(stack: Sequence[Placed]) -> Edit:
+    from repforget.artifact import load_edit
+
+    edits = []
+    for placed in stack:
+        edit = load_edit(placed.path)
+        if edit.digest != placed.digest:
+            raise LedgerError(f"The edit in '{placed.path}' is not the one that row {placed.seq} of the ledger records"
+                              ": restore it from a copy.")  # fmt: skip
+        edits.append(edit)
+    return reduce(lambda first, second: first.then(second, stacked=True), edits)
