@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,27 @@ VALUES = {"born in": ("Berlin", "Paris", "Rome", "Oslo"), "job": ("baker", "pilo
 # Budgets for a model of two layers: applied to whichever of these settings an editor has.
 SMALL: dict[str, Any] = {"steps": 3, "epochs": 1, "max_steps": 3, "batch_size": 8}
 # Two layers hardly tell forget people from others, so that a gate has to open for some of them.
+_FOLDERS: dict[str, tempfile.TemporaryDirectory[str]] = {}
+
+
+def _sharded(model: LoadedModel) -> dict[str, Any]:
+    """A training on shards of all people, of which the forget people are then taken out."""
+    from repforget.shards import Settings, begin, block_groups, complete
+    from repforget.training import records_of
+
+    if model.fingerprint not in _FOLDERS:
+        _FOLDERS[model.fingerprint] = tempfile.TemporaryDirectory()
+        settings = Settings(block_groups(model.module, (), "sisa", 2), shards=2, slices=2, epochs=1, batch_size=64)
+        records = records_of(knowledge(), ("forget", "retain"), "statements")
+        complete(begin(_FOLDERS[model.fingerprint].name, model, settings, records), model)
+    return {"folder": _FOLDERS[model.fingerprint].name}
+
+
 # An editor whose edit needs a training of ours (TRAINED_BY) has a function here that makes one for the model.
 OF_METHOD: dict[str, dict[str, Any] | Callable[[LoadedModel], dict[str, Any]]] = {
     "cir": {"size": 1e-3},  # larger steps break its budget here
     "kga": {"helper_steps": 10},
+    "shard_removal": _sharded,
     "steering": {"false_open": 0.25},
     "sae_clamp": {"sae_steps": 60, "most_retain": 0.1},
     "dsg": {"sae_steps": 60, "false_open": 0.25},
