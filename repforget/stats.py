@@ -180,7 +180,32 @@ class Statistics:
             out._sxx = (self._sxx + other._sxx.to(self.device)).addr_(dx, dx, alpha=a * share)
         return out
 
+    @classmethod
+    def from_sums(cls, sums: Mapping[str, Tensor], meta: Mapping[str, str] | None = None) -> Statistics:
+        """Statistics from plain sums over rows, as :meth:`sums` gives them, added up anywhere and in any order.
+
+        Digits cancel where means are large against deviations: prefer :meth:`merge` where the parts may be seen.
+        """
+        d, k, n = len(sums["x"]), len(sums["z"]), round(float(sums["n"]))
+        out = cls(d, k, covariance="xx" in sums, device=sums["x"].device, meta=meta)
+        if n:
+            out._n, out._mean_x, out._mean_z = n, sums["x"] / n, sums["z"] / n
+            out._cross = sums["zx"] - n * torch.outer(out._mean_z, out._mean_x)
+        if n and "xx" in sums:
+            out._sxx = torch.triu(sums["xx"] - n * torch.outer(out._mean_x, out._mean_x))
+        return out
+
     # ---------------------------------------------------------------- read
+
+    def sums(self) -> dict[str, Tensor]:
+        """Plain sums over the rows, float64: n [1], x [d], z [k], z xᵀ [k, d] and, where kept, x xᵀ [d, d]."""
+        self._flush()
+        n, x, z = self._n, self._mean_x, self._mean_z
+        found = {"n": torch.tensor([n], dtype=torch.float64, device=self.device), "x": n * x, "z": n * z,
+                 "zx": self._cross + n * torch.outer(z, x)}  # fmt: skip
+        if self._sxx is not None:
+            found["xx"] = torch.triu(self._sxx) + torch.triu(self._sxx, 1).mT + n * torch.outer(x, x)
+        return found
 
     @property
     def n(self) -> int:

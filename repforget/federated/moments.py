@@ -12,10 +12,11 @@ tell the space that those points span.  Sums over clients (:mod:`repforget.feder
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,7 +104,7 @@ class Local:
                 self._read(read_points(self.model, retain, question.how.positions), None, question, space)
             else:
                 self._text(text_sequences(self.model, self.data, retain), question, space)
-        return self._told(seen, space, question)
+        return checked(self.name, {site: (seen[site], space[site]) for site in question.sites}, question.minimum)
 
     def keys(self, question: Question) -> Moments:
         points, labelled = self._labelled(question)
@@ -113,7 +114,7 @@ class Local:
         space = new_statistics(self.model, question.sites)
         retain = subsample(self.data.retain, question.how.max_facts, question.seed)
         self._text(text_sequences(self.model, self.data, retain), question, space)
-        return self._told(seen, space, question)
+        return checked(self.name, {site: (seen[site], space[site]) for site in question.sites}, question.minimum)
 
     def _labelled(self, question: Question) -> tuple[Points, list[tuple[int, tuple[str, str]]]]:
         """The points of the concept, and (number, (frame, label)) of each of them."""
@@ -148,17 +149,58 @@ class Local:
         if rows:
             collect_text(self.model, rows, question.sites, watch, edits=question.erasers)
 
-    def _told(
-        self, seen: Mapping[Site, Statistics], space: Mapping[Site, Statistics], question: Question
-    ) -> Moments:
-        for site, stats in [*seen.items(), *space.items()]:
+
+@dataclass(frozen=True)
+class Pooled:
+    """Many clients as one: what is asked is answered by the sum of their moments, and by no single client's.
+
+    ``total`` adds the clients' tensors up, for example :func:`repforget.federated.secure.summed` with a bound.  The
+    minimum then holds for the sum.  Which classes a client has is still told by each.
+    """
+
+    clients: Mapping[str, Reader]
+    total: Callable[[Mapping[str, Mapping[str, np.ndarray]]], Mapping[str, np.ndarray]]
+
+    def classes(self, question: Question) -> Classes:
+        return tuple(sorted({pair for client in self.clients.values() for pair in client.classes(question)}))
+
+    def moments(self, question: Question) -> Moments:
+        return self._sum({name: c.moments(replace(question, minimum=0)) for name, c in self.clients.items()}, question)
+
+    def keys(self, question: Question) -> Moments:
+        return self._sum({name: c.keys(replace(question, minimum=0)) for name, c in self.clients.items()}, question)
+
+    def _sum(self, told: Mapping[str, Moments], question: Question) -> Moments:
+        first = next(iter(told.values()))
+        for name, each in told.items():
+            if any(a.meta != b.meta for site, pair in first.items() for a, b in zip(pair, each[site], strict=True)):
+                raise UsageError(f"Client '{name}' sent moments of another model than the rest: it must read the same.")
+        sent = {name: {f"{site}/{which}/{part}": values.cpu().numpy()
+                       for site, pair in each.items() for which, stats in enumerate(pair)
+                       for part, values in stats.sums().items()} for name, each in told.items()}  # fmt: skip
+        total = self.total(sent)
+        found: Moments = {}
+        for site, pair in first.items():
+            seen, space = (
+                Statistics.from_sums({part: torch.from_numpy(total[f"{site}/{which}/{part}"]) for part in stats.sums()},
+                                     stats.meta)
+                for which, stats in enumerate(pair)
+            )  # fmt: skip
+            found[site] = (seen, seen if pair[0] is pair[1] else space)
+        return checked("together", found, question.minimum)
+
+
+def checked(name: str, told: Moments, minimum: int) -> Moments:
+    """``told``, or UsageError where a mean in it is of fewer than ``minimum`` points."""
+    for site, pair in told.items():
+        for stats in pair:
             few = fewest(stats)
-            if few is not None and few < question.minimum:
+            if few is not None and few < minimum:
                 exact = "are that activation itself" if few == 1 else "tell much about each of them"
-                raise UsageError(f"Client '{self.name}' has a mean of {few} points at {site}, fewer than "
-                                 f"{question.minimum}: its moments {exact}; give it more records, sum securely over "
-                                 f"clients, or allow it with minimum={few}.")  # fmt: skip
-        return {site: (seen[site], space[site]) for site in question.sites}
+                raise UsageError(f"Client '{name}' has a mean of {few} points at {site}, fewer than {minimum}: its "
+                                 f"moments {exact}; give it more records, sum securely over clients, or allow it with "
+                                 f"minimum={few}.")  # fmt: skip
+    return told
 
 
 def fewest(stats: Statistics) -> int | None:
