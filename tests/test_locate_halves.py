@@ -30,16 +30,20 @@ METHODS = [
     ("lens_trajectory", "lens_trajectory", {}),
     ("flu", "flu", {"partners": 1}),
     ("eap", "_edge_locator", {"recheck": 0, "edges": 5, "partners": 1}),
+    ("mdl_probe", "mdl_probe", {"nodes": ("mlp_out",), "layers": [0, 1], "items": 24}),
+    ("flu", "flu", {"mode": "categories", "partners": 1, "items": 24}),
     ("fisher", "_gradients", {}),
     ("wagle", "_gradients", {}),
     ("activation_statistics", "_gradients", {}),
     ("knowledge_neurons", "_gradients", {"steps": 2, "prompts": 1}),
 ]
+IDS = [name + more.get("mode", "") for name, _, more in METHODS]
 
 
-def parted(held: set[str]) -> tuple[Knowledge, Knowledge]:
-    """Facts of which some have no partner to be patched with, and the same with other answers for ``held`` people."""
-    forget = [replace(item, subject="", statements=()) if k % 7 == 0 else replace(item, statements=())
+def parted(held: set[str], without: int = 7) -> tuple[Knowledge, Knowledge]:
+    """Facts of which every ``without``-th has no partner to be patched with, and the same with other answers for
+    ``held`` people."""
+    forget = [replace(item, subject="", statements=()) if (k + 1) % without == 0 else replace(item, statements=())
               for k, item in enumerate(KNOWLEDGE.forget)]  # fmt: skip
     retain = [replace(item, statements=()) for item in KNOWLEDGE.retain]
     own = [k for k, item in enumerate(forget) if item.cluster in held]
@@ -57,17 +61,17 @@ def band_of(found: list[Any]) -> Any:
     return fake
 
 
-@pytest.mark.parametrize(("method", "module", "settings"), METHODS, ids=[name for name, *_ in METHODS])
+@pytest.mark.parametrize(("method", "module", "settings"), METHODS, ids=IDS)
 def test_answers_of_the_facts_that_judge_do_not_change_the_ranking_they_judge(
     method: str, module: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[Any] = []
     monkeypatch.setattr(import_module(f"repforget.locate.{module}"), "exact_band", band_of(found))
-    given = {"items": 16, **settings}
-    rf.locate(model(1), parted(set())[0], method, **given)
+    given, without = {"items": 16, **settings}, 999 if "mode" in settings else 7
+    rf.locate(model(1), parted(set(), without)[0], method, **given)
     judges = {run.cluster for run in found[0][0][0].half(True, 0).forget}
     assert len(judges) > 2
-    before, after = parted(judges)
+    before, after = parted(judges, without)
     whole = [rf.locate(model(1), known, method, **given).scores for known in (before, after)]
     assert whole[0] != whole[1]  # they do change what all facts say
     assert found[0][1] == found[1][1] == found[2][1]
@@ -95,21 +99,10 @@ def test_the_size_of_a_circuit_is_chosen_on_other_facts_than_report_its_faithful
     assert "at most 20 of" in told and len(found.edges) <= 20
 
 
-def test_description_lengths_rank_by_people_on_whom_nothing_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, found = import_module("repforget.locate.mdl_probe"), []
-    monkeypatch.setattr(module, "exact_band", band_of(found))
-    tasks, _ = corrupted_tasks(model(1), KNOWLEDGE, 0, items=12, mode="both")
-    judges = {run.cluster for run in tasks[0].half(True, 0).forget}
-
-    def sent(_: Any, components: Any, rows: Any, *rest: Any) -> Any:
-        saved = np.zeros((len(components), len(rows.facts)))
-        saved[0] = [5.0 if cluster in judges else 0.0 for cluster in rows.clusters]
-        saved[1] = 1.0
-        return module._Sent(saved, rows.forget, tuple(rows.clusters), np.ones(len(components)), len(rows.facts))
-
-    monkeypatch.setattr(module, "_send", sent)
-    result = rf.locate(model(1), KNOWLEDGE, "mdl_probe", nodes=("mlp_out",), items=12)
-    assert result.components[0] != found[0][1][0] == result.components[1]
+def test_no_relation_is_left_to_teach_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("repforget.locate._labelled.MIN_ROWS", 39)
+    with pytest.raises(KnowledgeError, match="39 statements left to rank by"):
+        rf.locate(model(1), KNOWLEDGE, "mdl_probe", nodes=("mlp_out",), statements=1, items=20)
 
 
 def test_nobody_is_left_to_rank_by() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from repforget.causal import subject_tokens
 from repforget.errors import KnowledgeError, UsageError
 from repforget.knowledge import EditData, Fact
+from repforget.locate._exact import Task, may_rank
 from repforget.locate._pairs import choose_facts
 from repforget.models.capture import Batch, capture
 from repforget.models.load import LoadedModel
@@ -38,6 +40,32 @@ class Rows:
     @property
     def clusters(self) -> list[str]:
         return [fact.cluster for fact in self.facts]
+
+    def ranking(self, early: Collection[str]) -> tuple[Rows, NDArray[np.bool_]] | None:
+        """The statements without those of forget subjects that are not ``early``, and which these are.
+
+        None where too few are left to teach a classifier or to rank by.
+        """
+        kept = np.array([not f or c in early for c, f in zip(self.clusters, self.forget, strict=True)], dtype=bool)
+        classes, labels = np.unique(self.labels[kept], return_inverse=True)
+        if kept.sum() < MIN_ROWS or len(classes) < 2 or not self.forget[kept].any():
+            return None
+        facts = tuple(compress(self.facts, kept))
+        return Rows(self.relation, facts, labels.astype(np.int64), self.forget[kept]), kept
+
+
+def early_subjects(tasks: Sequence[Task], probed: Sequence[Rows], seed: int) -> frozenset[str]:
+    """Forget subjects that may teach and rank, because the band of ``tasks`` is not measured on them.
+
+    KnowledgeError where no relation has enough of them.
+    """
+    names = [c for rows in probed for c, forget in zip(rows.clusters, rows.forget, strict=True) if forget]
+    early = frozenset(compress(names, may_rank(tasks, names, seed)))
+    if not any(rows.ranking(early) for rows in probed):
+        raise KnowledgeError(f"No relation has {MIN_ROWS} statements left to rank by, beside those of the subjects on "
+                             "whom the ranking is measured: allow more items, or give facts about more "
+                             "subjects.")  # fmt: skip
+    return early
 
 
 def relations(data: EditData, statements: int, items: int, seed: int) -> tuple[list[Rows], tuple[str, ...]]:

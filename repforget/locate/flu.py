@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from repforget.causal import Metric
 from repforget.errors import UsageError
 from repforget.knowledge import Knowledge
-from repforget.locate._exact import Array, BandPlan, Control, Task, exact_band, may_rank, ranked
-from repforget.locate._labelled import features, relations
+from repforget.locate._exact import Array, BandPlan, Control, Task, exact_band, ranked
+from repforget.locate._labelled import Rows, early_subjects, features, relations
 from repforget.locate._paths import Receiver, measure_paths, path_passes, receiver_of
 from repforget.locate._tasks import corrupted_tasks
 from repforget.locate._units import expand_nodes, heat_maps
@@ -52,7 +54,7 @@ def flu(
     many random MLPs by exact patching on the other half.
 
     Cost: one forward pass per fact and head, one or two per fact and MLP, and the band; for categories one per
-    statement and the fits.
+    statement and the fits, twice.
     What it does not show: facts that are looked up after the extraction heads, at the last token, where the MLP of the
     last layer always scores 0; the difference between enriching and being read for another reason; that an edit there
     lasts. Climbs also come from attention.
@@ -134,23 +136,34 @@ def _categories(
     model: LoadedModel, knowledge: Knowledge, tasks: Sequence[Task], mlps: Sequence[Component], statements: int,
     items: int, seed: int, progress: Progress | None,
 ) -> Found:  # fmt: skip
-    """Climbs of held-out probe accuracy over each layer on all forget facts and on those that the band leaves."""
+    """Climbs of held-out probe accuracy over each layer on all forget facts, and those of classifiers that know none
+    of the facts of the band."""
     states = [Component(Site("resid_pre", 0)), *expand_nodes(model, ("resid_post",))]
     probed, notes = relations(knowledge.for_editor(), statements, items, seed)
-    right: list[Array] = []
+    early = early_subjects(tasks, probed, seed)
+    found: list[Array] = []
+    ranking: list[Array] = []  # taught by none of the subjects on whom the band is measured
     clusters: list[str] = []
     for rows in track(progress, probed, "probing relations"):
         values = features(model, states, rows.facts, "subject")
-        sweep = fit_sweep(np.stack([values[c] for c in states]), rows.labels, rows.clusters, seed=seed, l2=0.01,
-                          control=False)  # fmt: skip
-        right.append(sweep.correct[:, rows.forget].astype(np.float64))
-        clusters += [c for c, forget in zip(rows.clusters, rows.forget, strict=True) if forget]
-    climbs = np.diff(np.concatenate(right, axis=1), axis=0)
+        stacked = np.stack([values[c] for c in states])
+        found.append(_climbs(stacked, rows, seed))
+        clusters += compress(rows.clusters, rows.forget)
+        part = rows.ranking(early)
+        if part is not None:
+            ranking.append(_climbs(stacked[:, part[1]], part[0], seed))
+    climbs = np.concatenate(found, axis=1)
     _, numbers = np.unique(clusters, return_inverse=True)
     low, _ = cluster_interval(climbs, numbers, seed=seed)
     told = () if (low > 0).any() else ("No layer lifts the probe's accuracy on held-out forget subjects beyond chance: "
                                        "no enrichment is claimed.",)  # fmt: skip
     scores = climbs.mean(axis=1)
-    return (scores, climbs[:, may_rank(tasks, clusters, seed)].mean(axis=1),
+    return (scores, np.concatenate(ranking, axis=1).mean(axis=1),
             heat_maps(mlps, scores, "climb of accuracy at the last subject token"), (*notes, *told),
             float(sum(len(rows.facts) for rows in probed)))  # fmt: skip
+
+
+def _climbs(states: NDArray[np.float32], rows: Rows, seed: int) -> Array:
+    """Climb of correctness over each layer, by forget statement [layers, m]."""
+    sweep = fit_sweep(states, rows.labels, rows.clusters, seed=seed, l2=0.01, control=False)
+    return np.asarray(np.diff(sweep.correct[:, rows.forget].astype(np.float64), axis=0))
