@@ -161,14 +161,15 @@ def audit(
 
     Exit code 1 where a row was changed, is missing, or the expected head is not in the chain.
     """
-    from repforget.requests import audit as auditing
+    from repforget.requests import page
+    from repforget.requests.audit import audit as audited
     from repforget.requests.ledger import Ledger
 
     with Ledger(ledger) as book:
-        report = auditing.audit(book, expect_head)
-    page = auditing.write(report, out, show_names=show_names)
+        report = audited(book, expect_head)
+    path = page.write(report, out, show_names=show_names)
     if as_json:
-        print_json({"faults": report.faults, "head": report.head, "report": str(page)})
+        print_json({"faults": report.faults, "head": report.head, "report": str(path)})
     else:
-        typer.echo(f"{report.sentence}\nhead: {report.head}\nreport: {page}")
+        typer.echo(f"{report.sentence}\nhead: {report.head}\nreport: {path}")
     raise typer.Exit(1 if report.faults else 0)

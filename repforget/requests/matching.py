@@ -75,8 +75,9 @@ def matched(names: Sequence[str], known: Index) -> tuple[tuple[str, ...], int]:
 
 
 def hint(name: str, known: Sequence[Named]) -> str:
-    """The nearest names, for whoever mistyped one."""
-    return nearest(name, {other for entry in known for other in entry.names})
+    """The nearest names, for whoever mistyped one; nothing where none is near."""
+    near = nearest(name, {other for entry in known for other in entry.names})
+    return near if near.startswith("did") else ""
 
 
 def items_of(ledger: Ledger, request: Request, knowledge: Knowledge) -> tuple[Item, ...]:

@@ -1,0 +1,262 @@
+"""The audit: what was asked, when, what was done and shown and not shown, for whoever has to account for it.
+
+Everything comes from the ledger alone.  No name, reference or text of a record is in it unless asked for, and only
+words that a theorem allows where it allows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from repforget.discover import method
+from repforget.errors import LedgerError, UnknownNameError
+from repforget.guarantee import Guarantee, unearned
+from repforget.report.tables import level, share
+from repforget.requests.ledger import Event, Ledger, moment
+from repforget.requests.sharded import SCHEME
+from repforget.requests.states import BASES, WAITING, Request, requests
+
+Rows = tuple[tuple[str, str], ...]
+LEFT_OUT = "(left out: it uses a word that only a theorem allows)"
+MEASURED = ("measure", "before (ceiling)", "never knew (floor)", "after", "share left", "at most", "allowed", "outcome")
+NOT_SHOWN = (
+    "A pass says what was tried, with which budget; it does not show that no other attack works. It says nothing about "
+    "what other records left in the training data say of the same, about copies, backups and earlier versions of the "
+    "model, or about systems that store the data outside the model."
+)
+NOT_SHOWN_EXACT = (
+    "The theorem is about this training and these records. It says nothing about what the base model or other records "
+    "know of the same, about copies, backups and earlier versions of the model, or about systems that store the data "
+    "outside the model."
+)
+NOTHING_SHOWN = "Nothing was done to the model for this request, so that nothing was shown."
+STANDING = {
+    "pass": "Answered: the edit passed its verification.",
+    "exact": "Answered: the model equals one that was never trained on the records.",
+    "fail": "Not answered: the edit failed its verification and is not in force.",
+    "inconclusive": "Not answered: the edit is in force, and its verification could not decide.",
+}
+MODES = {
+    "sequential": "made on the model that the edits of earlier requests left",
+    "union": "one new edit of the model for everything that was asked so far",
+    "sharded": "all adapters of the training, those that had seen the records trained again without them",
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """One request in words; ``own`` holds what is shown only when asked for."""
+
+    request: Request
+    standing: str
+    good: str  # pass, fail or inconclusive: how the standing is marked
+    facts: Rows
+    done: tuple[str, ...]
+    shown: tuple[str, ...]
+    measures: tuple[tuple[str, ...], ...]
+    not_shown: str
+    theorem: Rows
+    again: tuple[str, ...]
+    environment: Rows
+    own: Rows = ()
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The state of a ledger at one time; ``faults`` are those of its chain, ``head`` its end."""
+
+    model: str
+    made: datetime
+    head: str
+    faults: tuple[str, ...]
+    sections: tuple[Section, ...]
+    counts: Rows = field(default=())
+
+    @property
+    def rows(self) -> int:
+        return int(self.head.partition(":")[0])
+
+    @property
+    def sentence(self) -> str:
+        if not self.faults:
+            return f"The chain of {self.rows} rows is whole: no row was changed, and none is missing before the last."
+        more = f" (and {len(self.faults) - 1} more)" if len(self.faults) > 1 else ""
+        return f"The chain is BROKEN: {self.faults[0]}{more}. What follows is what the rows say now."
+
+
+def audit(ledger: Ledger, expect_head: str | None = None) -> Audit:
+    """Check the chain and put every request into words.
+
+    A row that can no longer be read leaves the report without sections, and its fault named.  Cost: reads the ledger
+    once and hashes every row; no model is loaded.
+    """
+    now, faults = ledger.clock(), ledger.faults(expect_head)
+    try:
+        found = requests(ledger)
+        events: dict[int, list[Event]] = {}
+        for event in ledger.events():
+            events.setdefault(event.request, []).append(event)
+        sections = tuple(_section(request, events[request.id], now) for request in found)
+        model = str(ledger.facts["model"])
+    except (LedgerError, KeyError, ValueError, TypeError) as error:
+        if not faults:
+            raise
+        return Audit("unknown", now, ledger.head, (*faults, f"requests cannot be read ({error})"), ())
+    return Audit(model, now, ledger.head, faults, sections, _counts(found, now))
+
+
+def _counts(found: Sequence[Request], now: datetime) -> Rows:
+    counted = {
+        "asked": len(found), "answered in time": sum(r.state == "done" and not r.late for r in found),
+        "answered late": sum(r.state == "done" and r.late for r in found),
+        "to be answered": sum(r.state in WAITING and not r.overdue(now) for r in found),
+        "overdue": sum(r.overdue(now) for r in found), "refused": sum(r.state == "refused" for r in found),
+        "in conflict": sum(r.state == "conflict" for r in found), "to keep": sum(r.state == "kept" for r in found),
+    }  # fmt: skip
+    return tuple((name, str(n)) for name, n in counted.items())
+
+
+def _section(request: Request, events: Sequence[Event], now: datetime) -> Section:
+    last: dict[str, Mapping[str, Any]] = {event.kind: event.body for event in events}
+    verdict, edit = last.get("verdict"), last.get("edit")
+    if request.state in ("refused", "conflict"):
+        verdict = edit = None
+    theorem = _guarantee(verdict, edit)
+    held = [theorem] if theorem else []
+    shown: list[str] = [] if verdict is None else [f"Verdict: {verdict['sentence']}"]
+    claims = last.get("shown", {}).get("claims", ()) if verdict is not None and "shown" in last else ()
+    if verdict is not None and not verdict["controls_ok"]:
+        shown.append("A control came out wrong, so that the measures cannot be trusted.")
+    if verdict is not None and not claims:
+        shown.append("Nothing was measured: what holds, holds by the theorem below.")
+    standing, good = _standing(request, now)
+    return Section(
+        request, earned(standing, held), good, _facts(request, events, now),
+        tuple(earned(text, held) for text in _done(request, verdict, edit, held)),
+        tuple(earned(text, held) for text in shown), tuple(_measure(c) for c in claims if _counts_in(c)),
+        NOTHING_SHOWN if verdict is None else NOT_SHOWN_EXACT if theorem and not claims else NOT_SHOWN,
+        () if theorem is None else theorem.lines(), tuple(earned(text, held) for text in _again(events)),
+        _environment(last.get("environment")), _own(request),
+    )  # fmt: skip
+
+
+def earned(text: str, guarantees: Iterable[Guarantee]) -> str:
+    """``text``, or a note that it was left out because of words that no theorem allows here."""
+    return LEFT_OUT if unearned(text, guarantees) else text
+
+
+def _guarantee(verdict: Mapping[str, Any] | None, edit: Mapping[str, Any] | None) -> Guarantee | None:
+    bodies = (body.get("guarantee") for body in (verdict, edit) if body is not None)
+    return next((Guarantee.from_json(body) for body in bodies if body is not None), None)
+
+
+def _standing(request: Request, now: datetime) -> tuple[str, str]:
+    if request.state == "refused":
+        return f"Refused: {request.reason}", "inconclusive"
+    if request.state == "conflict":
+        return f"In conflict: {request.reason}", "inconclusive"
+    if request.state == "kept":
+        return "To be kept: no request to forget it was there before.", "pass"
+    mark = "pass" if request.state == "done" else "fail" if request.overdue(now) else "inconclusive"
+    if request.outcome:
+        return STANDING[request.outcome], mark
+    if request.reason:
+        return f"Not answered, the last attempt ended with an error: {request.reason}", mark
+    return f"To be answered: {'an attempt was begun' if request.attempts else 'nothing was done yet'}.", mark
+
+
+def _facts(request: Request, events: Sequence[Event], now: datetime) -> Rows:
+    about = f"{len(request.names)} records or clusters of" if request.names else "all that is to be forgotten of"
+    kind = "the training" if request.source.startswith(SCHEME) else "the probe"
+    basis = request.basis if request.basis in BASES else "in own words (hidden)"
+    facts = [
+        ("taken down", _time(request.asked)), ("deadline", f"{_time(request.deadline)}; {_met(request, now)}"),
+        ("basis", basis), ("about", f"{about} {kind} '{Path(request.source.removeprefix(SCHEME)).name}'"),
+        ("attempts", str(request.attempts)), ("rows of the ledger", ", ".join(str(event.seq) for event in events)),
+    ]  # fmt: skip
+    if request.clock:
+        facts.append(("clock", f"a time in these rows went {request.clock}; the order of the rows counts"))
+    return tuple(facts)
+
+
+def _met(request: Request, now: datetime) -> str:
+    """Whether the deadline was met, in words."""
+    if request.keep:
+        return "a request to keep has none to meet"
+    if request.answered is not None:
+        return f"{'missed' if request.late else 'met'}: answered {_time(request.answered)}, " + (
+            f"{_span(request.answered - request.deadline)} {'late' if request.late else 'before it'}")  # fmt: skip
+    return f"{'missed: overdue by' if request.overdue(now) else 'not yet:'} {_span(request.deadline - now)}" + (
+        "" if request.overdue(now) else " left")  # fmt: skip
+
+
+def _time(time: datetime) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _span(span: timedelta) -> str:
+    hours = abs(span.total_seconds()) / 3600
+    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"
+
+
+def _done(
+    request: Request, verdict: Mapping[str, Any] | None, edit: Mapping[str, Any] | None, held: Sequence[Guarantee]
+) -> list[str]:
+    """What was done to the model, in plain words."""
+    if verdict is None:
+        return ["Nothing was done to the model."]
+    if edit is None:
+        return ["All records of the training were taken out: the base model is what is left."]
+    name = str(edit["method"])
+    try:
+        summary = method("edit", name).summary
+    except UnknownNameError:
+        summary = ""
+    kind = "Weights" if edit["artifact"] == "weights" else "Weights and states at run time"
+    lines = [f"{kind} of the model were changed in {edit['touched']} places by the method {name}"
+             + (f" ({summary.rstrip('.')})." if summary and not unearned(summary, held) else "."),
+             f"The edit is {MODES.get(edit['mode'], edit['mode'])}; its digest is {edit['digest'][:16]}."]  # fmt: skip
+    if edit["artifact"] != "weights":
+        lines.append("Part of it acts while the model runs: it is gone for whoever holds the weights.")
+    others = [number for number in edit["covers"] if number != request.id]
+    if others:
+        lines.append(f"It also answers request {', '.join(map(str, others))}.")
+    return lines
+
+
+def _counts_in(claim: Mapping[str, Any]) -> bool:
+    return claim["status"] in ("pass", "fail", "inconclusive")
+
+
+def _measure(claim: Mapping[str, Any]) -> tuple[str, ...]:
+    """One measure in words; for what must stay the floor is empty and the share is of quality lost."""
+    verifier, _, measure = str(claim["name"]).partition(".")
+    words = f"{verifier}: {measure}".replace("_", " ") + ("" if claim["kind"] == "knowledge" else " (must stay)")
+    lost = "" if claim["kind"] == "knowledge" else " lost"
+    return (words, level(claim["original"]), level(claim["floor"]), level(claim["edit"]), share(claim["rho"]) + lost,
+            share(claim["rho_high"]), share(claim["margin"]), str(claim["status"]))  # fmt: skip
+
+
+def _again(events: Sequence[Event]) -> list[str]:
+    return [f"Checked again on {_time(moment(event.at))}, after request {event.body.get('after', '?')}: "
+            f"{event.body['outcome']}." for event in events if event.kind == "reverified"]  # fmt: skip
+
+
+def _environment(body: Mapping[str, Any] | None) -> Rows:
+    if body is None:
+        return ()
+    versions = ", ".join(f"{name} {version}" for name, version in body.get("versions", {}).items())
+    facts = (("versions", versions), ("python", body.get("python")), ("device", body.get("device")),
+             ("base model", body.get("model_fingerprint")), ("code", body.get("git")))  # fmt: skip
+    return tuple((name, str(value)) for name, value in facts if value)
+
+
+def _own(request: Request) -> Rows:
+    """What identifies; shown only when asked for."""
+    own = (("asked by", request.who), ("names", ", ".join(request.names)),
+           ("basis", "" if request.basis in BASES else request.basis))  # fmt: skip
+    return tuple((name, value) for name, value in own if value)
