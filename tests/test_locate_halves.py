@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,6 @@ METHODS = [
     ("lens_trajectory", "lens_trajectory", {}),
     ("flu", "flu", {"partners": 1}),
     ("eap", "_edge_locator", {"recheck": 0, "edges": 5, "partners": 1}),
-    ("mdl_probe", "mdl_probe", {"nodes": ("mlp_out",), "layers": [0, 1], "items": 24}),
     ("flu", "flu", {"mode": "categories", "partners": 1, "items": 24}),
     ("fisher", "_gradients", {}),
     ("wagle", "_gradients", {}),
@@ -97,6 +97,31 @@ def test_the_size_of_a_circuit_is_chosen_on_other_facts_than_report_its_faithful
     assert seen == [early, late, late] and late and not early & late
     told = next(note for note in found.notes if "faithfulness of 0.12 on the other half" in note)
     assert "at most 20 of" in told and len(found.edges) <= 20
+
+
+@pytest.mark.parametrize(("method", "fit"), [("mdl_probe", "code_lengths"), ("flu", "fit_sweep")])
+def test_classifiers_that_rank_for_the_band_are_taught_by_none_whom_it_is_measured_on(
+    method: str, fit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, found = import_module(f"repforget.locate.{method}"), []
+    monkeypatch.setattr(module, "exact_band", band_of(found))
+    tasks, _ = corrupted_tasks(model(1), KNOWLEDGE, 0, items=12, partners=2, mode="both")
+    judges = {run.cluster for run in tasks[0].half(True, 0).forget}
+    others = {item.cluster for item in KNOWLEDGE.forget} - judges
+
+    def fake(features: Any, labels: Any, groups: Any, **_: Any) -> Any:
+        assert sorted(set(labels.tolist())) == list(range(labels.max() + 1)) and features.shape[1] == len(labels)
+        best = 2 if judges & set(groups) else 1  # whoever is taught by the judges names another MLP
+        assert others & set(groups)
+        bits = np.full((len(features), len(labels)), 5.0)
+        bits[best] = 1.0
+        right = np.cumsum(np.arange(len(features)) == best + 1)[:, None] * np.ones(len(labels))
+        return SimpleNamespace(bits=bits, n_classes=4, compression=np.ones(len(features)), correct=right)
+
+    monkeypatch.setattr(module, fit, fake)
+    given: dict[str, Any] = {"nodes": ("mlp_out",)} if method == "mdl_probe" else {"mode": "categories"}
+    result = rf.locate(model(1), KNOWLEDGE, method, items=12, **given)
+    assert (found[0][1][0].site.layer, result.components[0].site.layer) == (1, 2)
 
 
 def test_no_relation_is_left_to_teach_by(monkeypatch: pytest.MonkeyPatch) -> None:
