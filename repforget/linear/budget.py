@@ -76,8 +76,8 @@ def within(budget: Budget, head: Logistic, rows: int) -> Logistic:
 def removals_left(budget: Budget, head: Logistic) -> int:
     """About how many more single rows the budget covers; an estimate from typical rows, no promise.
 
-    Each is taken to move the weights by the typical step away from the reference, so that bounds grow with their
-    number and the sum with its square; real steps point in different directions, and more will fit.
+    Steps of typical length are taken to point in random directions, so that the distance from the reference grows with
+    the root of their number; rows that pull the same way spend the budget sooner.
     """
     length, seen = head.typical
     left = budget.limit - head.residual
@@ -88,6 +88,6 @@ def removals_left(budget: Budget, head: Logistic) -> int:
         return head.n
     behind = float(np.linalg.norm(head.weights - head.reference))
     share = LIPSCHITZ * top * seen
-    # the k-th adds share * (behind + (k - 1/2) length): k behind + k^2/2 length = left / share
-    k = (math.sqrt(behind**2 + 2 * length * left / share) - behind) / length
+    # the integral of share * sqrt(behind^2 + u length^2) over u from 0 to k is what is left
+    k = ((behind**3 + 1.5 * length**2 * left / share) ** (2 / 3) - behind**2) / length**2
     return min(head.n, int(k))

@@ -26,7 +26,7 @@ from repforget.linear.ridge import Sign
 
 LIPSCHITZ = 1 / (6 * np.sqrt(3.0))  # of the second derivative of log(1 + exp(-z)); Guo et al. use 1/4
 FAST = 0.1  # a gradient that shrinks by less than this asks for a new Hessian
-MAX_STEPS, HALVINGS = 100, 40
+MAX_STEPS, HALVINGS, ARMIJO, FLAT = 100, 40, 1e-4, 1e-10
 SAMPLE = 64  # rows whose removal is tried at fitting time, to tell how many removals a budget allows
 
 
@@ -112,7 +112,7 @@ def refit(head: Logistic, x: NDArray[Any], y: NDArray[Any], tolerance: float = 1
     size = sum(float(np.linalg.norm(x[b].astype(np.float64, copy=False))) ** 2 for b in blocks(len(x)))
     lengths = np.sqrt(size * len(x) * y.shape[1])  # at least the sum of the norms of all parts of the gradient
     in_logits = size * x.shape[1] * EPS * float(np.linalg.norm(weights))
-    residual = float(np.linalg.norm([norm for _, norm in columns])) + rounding(len(x)) * lengths + in_logits
+    residual = float(np.linalg.norm([norm for _, norm in columns]) + rounding(len(x)) * lengths + in_logits)
     found = Logistic(weights, head.noise, weights, gram(x), np.stack([curvature(x, w) for w in weights.T]), len(x),
                      head.lam, residual, rounding(len(x)) * size)  # fmt: skip
     return replace(found, typical=_typical(found, x, y))
@@ -193,38 +193,40 @@ def _typical(head: Logistic, x: NDArray[Any], y: NDArray[Any]) -> tuple[float, f
 def _minimised(
     x: NDArray[Any], y: NDArray[Any], w: Array, penalty: float, noise: Array, hessian: Array | None, tolerance: float
 ) -> tuple[Array, float]:
-    """One column by Newton's method on the norm of the gradient: the weights and the norm reached."""
+    """One column by damped Newton steps: the weights and the norm of the gradient reached."""
 
-    def gradient(at: Array) -> Array:
-        return slope(x, y, at[:, None])[:, 0] + penalty * at + noise
+    def measured(at: Array) -> tuple[float, Array]:
+        value = penalty / 2 * float(at @ at) + float(noise @ at)
+        for b in blocks(len(x)):
+            value += float(np.logaddexp(0.0, -y[b, 0] * (x[b].astype(np.float64, copy=False) @ at)).sum())
+        return value, slope(x, y, at[:, None])[:, 0] + penalty * at + noise
 
     # what a gradient of many terms can be trusted to, as a random walk of their rounding
     floor = 8 * EPS * (np.sqrt(len(x)) + penalty * float(np.linalg.norm(w)) + float(np.linalg.norm(noise)))
-    g = gradient(w)
-    norm, fresh = float(np.linalg.norm(g)), False
-    factored = None
+    value, g = measured(w)
+    norm, factored = float(np.linalg.norm(g)), None
     for _ in range(MAX_STEPS):
         if norm <= max(tolerance, floor):
             return w, norm
+        fresh = factored is None and hessian is None
         if factored is None:
-            fresh = hessian is None
             held = curvature(x, w) if hessian is None else hessian
             factored = factor(held + penalty * np.eye(len(w)), "The Hessian")
         step, size = solve(factored, g), 1.0
         for _ in range(HALVINGS):
-            trial = gradient(w - size * step)
+            lower, trial = measured(w - size * step)
             reached = float(np.linalg.norm(trial))
-            if reached < norm:
+            flat = abs(lower - value) <= FLAT * abs(value)  # too close for the objective to tell
+            if lower < value - ARMIJO * size * float(g @ step) or (flat and reached < norm):
+                slow, w, value, g, norm = reached > FAST * norm, w - size * step, lower, trial, reached
                 break
             size /= 2
         else:
-            if fresh:  # rounding: no shorter step helps
-                break
-        if reached < norm:
-            w, g = w - size * step, trial
-        if reached > FAST * norm:
+            if fresh:
+                break  # rounding: no shorter step helps
+            slow = True
+        if slow:
             factored = hessian = None
-        norm = min(norm, reached)
     if norm > 1e-6 * (1 + penalty):
         raise NumericalError(f"The logistic head was not fitted: after {MAX_STEPS} Newton steps the gradient has the "
                              f"norm {norm:.2g}; raise the L2 penalty, or scale the features.")  # fmt: skip

@@ -13,7 +13,9 @@ from scipy.special import logsumexp
 from repforget.errors import NumericalError, UsageError
 from repforget.linear._arrays import EPS, Array, rounding, total
 
-MAX_STEPS, MAX_PRODUCTS, HALVINGS = 60, 2000, 30
+MAX_STEPS, MAX_PRODUCTS, HALVINGS, ARMIJO, FLAT = 60, 2000, 30, 1e-4, 1e-10
+TINY = float(np.finfo(np.float64).tiny)
+MEMORY = 128 << 20  # bytes of Hessian blocks that precondition
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def fit_softmax(
     held = np.zeros(shape) if start is None else start.astype(np.float64)
     problem = _Problem(x, y, np.zeros(shape) if base is None else base.astype(np.float64),
                        np.zeros(classes) if bias is None else bias.astype(np.float64), float(lam))  # fmt: skip
-    gradient = problem.gradient(held)
+    value, gradient = problem.measured(held)
     norm = float(np.linalg.norm(gradient))
     floor = 64 * EPS * np.sqrt(len(x) + 1.0)
     for _ in range(MAX_STEPS):
@@ -60,22 +62,25 @@ def fit_softmax(
             told(norm)
         if norm <= max(tolerance, floor):
             break
-        step, size = _conjugate(problem, held, gradient, min(0.1, norm) * norm), 1.0
+        step, size = _conjugate(problem, held, gradient, max(min(0.1, norm) * norm, 0.1 * tolerance)), 1.0
+        slope = float((gradient * step).sum())
         for _ in range(HALVINGS):
-            trial = problem.gradient(held - size * step)
+            lower, trial = problem.measured(held - size * step)
             reached = float(np.linalg.norm(trial))
-            if reached < norm:
+            flat = abs(lower - value) <= FLAT * abs(value)  # too close for the objective to tell
+            if lower < value - ARMIJO * size * slope or (flat and reached < norm):
                 break
             size /= 2
         else:
             break  # rounding: no shorter step helps
-        held, gradient, norm = held - size * step, trial, reached
+        held, value, gradient, norm = held - size * step, lower, trial, reached
     if norm > 1e-6 * (1 + lam):
         raise NumericalError(f"The softmax head was not fitted: its gradient has the norm {norm:.2g} after {MAX_STEPS} "
                              "Newton steps; raise the L2 penalty, or scale the features.")  # fmt: skip
     logits = float(np.linalg.norm(problem.base + held)) * x.shape[1] * EPS
     size = float(np.linalg.norm(x)) if len(x) else 0.0
-    return Softmax(held, len(x), float(lam), norm + (rounding(len(x)) * np.sqrt(len(x) + 1.0) + logits * size) * size)
+    doubt = (rounding(len(x)) * np.sqrt(len(x) + 1.0) + logits * size) * size
+    return Softmax(held, len(x), float(lam), float(norm + doubt))
 
 
 def _check(x: NDArray[Any], y: NDArray[Any], classes: int, lam: float) -> None:
@@ -102,16 +107,39 @@ class _Problem:
         chances: Array = np.exp(z - logsumexp(z, axis=1, keepdims=True))
         return held, chances
 
-    def gradient(self, change: Array) -> Array:
+    def measured(self, change: Array) -> tuple[float, Array]:
+        """The objective and its gradient [d, k]."""
         weights = self.base + change
+        value = 0.5 * self.lam * float((change**2).sum())
 
         def part(block: slice) -> Array:
+            nonlocal value
             held, chances = self._chances(block, weights)
-            chances[np.arange(len(held)), self.y[block]] -= 1
+            own = np.arange(len(held)), self.y[block]
+            value -= float(np.log(np.maximum(chances[own], TINY)).sum())
+            chances[own] -= 1
             found: Array = held.T @ chances
             return found
 
-        return total(len(self.x), change.shape, part) + self.lam * change
+        gradient = total(len(self.x), change.shape, part) + self.lam * change
+        return value, gradient
+
+    def blocks(self, change: Array) -> tuple[NDArray[np.intp], Array]:
+        """Classes of most curvature with their own blocks of the Hessian [c, d, d], and last one block for the rest."""
+        size = self.x.shape[1]
+        weights = self.base + change
+        curved = total(len(self.x), (change.shape[1],), lambda b: _curved(self._chances(b, weights)[1]).sum(0))
+        own = np.argsort(-curved)[: max(1, MEMORY // (8 * size * size))]
+        rest = np.setdiff1d(np.arange(change.shape[1]), own)
+
+        def part(block: slice) -> Array:
+            held, chances = self._chances(block, weights)
+            each = _curved(chances)
+            shared = each[:, rest].mean(1, keepdims=True) if len(rest) else np.zeros((len(held), 1))
+            return np.stack([held.T @ (column[:, None] * held) for column in np.hstack([each[:, own], shared]).T])
+
+        found = total(len(self.x), (len(own) + 1, size, size), part)
+        return own, found + self.lam * np.eye(size)
 
     def product(self, change: Array, direction: Array) -> Array:
         weights = self.base + change
@@ -125,18 +153,44 @@ class _Problem:
         return total(len(self.x), change.shape, part) + self.lam * direction
 
 
+def _curved(chances: Array) -> Array:
+    found: Array = chances * (1 - chances)
+    return found
+
+
 def _conjugate(problem: _Problem, change: Array, right: Array, tolerance: float) -> Array:
-    """``H^-1 right`` by conjugate gradients, to a residual of norm ``tolerance``."""
+    """``H^-1 right`` by conjugate gradients, to a residual of norm ``tolerance``.
+
+    Preconditioned by the Hessian's blocks of single classes.  What is the same for all classes is treated apart: there
+    the Hessian is the penalty alone.
+    """
+    own, blocks = problem.blocks(change)
+    inverses = np.linalg.inv(blocks)
+    rest = np.setdiff1d(np.arange(right.shape[1]), own)
+
+    def centred(x: Array) -> Array:
+        shifted: Array = x - x.mean(1, keepdims=True)
+        return shifted
+
+    def conditioned(x: Array) -> Array:
+        flat = centred(x)
+        turned = np.empty_like(x)
+        turned[:, own] = np.einsum("cde,ec->dc", inverses[:-1], flat[:, own], optimize=True)
+        turned[:, rest] = inverses[-1] @ flat[:, rest]
+        return centred(turned) + (x - flat) / problem.lam
+
     found = np.zeros_like(right)
-    left, direction = right.copy(), right.copy()
-    size = float((left**2).sum())
+    left = right.copy()
+    direction = conditioned(left)
+    size = float((left * direction).sum())
     for _ in range(MAX_PRODUCTS):
-        if size**0.5 <= tolerance:
+        if float(np.linalg.norm(left)) <= tolerance:
             break
         turned = problem.product(change, direction)
         length = size / float((direction * turned).sum())
         found += length * direction
         left -= length * turned
-        size, before = float((left**2).sum()), size
-        direction = left + (size / before) * direction
+        better = conditioned(left)
+        size, before = float((left * better).sum()), size
+        direction = better + (size / before) * direction
     return found
