@@ -1,9 +1,9 @@
 """Influence: which training records are behind an answer, by the curvature of the training loss."""
 
 from repforget.influence.audit import Ranking, rank
-from repforget.influence.curvature import Curvature, curvature
+from repforget.influence.ekfac import Curvature, curvature
 from repforget.influence.factors import Factors
 from repforget.influence.maps import linear_maps
-from repforget.influence.scores import scores, self_scores
+from repforget.influence.score import scores, self_scores
 
 __all__ = ["Curvature", "Factors", "Ranking", "curvature", "linear_maps", "rank", "scores", "self_scores"]

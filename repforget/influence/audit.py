@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repforget.errors import UsageError
-from repforget.influence.curvature import Curvature
-from repforget.influence.scores import scores
+from repforget.influence.ekfac import Curvature
+from repforget.influence.score import scores
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress
 from repforget.training import Example, Record

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from repforget.errors import UsageError
-from repforget.influence.curvature import Curvature
+from repforget.influence.ekfac import Curvature
 from repforget.influence.factors import per_record, slices
 from repforget.influence.passes import Pass, passes, predictions
 from repforget.models.load import LoadedModel
