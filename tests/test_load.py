@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -257,6 +258,39 @@ def test_an_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp
         assert "organism:bios" in sentence(error)
 
 
+def test_without_a_network_the_answer_comes_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import huggingface_hub.constants
+
+    tried: list[Any] = []
+
+    def connect(place: Any, seconds: float) -> Any:
+        tried.append(place)
+        raise OSError(-2, "Name or service not known")
+
+    monkeypatch.setattr(_files.socket, "create_connection", connect)
+    monkeypatch.setattr(_files, "getproxies", dict)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "https://hub.example")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for request in (load, estimate):
+        with pytest.raises(ModelLoadError, match="hub.example cannot be reached: Name or service not known") as error:
+            request("gpt2")
+        assert "organism:bios" in sentence(error)
+    assert tried == [("hub.example", 443)] * 2
+    copy = tmp_path / "models--owner--model" / "snapshots" / "abc"  # as the client lays out what it downloads
+    shutil.copytree(folder, copy)
+    (copy.parents[1] / "refs").mkdir()
+    (copy.parents[1] / "refs" / "main").write_text("abc")
+    assert load("owner/model").name == "owner/model" and len(tried) == 3
+    monkeypatch.setattr(_files, "getproxies", lambda: {"https": "http://proxy.example"})
+    assert _files.without_hub("owner/model", None) is None and len(tried) == 3
+    monkeypatch.setattr(_files.socket, "create_connection", lambda *_: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(_files, "getproxies", dict)
+    assert _files.without_hub("gpt2", None) is None  # the hub is asked
+
+
 def test_estimates_of_hub_models_read_headers_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub.utils import SafetensorsRepoMetadata
@@ -271,6 +305,7 @@ def test_estimates_of_hub_models_read_headers_alone(folder: Path, monkeypatch: p
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda _name, revision=None: whole)
     config = room._config("local", str(folder), False, None)
     monkeypatch.setattr(room, "_config", lambda *_: config)
+    monkeypatch.setattr(_files, "without_hub", lambda *_: None)
     ours, local = estimate("owner/model"), estimate(str(folder))
     assert (ours.parameters, ours.bytes, ours.dtype) == (local.parameters, local.bytes, local.dtype)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import struct
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from repforget.errors import ModelLoadError, nearest
 
@@ -32,6 +35,37 @@ def locate(name: str) -> tuple[str, Path | None]:
                              f"*.safetensors, a hub id such as 'owner/model', or "
                              f"'organism:bios'{_sibling(path)}.")  # fmt: skip
     return name, None
+
+
+def without_hub(name: str, revision: str | None) -> Path | None:
+    """The downloaded copy of a hub model where the hub cannot be reached; None where it can.
+
+    Asked once instead of through the client, which tries again for half a minute. ModelLoadError where neither is
+    there.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    reason = "offline mode is on" if constants.HF_HUB_OFFLINE else _unreachable(constants.ENDPOINT)
+    if reason is None:
+        return None
+    config = try_to_load_from_cache(name, "config.json", cache_dir=constants.HF_HUB_CACHE, revision=revision)
+    if isinstance(config, str):
+        return _checked_folder(Path(config).parent)
+    raise ModelLoadError(f"Model '{name}' is neither a local folder nor reachable on the hub ({reason}, and no copy "
+                         "was downloaded before); check the name and the network, or use a folder or "
+                         "'organism:bios'.")  # fmt: skip
+
+
+def _unreachable(address: str) -> str | None:
+    """Why nothing answers at a web address; None where something does, or where a proxy is asked instead."""
+    place = urlsplit(address)
+    if not place.hostname or {place.scheme, "all"} & getproxies().keys():
+        return None
+    try:
+        socket.create_connection((place.hostname, place.port or (80 if place.scheme == "http" else 443)), 5).close()
+    except OSError as reason:
+        return f"{place.hostname} cannot be reached: {reason.strerror or reason}"
+    return None
 
 
 def _organism(name: str) -> Path:

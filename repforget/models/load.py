@@ -108,7 +108,7 @@ def load(
         architecture.
         ResourceError: the weights do not fit into the free memory; said before anything is loaded.
     """
-    source, folder = locate(name)
+    source, folder = _place(name, revision)
     if device_map is not None and device != "auto":
         raise ModelLoadError(f"Both device '{device}' and device_map were given: choose one of them.")
     place = device_of(device)
@@ -156,7 +156,7 @@ def estimate(
     revision: str | None = None,
 ) -> ModelEstimate:  # fmt: skip
     """Return what a model needs, from its configuration and safetensors headers alone (no weight is loaded)."""
-    source, folder = locate(name)
+    source, folder = _place(name, revision)
     config = _config(name, source, trust_remote_code, revision)
     entries = list(_files.headers(folder)) if folder is not None else _hub_headers(name, revision)
     total, size, code = _files.count(iter(entries))
@@ -166,6 +166,14 @@ def estimate(
     return ModelEstimate(name, total, size, total * itemsize, str(kind).removeprefix("torch."),
                          int(text.num_hidden_layers), int(text.hidden_size), int(text.vocab_size),
                          tuple((tensor, shape) for tensor, _, shape in entries))  # fmt: skip
+
+
+def _place(name: str, revision: str | None) -> tuple[str, Path | None]:
+    """Source and folder of a name; the folder of its downloaded copy where the hub cannot be reached."""
+    source, folder = locate(name)
+    if folder is None and (folder := _files.without_hub(name, revision)) is not None:
+        source = str(folder)
+    return source, folder
 
 
 def _hub_headers(name: str, revision: str | None) -> list[tuple[str, str, tuple[int, ...]]]:
