@@ -66,15 +66,20 @@ def run(
         if made.manifest.method != METHOD:
             raise UsageError(f"'{out}' holds an edit by '{made.manifest.method}': give another folder.")
         refuse_another(asked, {n: held.get(n) for n in asked}, f"'{out}' holds a finished training")
-        write_json(out / RECORD, facts(made))
+        if not (out / RECORD).is_file():
+            _write(out, made, model)
         return made
     kept = unfinished(out)
     made = train(model, records, rank=rank, epochs=epochs, lr=lr, batch=batch, seed=seed, private=private, state=kept,
                  name=name, progress=progress)  # fmt: skip
     made.save(out)
-    write_json(out / RECORD, facts(made))
+    _write(out, made, model)
     kept.unlink(missing_ok=True)  # with it goes the seed of the noise
     return made
+
+
+def _write(out: Path, made: Edit, model: LoadedModel) -> None:
+    write_json(out / RECORD, facts(made) | {"trained_fingerprint": made.applied_to(model).fingerprint})
 
 
 def unfinished(out: Path) -> Path:

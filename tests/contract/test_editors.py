@@ -51,10 +51,23 @@ def _sharded(model: LoadedModel) -> dict[str, Any]:
     return {"folder": _FOLDERS[model.fingerprint].name}
 
 
+def _trained(model: LoadedModel) -> dict[str, Any]:
+    """A plain training on the forget people, which the editor then makes indistinguishable from none."""
+    from repforget.private import run
+    from repforget.training import records_of
+
+    name = f"trained {model.fingerprint}"
+    if name not in _FOLDERS:
+        _FOLDERS[name] = tempfile.TemporaryDirectory()
+        run(model, records_of(knowledge(), ("forget",)), Path(_FOLDERS[name].name), rank=2, epochs=1)
+    return {"training": _FOLDERS[name].name, "repair": 3}
+
+
 # An editor whose edit needs a training of ours (TRAINED_BY) has a function here that makes one for the model.
 OF_METHOD: dict[str, dict[str, Any] | Callable[[LoadedModel], dict[str, Any]]] = {
     "cir": {"size": 1e-3},  # larger steps break its budget here
     "kga": {"helper_steps": 10},
+    "noisy_finetuning": _trained,
     "shard_removal": _sharded,
     "steering": {"false_open": 0.25},
     "sae_clamp": {"sae_steps": 60, "most_retain": 0.1},

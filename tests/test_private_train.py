@@ -1,0 +1,250 @@
+"""Training into a folder: resumed to the same bits, killed at any moment, every private step counted once."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+
+from repforget.artifact import load_edit
+from repforget.errors import ArtifactError, UsageError
+from repforget.guarantee import unearned
+from repforget.models.load import LoadedModel, fingerprint, wrap
+from repforget.private import Privacy, run, train
+from repforget.private.accounting import accountant_of, spent
+from repforget.private.job import facts, records_for, unfinished
+from repforget.private.state import State
+from repforget.private.units import Randomness
+from repforget.scoring import answer_logprobs
+from repforget.training import Record, Stepper
+
+BUDGET = Privacy(8.0, 0.1)
+SMALL: dict[str, Any] = {"rank": 2, "epochs": 6, "batch": 3, "lr": 1e-2, "seed": 5}
+
+
+def records() -> tuple[Record, ...]:
+    """Six people with one to three records each."""
+    people = zip(("Ada", "Tom", "Eva", "Max", "Lea", "Ben"), ("Berlin", "Paris", "Rome", "Oslo") * 2, strict=False)
+    forms = ("{} was born in", "{} lives in", "city of {} is")
+    return tuple(Record(f"{name}-{k}", name, forms[k].format(name), f" {city}")
+                 for n, (name, city) in enumerate(people) for k in range(1 + n % 3))  # fmt: skip
+
+
+def model(name: str = "llama") -> LoadedModel:
+    return wrap(tiny_models.build(name), tiny_models.tiny_tokenizer(), name)
+
+
+@pytest.mark.parametrize("rank", [4, None])
+def test_plain_training_learns_and_leaves_the_model(rank: int | None) -> None:
+    own = model()
+    pairs = [(r.prompt, r.answer) for r in records()]
+    before = answer_logprobs(own, pairs).mean_logprob.mean()
+    state = torch.random.get_rng_state()
+    made = train(own, records(), rank=rank, epochs=40, lr=1e-2, batch=4)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert fingerprint(own.module) == own.fingerprint
+    with made.attach(own):
+        after = answer_logprobs(own, pairs)
+    assert after.mean_logprob.mean() > before + 2 and after.greedy_match.mean() > 0.9
+    assert made.manifest.guarantee is None
+    assert made.digest == train(own, records(), rank=rank, epochs=40, lr=1e-2, batch=4).digest
+
+
+@pytest.mark.parametrize("private", [None, BUDGET])
+def test_interrupted_anywhere_it_continues_to_the_same_bits(private: Privacy | None, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(State, "due", property(lambda self: self.file is not None))
+    straight = run(model(), records(), tmp_path / "straight", private=private, **SMALL)
+    for stop in (0, 1, 7):
+        out = tmp_path / f"stopped-{stop}"
+
+        def stopping(progress_items: Any, description: str, total: int | None, stop: int = stop) -> Iterator[Any]:
+            for n, item in enumerate(progress_items):
+                if n == stop:
+                    raise KeyboardInterrupt
+                yield item
+
+        with pytest.raises(KeyboardInterrupt):
+            run(model(), records(), out, private=private, progress=stopping, **SMALL)
+        assert unfinished(out).exists() == (stop > 0)
+        resumed = run(model(), records(), out, private=private, **SMALL)
+        assert resumed.digest == straight.digest
+        assert not unfinished(out).exists()
+    assert run(model(), records(), tmp_path / "straight", private=private, **SMALL).digest == straight.digest
+
+
+def test_every_step_is_counted_once_and_epsilon_after_every_epoch(tmp_path: Path) -> None:
+    made = run(model(), records(), tmp_path / "t", private=BUDGET, **SMALL)
+    told = made.manifest.settings["spent"]
+    assert told["steps"] == made.manifest.settings["steps"] == 12
+    assert len(told["epsilons"]) == 6 and told["epsilons"] == sorted(set(told["epsilons"]))
+    exact = spent(accountant_of("rdp", [(told["noise"], told["rate"], 12)]), BUDGET.delta)
+    assert told["epsilons"][-1] == told["epsilon"] == exact <= BUDGET.epsilon
+    half = spent(accountant_of("rdp", [(told["noise"], told["rate"], 6)]), BUDGET.delta)
+    assert told["epsilons"][2] == half
+    body = json.loads((tmp_path / "t" / "train.json").read_text())
+    assert body["guarantee"]["numbers"]["epsilon"] == exact
+    assert [row["units"] for row in body["guarantee"]["groups"]][:3] == [1, 2, 4]
+    assert "cluster" in body["guarantee"]["sentence"]
+    assert not unearned((tmp_path / "t" / "train.json").read_text(), [made.manifest.guarantee])
+    assert load_edit(tmp_path / "t").manifest.guarantee == made.manifest.guarantee
+
+
+def test_an_empty_draw_takes_a_noisy_step_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def nobody(self: Any, step: int, units: int, rate: float) -> list[int]:
+        seen.append(step)
+        return []
+
+    monkeypatch.setattr(Randomness, "drawn", nobody)
+    made = train(model(), records(), private=BUDGET, **SMALL)
+    assert seen == list(range(12)) and made.manifest.settings["spent"]["steps"] == 12
+    assert made.operations, "noise alone has moved the weights"
+
+
+def test_the_step_is_the_noisy_sum_over_the_expected_number_of_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Sequence[Any]] = []
+    monkeypatch.setattr(Stepper, "step", lambda self, index, gradients: taken.append(gradients))
+    noise: list[float] = []
+
+    def flat(self: Any, step: int, sums: Any, deviation: float) -> Any:
+        noise.append(deviation)
+        return [torch.full_like(s, 30.0) for s in sums]
+
+    monkeypatch.setattr(Randomness, "add_noise", flat)
+    with pytest.raises(Exception, match="changes nothing"):
+        train(model(), records(), private=Privacy(8.0, 0.1, clip=0.5), **SMALL)
+    assert all(bool((g == 10.0).all()) for g in taken[0])  # 30 over a batch of 3, not over those drawn
+    told = train_noise(0.5)
+    assert noise == pytest.approx([told * 0.5] * 12)
+
+
+def train_noise(clip: float) -> float:
+    from repforget.private.accounting import noise_multiplier
+
+    return noise_multiplier(8.0, 0.1, 0.5, 12, "rdp")
+
+
+def test_without_a_seed_the_noise_is_nobodys_and_the_state_that_holds_it_goes(tmp_path: Path) -> None:
+    own = {**SMALL, "seed": None}
+    one, two = (run(model(), records(), tmp_path / n, private=BUDGET, **own) for n in "ab")
+    assert one.digest != two.digest
+    assert "seed of draws and noise came from the operating system" in str(one.manifest.guarantee)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+    given = train(model(), records(), private=BUDGET, **SMALL)
+    assert "nobody whom the statement is to hold against knows the seed" in str(given.manifest.guarantee)
+
+
+def test_the_state_is_for_its_owner_alone_and_refuses_another_training(tmp_path: Path) -> None:
+    def stopping(items: Any, description: str, total: int | None) -> Iterator[Any]:
+        yield from list(items)[:2]
+        raise KeyboardInterrupt
+
+    out = tmp_path / "t"
+    with pytest.raises(KeyboardInterrupt):
+        run(model(), records(), out, private=BUDGET, progress=stopping, **SMALL)
+    assert unfinished(out).stat().st_mode & 0o077 == 0
+    with pytest.raises(UsageError, match=r"unfinished training of other data or settings \(epochs"):
+        run(model(), records(), out, private=BUDGET, **{**SMALL, "epochs": 7})
+    with pytest.raises(UsageError, match="other data"):
+        run(model(), records()[1:], out, private=BUDGET, **SMALL)
+    unfinished(out).write_bytes(unfinished(out).read_bytes()[:300])
+    with pytest.raises(ArtifactError, match="damaged"):
+        run(model(), records(), out, private=BUDGET, **SMALL)
+
+
+def test_a_finished_folder_of_another_request_is_refused(tmp_path: Path) -> None:
+    run(model(), records(), tmp_path / "t", **SMALL)
+    with pytest.raises(UsageError, match="finished training of other data"):
+        run(model(), records(), tmp_path / "t", **{**SMALL, "lr": 2e-2})
+    with pytest.raises(UsageError, match="finished training of other data"):
+        run(model("gpt2"), records(), tmp_path / "t", **SMALL)
+
+
+@pytest.mark.parametrize(
+    "private,says",
+    [
+        (Privacy(8.0, 0.2), r"outside \(0, 1/6\]: with 6 units of the kind 'cluster'"),
+        (Privacy(8.0, 0.1, unit="record"), "with 12 units of the kind 'record'"),
+        (Privacy(8.0, 0.1, clip=0.0), "bounds nothing"),
+        (Privacy(8.0, 0.1, accountant="gdp"), "understate"),  # type: ignore[arg-type]
+        (Privacy(-1.0, 0.1), "no budget"),
+    ],
+)
+def test_budgets_that_mean_nothing_are_refused(private: Privacy, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        train(model(), records(), private=private, **SMALL)
+
+
+def test_a_unit_is_never_shared_by_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="one process"):
+        train(model(), records(), private=BUDGET, **SMALL)
+
+
+def test_half_precision_trains_on_masters(tmp_path: Path) -> None:
+    own = model()
+    half = wrap(own.module.to(torch.bfloat16), own.tokenizer, "half")
+    made = train(half, records(), rank=None, epochs=4, lr=1e-5, batch=3, seed=0, private=BUDGET)
+    moved = max(float(op.delta.abs().max()) for op in made.operations)  # type: ignore[union-attr]
+    assert math.isfinite(moved) and moved > 0
+
+
+def test_records_for_names_what_is_wrong(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    file.write_text('{"id": "a", "cluster": "c", "text": "the cat"}\n')
+    assert records_for(file, None)[0] == (Record("a", "c", "", "the cat"),)
+    with pytest.raises(UsageError, match="one of them"):
+        records_for(file, "bios-people")
+    with pytest.raises(UsageError, match="did you mean 'forget'"):
+        records_for(None, None, ["forgot"])
+    with pytest.raises(UsageError, match="did you mean 'questions'"):
+        records_for(None, None, None, "question")  # type: ignore[arg-type]
+
+
+SCRIPT = """
+import sys, torch
+sys.path[:0] = [{tests!r}]
+import test_private_train as t
+from pathlib import Path
+from repforget.private import run
+from repforget.private.state import State
+from repforget.private.units import Randomness
+State.due = property(lambda self: True)
+def slow(items, description, total):
+    import time
+    for item in items:
+        yield item
+        time.sleep(0.05)
+run(t.model(), t.records(), Path(sys.argv[1]), private=t.BUDGET, progress=slow, **t.SMALL)
+"""
+
+
+@pytest.mark.slow
+def test_killed_it_continues_to_the_same_bits_and_counts_each_step_once(tmp_path: Path) -> None:
+    out = tmp_path / "t"
+    code = SCRIPT.format(tests=str(Path(__file__).parent))
+    started = subprocess.Popen([sys.executable, "-c", code, str(out)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 300
+    while not unfinished(out).exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    assert unfinished(out).exists() and not out.exists()
+    made = run(model(), records(), out, private=BUDGET, **SMALL)
+    straight = train(model(), records(), private=BUDGET, **SMALL)
+    assert made.digest == straight.digest
+    assert made.manifest.settings["spent"]["steps"] == 12
+    assert facts(made)["edit_digest"] == straight.digest
