@@ -123,8 +123,8 @@ def erase(training: Training) -> int:
 
 def share(before: Training, after: Training) -> float:
     """Record passes of the stages of ``after`` that ``before`` does not share, over those of all; 0 for "s3t"."""
-    known = {before.path(stage) for stage in before.stages}
-    passes = [(stage.passes(after.settings), after.path(stage) not in known) for stage in after.stages]
+    known = {before.path(stage).name for stage in before.stages}
+    passes = [(stage.passes(after.settings), after.path(stage).name not in known) for stage in after.stages]
     again = sum(n for n, new in passes if new and after.settings.order == "sisa")
     return again / max(1, sum(n for n, _ in passes))
 
