@@ -13,7 +13,9 @@ from repforget.cli import (
     compare,
     edit,
     features,
+    federated,
     fold,
+    head,
     influence,
     locate,
     methods,
@@ -37,6 +39,8 @@ for module in (run, plan, locate, edit, train, fold, verify, bench, compare, cal
     app.command(name=module.__name__.rpartition(".")[2])(module.command)
 app.add_typer(organism.app, name="organism")
 app.add_typer(features.app, name="features")
+app.add_typer(head.app, name="head")
+app.add_typer(federated.app, name="federated")
 app.add_typer(request.app, name="request")
 app.command(name="train-shards")(train_shards.command)
 app.add_typer(train_shards.app, name="shards")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -112,3 +113,12 @@ def _head(body: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Head:
         body["intercept"], Index(bytes.fromhex(body["salt"]), **held),
         None if body["budget"] is None else Budget(**body["budget"]), tuple(body["log"]), body["source"],
     )  # fmt: skip
+
+
+def write_weights(head: Head, path: Path) -> Path:
+    """Write what may be published: weights [d, k], classes, radius and intercept, as .npz; neither noise nor sums."""
+    held = io.BytesIO()
+    np.savez(held, weights=head.weights, classes=np.array(head.classes, dtype=np.str_), intercept=head.intercept,
+             radius=np.nan if head.radius is None else head.radius)  # fmt: skip
+    write_atomic(path, held.getvalue())
+    return path

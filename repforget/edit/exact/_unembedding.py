@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from repforget.artifact import DenseDelta, Operation, Untie
+from repforget.artifact import DenseDelta, Edit, Operation, Untie
 from repforget.edit.exact._features import answer_rows
 from repforget.errors import ArtifactError, SiteError, UsageError
 from repforget.guarantee import Guarantee
@@ -148,3 +148,9 @@ def check_base(tuned: Tuned, model: LoadedModel) -> None:
     if model.fingerprint != tuned.fingerprint:
         raise UsageError(f"'{model.name}' is not the model whose unembedding was trained: give the base, "
                          f"'{tuned.base}', to which the edit is added in place of the training's.")  # fmt: skip
+
+
+def edit_of(tuned: Tuned, model: LoadedModel) -> Edit:
+    """What the training adds to its base, all records included: the edit that ``head_removal`` replaces."""
+    return Edit.build("unembedding", {"lam": tuned.lam, "records": len(tuned.records)}, model, digest(tuned.records),
+                      operations(model, tuned.change))  # fmt: skip

@@ -1,0 +1,191 @@
+"""``repforget head``: linear heads from which rows can be taken out, exactly or within a promise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from repforget.cli import _options as o
+from repforget.cli._output import print_json, print_table
+from repforget.cli._progress import display
+
+if TYPE_CHECKING:
+    from repforget.guarantee import Guarantee
+    from repforget.linear import Head
+
+app = typer.Typer(help="Linear heads from which rows can be taken out.", no_args_is_help=True, rich_markup_mode="rich")
+Folder = Annotated[Path, typer.Argument(help="Folder of the head.")]
+Features = Annotated[Path | None, typer.Option("--features", help="An .npz or .safetensors file with X, y and, as far "
+                                               "as rows have them, ids and clusters.")]  # fmt: skip
+NOISE = "Standard deviation of the secret noise in the objective, for a promise with --epsilon and --delta."
+RADIUS = "Divide rows by this and cut longer ones to norm 1; choose it without looking at the rows."
+SAVED = "With --model: the file the features are kept in (default: beside the folder, OUT.rows.npz)."
+SECRET = "Of the noise, and as secret as it; without one the system's entropy is used."
+
+
+@app.callback()
+def _group() -> None:
+    """Linear heads from which rows can be taken out."""
+
+
+@app.command()
+def fit(
+    out: Annotated[Path, typer.Argument(help="Folder to write the head to.")],
+    features: Features = None,
+    model: o.ModelFlag = None,
+    knowledge: o.KnowledgeName = "bios-people",
+    site: Annotated[str | None, typer.Option("--site", help="With --model: where to read, as resid_post.3.")] = None,
+    label: Annotated[str, typer.Option(help="With --model: what is predicted, relation or answer.")] = "relation",
+    relation: Annotated[str | None, typer.Option(help="With --model: only the items of this relation.")] = None,
+    sets: Annotated[list[str] | None, typer.Option(help="With --model: sets of the probe; repeatable.")] = None,
+    rows: Annotated[Path | None, typer.Option("--rows", help=SAVED)] = None,
+    loss: Annotated[str, typer.Option(help="ridge, logistic (several classes: one against the rest) or "
+                                      "softmax.")] = "logistic",
+    l2: Annotated[float, typer.Option(help="Penalty: of a row's loss for logistic, of the whole otherwise.")] = 1e-3,
+    radius: Annotated[float | None, typer.Option(help=RADIUS)] = None,
+    intercept: Annotated[bool, typer.Option("--intercept", help="One more, constant feature.")] = False,
+    noise: Annotated[float | None, typer.Option("--private-noise", help=NOISE)] = None,
+    epsilon: Annotated[float | None, typer.Option(help="How far the head may be told from a retrained one.")] = None,
+    delta: Annotated[float | None, typer.Option(help="At most one over the number of rows.")] = None,
+    seed: Annotated[int | None, typer.Option(help=SECRET)] = None,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    as_json: o.AsJson = False,
+) -> None:  # fmt: skip
+    """Fit a linear head that later requests can take rows out of.
+
+    The rows come from a file, or are what a model has at a site for the statements of a probe. The folder is private.
+    """
+    from repforget.linear import Budget, fit_head, read_table, save_head, write_table
+
+    given = {"--private-noise": noise, "--epsilon": epsilon, "--delta": delta}
+    missing = [name for name, value in given.items() if value is None]
+    if 0 < len(missing) < len(given):
+        raise typer.BadParameter("noise, epsilon and delta are given together or not at all", param_hint=missing[0])
+    budget = Budget(epsilon, delta, noise) if not missing else None  # type: ignore[arg-type]
+    if (features is None) == (model is None) or (model is not None and site is None):
+        raise typer.BadParameter("give --features FILE, or --model with --site", param_hint="--features")
+    if features is None:
+        from repforget.edit.exact._features import probe_rows
+        from repforget.knowledge_files import load_knowledge
+        from repforget.models.load import load
+        from repforget.records import Site
+
+        place, loaded = Site.parse(str(site)), load(str(model), device=device, dtype=dtype)
+        with display(as_json) as (progress, _):
+            found = probe_rows(loaded, load_knowledge(knowledge), place, sets=sets or ("forget", "retain"),
+                               label=label, relation=relation, progress=progress)  # type: ignore[arg-type] # fmt: skip
+        features = write_table(found, rows or out.with_name(out.name + ".rows.npz"))
+    table = read_table(features)
+    head = fit_head(table, loss, l2, radius=radius, intercept=intercept, budget=budget, seed=seed)  # type: ignore[arg-type]
+    save_head(head, out)
+    _print(head, out, as_json, {"features": str(features)})
+
+
+@app.command()
+def remove(
+    folder: Folder,
+    ids: Annotated[list[str] | None, typer.Option("--ids", help="Rows to take out, by id; a,b or repeated.")] = None,
+    cluster: Annotated[list[str] | None, typer.Option(help="All rows of this cluster; repeatable.")] = None,
+    features: Features = None,
+    retrain: Annotated[bool, typer.Option("--retrain", help="To convergence on all remaining rows, which restores a "
+                                          "budget.")] = False,
+    as_json: o.AsJson = False,
+) -> None:  # fmt: skip
+    """Take rows out of a head, and say by which theorem and with which numbers.
+
+    The rows are read again from the file of the training. That file still holds them afterwards.
+    """
+    from repforget.linear import guarantee, opened, read_table, save_head
+    from repforget.linear import remove as without
+
+    names = [name.strip() for entry in ids or () for name in entry.split(",") if name.strip()]
+    with opened(folder) as head:
+        new = without(head, read_table(features or head.source), [*names, *(cluster or ())], retrain=retrain)
+        save_head(new, folder)
+    _print(new, folder, as_json, {"taken_out": new.log[-1]}, guarantee(new))
+
+
+@app.command()
+def show(
+    folder: Folder,
+    weights: Annotated[Path | None, typer.Option("--weights", help="File to write the weights alone to, .npz: what "
+                                                 "may be published.")] = None,
+    as_json: o.AsJson = False,
+) -> None:  # fmt: skip
+    """Show what a head is, what was taken out of it, and what holds."""
+    from repforget.linear import guarantee, load_head, write_weights
+
+    head = load_head(folder)
+    if weights is not None:
+        write_weights(head, weights)
+    if not as_json and head.log:
+        print_table(("at", "rows", "left", "by", "residual bound"),
+                    [(e["at"], e["rows"], e["left"], e["by"], f"{e['residual']:.3g}" if "residual" in e else "")
+                     for e in head.log], numbers=[1, 2, 4])  # fmt: skip
+    _print(head, folder, as_json, {"log": head.log}, guarantee(head) if head.log else None)
+
+
+@app.command("train-unembedding")
+def train_unembedding(
+    out: Annotated[Path, typer.Argument(help="Folder of the training; what it adds to the model is in OUT/edit.")],
+    model: o.Model = "organism:bios/twin-0",
+    data: Annotated[Path | None, typer.Option("--data", help="JSON lines: id, cluster, prompt, answer.")] = None,
+    knowledge: o.KnowledgeName = "bios-people",
+    sets: Annotated[list[str] | None, typer.Option(help="Sets of the probe that are trained on; repeatable.")] = None,
+    forms: Annotated[str, typer.Option(help="Of a probe: statements, questions or all.")] = "statements",
+    l2: Annotated[float, typer.Option(help="Penalty on the change of the unembedding, of the whole objective.")] = 1.0,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    as_json: o.AsJson = False,
+) -> None:
+    """Train a model's unembedding alone, to convergence, so that records can be taken out ('head_removal').
+
+    The model's features stay frozen; the training is convex and has one solution. The folder holds the records.
+    """
+    from repforget.edit.exact import _unembedding as unembedding
+    from repforget.knowledge_files import load_knowledge
+    from repforget.models.load import load
+    from repforget.training import read_records, records_of
+
+    records = (read_records(data) if data is not None
+               else records_of(load_knowledge(knowledge), tuple(sets or ("forget",)), forms))  # type: ignore[arg-type] # fmt: skip
+    loaded = load(model, device=device, dtype=dtype)
+    with display(as_json) as (progress, _):
+        tuned = unembedding.train(loaded, records, l2, progress)
+    unembedding.save(tuned, out)
+    unembedding.edit_of(tuned, loaded).save(out / "edit")
+    found = {"folder": str(out), "records": len(records), "tokens": len(tuned.tokens), "l2": l2}
+    if as_json:
+        print_json(found)
+        return
+    typer.echo(f"{len(records)} records, {len(tuned.tokens)} tokens; the training is in {out}, what it adds in "
+               f"{out / 'edit'}; 'repforget edit head_removal --set folder={out}' takes records out")  # fmt: skip
+
+
+def _print(
+    head: Head, folder: Path, as_json: bool, more: dict[str, Any], claim: Guarantee | None = None
+) -> None:
+    from dataclasses import asdict
+
+    from repforget.linear import removals_left
+
+    width, columns = head.weights.shape
+    facts: dict[str, Any] = {"folder": str(folder), "loss": head.loss, "rows": head.n, "features": width,
+                             "columns": columns, "classes": head.classes}  # fmt: skip
+    if head.budget is not None:
+        facts |= {"budget": asdict(head.budget) | {"limit": head.budget.limit, "spent": head.model.residual},  # type: ignore[union-attr]
+                  "removals_left": removals_left(head.budget, head.model)}  # type: ignore[arg-type] # fmt: skip
+    if as_json:
+        print_json(facts | more | ({"guarantee": asdict(claim)} if claim else {}))
+        return
+    line = f"{head.loss} head in {folder}: {head.n} rows of {width} features, {columns} columns"
+    typer.echo(line + (f", {len(head.classes)} classes" if head.classes else ""))
+    if head.budget is not None:
+        spent = facts["budget"]["spent"]
+        typer.echo(f"noise {head.budget.sigma:g} allows a residual of {head.budget.limit:.3g}, {spent:.3g} of it is "
+                   f"used; about {facts['removals_left']} more single rows fit")  # fmt: skip
+    if claim is not None:
+        print_table(("", ""), claim.lines())
