@@ -63,9 +63,24 @@ def _trained(model: LoadedModel) -> dict[str, Any]:
     return {"training": _FOLDERS[name].name, "repair": 3}
 
 
+def _unembedded(model: LoadedModel) -> dict[str, Any]:
+    """An unembedding trained on the forget people and a few others."""
+    from repforget.edit.exact import _unembedding
+    from repforget.training import records_of
+
+    name = f"unembedding {model.fingerprint}"
+    if name not in _FOLDERS:
+        _FOLDERS[name] = tempfile.TemporaryDirectory()
+        few = dataclasses.replace(knowledge(), retain=knowledge().retain[:8])
+        tuned = _unembedding.train(model, records_of(few, ("forget", "retain"), "statements"), 1.0)
+        _unembedding.save(tuned, Path(_FOLDERS[name].name))
+    return {"folder": _FOLDERS[name].name}
+
+
 # An editor whose edit needs a training of ours (TRAINED_BY) has a function here that makes one for the model.
 OF_METHOD: dict[str, dict[str, Any] | Callable[[LoadedModel], dict[str, Any]]] = {
     "cir": {"size": 1e-3},  # larger steps break its budget here
+    "head_removal": _unembedded,
     "kga": {"helper_steps": 10},
     "noisy_finetuning": _trained,
     "shard_removal": _sharded,
