@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from repforget.influence.factors import Factors, Moments
-from repforget.edit.train.k_fade import _longest, k_fade
+from repforget.edit.train._climb import longest
+from repforget.edit.train.k_fade import k_fade
 from repforget.errors import KnowledgeError, NumericalError, SiteError, UsageError
+from repforget.influence.factors import Factors, Moments
 from repforget.knowledge import Item, Knowledge
 from repforget.models.load import LoadedModel, fingerprint
 from repforget.training.optimizers import drawn_loss
@@ -136,7 +137,7 @@ def test_the_length_is_what_the_divergence_allows(first: float) -> None:
         asked.append(size)
         return float("nan") if size > 100 else size**2
 
-    size, spent = _longest(at, 0.25, first)
+    size, spent = longest(at, 0.25, first)
     assert asked[-1] == size and spent == pytest.approx(size**2), "the weights are left at that length"
     assert spent <= 0.25
     if first == 1.0:
