@@ -1,0 +1,82 @@
+"""Earlier requests checked again after later ones: the models that the ledger's edits make, asked in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from repforget.errors import UsageError
+from repforget.knowledge import Item, Knowledge
+from repforget.models.load import load
+from repforget.progress import Progress, track
+from repforget.records import ItemScores
+from repforget.requests import matching
+from repforget.requests.ledger import Ledger
+from repforget.requests.stability import MARGIN, Look, Stability, look, stability
+from repforget.requests.stack import sequence
+from repforget.requests.states import requests
+from repforget.verify import _asking as ask
+
+KEPT = 128  # items of what must stay that are asked in every state
+ALTERNATIVES = 31
+
+
+def again(
+    ledger: Ledger, knowledge: Knowledge, *, before: str | None = None, floor: str | None = None,
+    progress: Progress | None = None,
+) -> Stability:  # fmt: skip
+    """Ask about every answered request in the model after each answer, and record what came back.
+
+    ``before`` is the model as it was before any request (the ledger's own where edits pile up on it; a sharded
+    training starts from a base that never knew, so give the model that was served); ``floor`` a model that never knew,
+    without which answering by the prior stands for it.  Each earlier request gets a row "reverified": fail where more
+    than 5 % of its knowledge surely came back, pass where surely less did.  Cost: one model and one pass over all items
+    per request.  UsageError where fewer than two edits are in force.
+    """
+    states = list(sequence(ledger))
+    if len(states) < 2:
+        raise UsageError(f"{len(states)} requests of '{ledger.path}' have an edit in force: two are needed before an "
+                         "earlier one can be checked again.")  # fmt: skip
+    base = load(str(ledger.facts["model"]))
+    if before is None and any(event.body.get("mode") == "sharded" for event in ledger.events(kinds=("edit",))):
+        raise UsageError(f"The edits of '{ledger.path}' are of a sharded training, whose base '{base.name}' knew "
+                         "nothing of its records: give --before, the model that was served before any "
+                         "request.")  # fmt: skip
+    asked = {f"request {n}": _items(ledger, n, knowledge) for n, _ in states}
+    keep = _keep(knowledge, {item.id for items in asked.values() for item in items})
+    looks = [look(base if before is None else load(before), knowledge, asked, keep)]
+    for _, edit in track(progress, states, "asking again", len(states)):
+        looks.append(look(edit.applied_to(base), knowledge, asked, keep))
+    known = look(load(floor), knowledge, asked, keep) if floor else _prior(knowledge, looks[0], asked)
+    found = stability(looks, known)
+    _record(ledger, [number for number, _ in states], found)
+    return found
+
+
+def _items(ledger: Ledger, number: int, knowledge: Knowledge) -> tuple[Item, ...]:
+    found = matching.items_of(ledger, requests(ledger, number)[0], knowledge)
+    if not found:
+        raise UsageError(f"Request {number} names nothing in the probe '{knowledge.name}': give the probe whose ids or "
+                         "clusters it names.")  # fmt: skip
+    return found
+
+
+def _keep(knowledge: Knowledge, gone: set[str]) -> Sequence[Item]:
+    """Judged items of what must stay that no request names, half of them neighbours where there are enough."""
+    judged = knowledge.view("sealed")
+    near = [item for item in judged.neighbours if item.id not in gone][: KEPT // 2]
+    return (*near, *[item for item in judged.retain if item.id not in gone][: KEPT - len(near)])
+
+
+def _prior(knowledge: Knowledge, like: Look, asked: dict[str, tuple[Item, ...]]) -> Look:
+    """What somebody would know who answers by how common an answer is."""
+    values = {name: ask.scores(items, ask.prior(items, knowledge, ALTERNATIVES)) for name, items in asked.items()}
+    nothing = ItemScores.of(like.keep.ids, like.keep.clusters, [0.0] * len(like.keep.ids))
+    return Look(values, nothing)
+
+
+def _record(ledger: Ledger, numbers: Sequence[int], found: Stability) -> None:
+    for place, number in enumerate(numbers[:-1]):
+        back = found.re_emerged[place]
+        outcome = "fail" if back.low > MARGIN else "pass" if back.high < MARGIN else "inconclusive"
+        ledger.record("reverified", number, {"outcome": outcome, "after": numbers[-1], "came_back": back.point,
+                                             "low": back.low, "high": back.high})  # fmt: skip
