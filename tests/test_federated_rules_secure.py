@@ -46,6 +46,12 @@ def test_masks_cancel_exactly_and_only_all_together() -> None:
         assert (some[:-1] == fixed).sum() == 0
 
 
+def test_entries_are_rounded_to_the_nearest_unit() -> None:
+    unit = 2.0 ** -Agreement(NAMES, 8.0).bits
+    agreement, sent = run({name: unit * np.array([0.75, 0.25, -0.75, 5.0]) for name in NAMES}, 8.0)
+    assert np.array_equal(unmasked(sent, agreement), unit * np.array([4, 0, -4, 20]))
+
+
 def test_what_any_coalition_short_of_all_sends_is_uniform_whatever_they_hold() -> None:
     for value in (0.0, 7.9):
         _, sent = run({name: np.full(40_000, value) for name in NAMES}, 8.0)
