@@ -161,12 +161,13 @@ def _standing(request: Request, now: datetime) -> tuple[str, str]:
         return f"In conflict: {request.reason}", "inconclusive"
     if request.state == "kept":
         return "To be kept: no request to forget it was there before.", "pass"
-    mark = "pass" if request.state == "done" else "fail" if request.overdue(now) else "inconclusive"
+    late = request.overdue(now)
+    mark, before = "pass" if request.state == "done" else "fail" if late else "inconclusive", "Overdue. " * late
     if request.outcome:
-        return STANDING[request.outcome], mark
+        return before + STANDING[request.outcome], mark
     if request.reason:
-        return f"Not answered, the last attempt ended with an error: {request.reason}", mark
-    return f"To be answered: {'an attempt was begun' if request.attempts else 'nothing was done yet'}.", mark
+        return f"{before}Not answered, the last attempt ended with an error: {request.reason}", mark
+    return f"{before}To be answered: {'an attempt was begun' if request.attempts else 'nothing was done yet'}.", mark
 
 
 def _facts(request: Request, events: Sequence[Event], now: datetime) -> Rows:

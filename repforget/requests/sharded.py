@@ -48,23 +48,24 @@ def refusal(ledger: Ledger, request: Request, folder: Path) -> str | None:
     """Why nothing can be taken out for a request, or None."""
     from repforget.shards import opened
 
-    training = opened(folder)
     if _pending(ledger, request).is_file():
         return None
-    found, unknown = _records(ledger, request, training)
+    found, unknown = _records(ledger, request, opened(folder))
     if unknown:
-        return (f"{unknown} of its {len(request.names) or len(found) + unknown} names mean nothing in the training "
-                f"'{folder.name}', so that it was never trained on them (or they were taken out before).")  # fmt: skip
-    return None
+        return (f"{unknown} of its {len(request.names)} names mean nothing in the training '{folder.name}': it was "
+                "never trained on them, or they were taken out before.")  # fmt: skip
+    return None if found else f"All of it was taken out before, or the training '{folder.name}' never had it."
 
 
 def _records(ledger: Ledger, request: Request, training: Training) -> tuple[list[str], int]:
-    """Ids of the records that a request means, and how many of its names mean none."""
-    names = request.names
-    if not names:  # the whole forget set of a probe
-        names = tuple(dict.fromkeys(item.id for item in load_knowledge(request.source).forget))
-    ids, unknown = matching.matched(names, matching.index(_named(training.records), ledger.pseudonym))
-    return list(ids), unknown
+    """Ids of the records that a request means, and how many of its names never meant any.
+
+    A request for a whole probe means what the training has of it.
+    """
+    names = request.names or tuple(dict.fromkeys(item.id for item in load_knowledge(request.source).forget))
+    known = matching.index(_named(training.records), ledger.pseudonym)
+    unknown = [name for name in request.names if name not in known and not training.was_here(name)]
+    return list(matching.matched(names, known)[0]), len(unknown)
 
 
 def tidy(ledger: Ledger, store: Store) -> None:
