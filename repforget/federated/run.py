@@ -113,25 +113,29 @@ def simulate(
 
 def finish(base: LoadedModel, plan: Plan, state: State, folder: Path) -> Edit:
     """The edit of a training that is over, saved in ``folder``."""
-    members = read_json(folder / "report.json")["clients"]
-    edit = edit_of(base, plan, state, len(members), "federated", {"rounds": plan.rounds})
+    clients = len(read_json(folder / "report.json")["clients"])
+    edit = edit_of(base, plan, state, "federated", {"clients": clients}, bound=highest_rank(plan, clients))
     edit.save(folder / EDIT)
     return edit
 
 
+def highest_rank(plan: Plan, clients: int) -> int:
+    """Rank that no global delta exceeds, when every client adds an adapter in every round; 0: unknown."""
+    return 0 if plan.local.rule == "fedadam" else plan.local.rank * plan.rounds * clients
+
+
 def edit_of(
-    base: LoadedModel, plan: Plan, state: State, clients: int, method: str, settings: Mapping[str, Any],
+    base: LoadedModel, plan: Plan, state: State, method: str, settings: Mapping[str, Any], *, bound: int = 0,
     notes: Sequence[str] = (), guarantee: Guarantee | None = None,
 ) -> Edit:  # fmt: skip
-    """The global state as an edit of the base: low-rank where adapters leave it so, dense otherwise.
+    """The global state as an edit of the base; ``bound`` as in :func:`operations_of`.
 
     Raises NoEffectError where the training changed nothing.
     """
-    rule = plan.local.rule
-    bound = plan.local.rank * plan.rounds * clients if rule != "fedadam" else 0
-    local = {name: value for name, value in asdict(plan.local).items() if name != "weights"}
-    return Edit.build(method, {**local, **settings, "clients": clients}, base, digest([plan.model, clients, local]),
-                      operations_of(base, plan.local, state, bound), notes=notes, guarantee=guarantee)  # fmt: skip
+    local = {name: value for name, value in asdict(plan.local).items() if name not in ("weights", "share")}
+    own = {**local, "rounds": plan.rounds, **settings}
+    return Edit.build(method, own, base, digest([plan.model, own]), operations_of(base, plan.local, state, bound),
+                      notes=notes, guarantee=guarantee)  # fmt: skip
 
 
 def operations_of(base: LoadedModel, local: Local, state: State, bound: int = 0) -> list[Operation]:

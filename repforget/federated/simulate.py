@@ -23,6 +23,7 @@ from repforget.federated.sources import Source
 from repforget.models.load import LoadedModel, load
 
 T = TypeVar("T")
+START = 600.0  # seconds for all processes to load the model
 PAUSE = 0.1  # seconds between two looks for replies
 STORE = 200_000_000  # bytes of ray's object store, at least
 
@@ -46,9 +47,9 @@ class Here:
             started = time.monotonic()
             back = answer(self.clients[name], packed)
             if time.monotonic() - started > self.timeout:
-                yield Reply(name, task.round, failed=_late(self.timeout), down=size(packed))
+                yield Reply(name, task.round, failed=late(self.timeout), down=size(packed))
             else:
-                yield _read(name, task.round, back, size(packed))
+                yield read_reply(name, task.round, back, size(packed))
 
 
 def here(
@@ -112,12 +113,16 @@ class Ray:
     def join(cls, grid: Any, timeout: float, stop: threading.Event, count: int) -> Ray:
         """Wait until all ``count`` nodes have introduced themselves; ResourceError where they do not in time."""
         fleet = cls(grid, timeout, stop, {}, [])
-        end = time.monotonic() + timeout
+        end = time.monotonic() + START
         while len(nodes := list(grid.get_node_ids())) < count:
-            fleet.pause(end, f"only {len(nodes)} of {count} clients were started")
+            fleet.look()
+            if time.monotonic() > end:
+                raise ResourceError(f"Only {len(nodes)} of {count} clients were started in {START:.0f} s: give fewer, "
+                                    "or more memory.")  # fmt: skip
+            time.sleep(PAUSE)
         from flwr.app import RecordDict
 
-        for node, reply in fleet.exchange({node: RecordDict() for node in nodes}, "query", 0, timeout):
+        for node, reply in fleet.exchange({node: RecordDict() for node in nodes}, "query", 0, START):
             if reply is None or reply.has_error():
                 why = "did not answer" if reply is None else _reason(reply)
                 raise ResourceError(f"A client could not be started: it {why}; the same command tries again.")
@@ -133,35 +138,20 @@ class Ray:
         """A node of a simulation shares the server's model and cannot be refused for another."""
 
     def ask(self, task: Task, clients: Sequence[str]) -> Iterator[Reply]:
-        """One reply for each client; those whose process ended are asked once more, for one that dies takes along
-        whoever is to use its process next."""
-        packed, asked = pack_task(task), list(clients)
-        for last in (False, True):
-            ended: list[str] = []
-            for name, reply in self._replies(task, asked, packed):
-                if reply.failed == DIED and not last:
-                    ended.append(name)
-                else:
-                    yield reply
-            asked = ended
-            if not asked:
-                return
-
-    def _replies(self, task: Task, clients: Sequence[str], packed: Packed) -> Iterator[tuple[str, Reply]]:
         from flwr.app import ConfigRecord, RecordDict
 
-        names = {self.nodes[name]: name for name in clients}
+        packed, names = pack_task(task), {self.nodes[name]: name for name in clients}
         contents = {node: RecordDict({"task": ConfigRecord({"head": packed[0], "tensors": packed[1]})})
                     for node in names}  # fmt: skip
         for node, message in self.exchange(contents, "train", task.round, self.timeout):
             name = names[node]
             if message is None:
-                yield name, Reply(name, task.round, failed=_late(self.timeout), down=size(packed))
+                yield Reply(name, task.round, failed=late(self.timeout), down=size(packed))
             elif message.has_error():
-                yield name, Reply(name, task.round, failed=_reason(message), down=size(packed))
+                yield Reply(name, task.round, failed=_reason(message), down=size(packed))
             else:
                 body = message.content["reply"]
-                yield name, _read(name, task.round, (str(body["head"]), bytes(body["tensors"])), size(packed))
+                yield read_reply(name, task.round, (str(body["head"]), bytes(body["tensors"])), size(packed))
 
     def exchange(self, contents: Mapping[int, Any], kind: str, round: int, seconds: float) -> Iterator[tuple[int, Any]]:
         """Send each node its content; (node, message) as they come back, None for those that do not in time."""
@@ -176,12 +166,6 @@ class Ray:
                 yield waiting.pop(message.metadata.reply_to_message_id), message
             time.sleep(PAUSE)
         yield from ((node, None) for node in waiting.values())
-
-    def pause(self, end: float, what: str) -> None:
-        self.look()
-        if time.monotonic() > end:
-            raise ResourceError(f"The simulation did not start: {what} in {self.timeout:.0f} s; give --timeout more.")
-        time.sleep(PAUSE)
 
     def look(self) -> None:
         """Leave where the user has asked to."""
@@ -199,11 +183,11 @@ def _reason(message: Any) -> str:
     return DIED if lost else f"failed: {text[-300:]}"
 
 
-def _late(seconds: float) -> str:
+def late(seconds: float) -> str:
     return f"did not answer within {seconds:g} s"
 
 
-def _read(name: str, round: int, packed: Packed, down: int) -> Reply:
+def read_reply(name: str, round: int, packed: Packed, down: int) -> Reply:
     try:
         return unpack_reply(packed, down)
     except UsageError as error:
@@ -236,10 +220,12 @@ def on_ray(
     def main(grid: Any, context: Any) -> None:
         kept.append(act(Ray.join(grid, timeout, stop, len(sources))))
 
-    resources = {"num_cpus": 1, "num_gpus": 0.0, "max_restarts": -1}  # ray starts a process that died again
+    # A process that a client has killed is started again, and what it was doing is tried once more: without that the
+    # next clients to be given to it would fail too.
+    resources = {"num_cpus": 1, "num_gpus": 0.0, "max_restarts": -1, "max_task_retries": 1}
     started = {"num_cpus": workers, "num_gpus": 0, "object_store_memory": STORE, "include_dashboard": False,
                "log_to_driver": False, "logging_level": logging.CRITICAL}  # fmt: skip
-    with _interruptible(stop), warnings.catch_warnings():
+    with _interruptible(stop), _no_printing(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             run_simulation(server, client_app(model, sources, faults, timeout), len(sources),
@@ -254,6 +240,19 @@ def quiet() -> None:
     os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+@contextmanager
+def _no_printing() -> Iterator[None]:
+    """Keep ray from printing on stdout that a process died: the report says whose it was."""
+    from ray._private import worker
+
+    before = worker.print_to_stdstream
+    worker.print_to_stdstream = lambda *data, **more: None
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = before
 
 
 @contextmanager

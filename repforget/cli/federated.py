@@ -1,0 +1,264 @@
+"""``repforget federated``: clients that train together without sharing records, and one that leaves again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from repforget.cli import _options as o
+from repforget.cli._output import print_json, print_table
+from repforget.cli._progress import display
+
+if TYPE_CHECKING:
+    from repforget.federated.serve import Certificates
+    from repforget.federated.server import Plan
+
+app = typer.Typer(help="Train with clients that keep their records, and forget one of them.", no_args_is_help=True,
+                  rich_markup_mode="rich")  # fmt: skip
+
+Out = Annotated[Path, typer.Option("--out", help="Folder of the training; the same command continues there.")]
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Rounds in all.")]
+Strategy = Annotated[str, typer.Option("--strategy", help="fedavg, fedsgd or fedadam.")]
+Epochs = Annotated[int, typer.Option("--epochs", min=1, help="Passes of a client over its records in a round.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Records per step.")]
+Rate = Annotated[float, typer.Option("--lr", help="Learning rate of the clients.")]
+ServerRate = Annotated[float, typer.Option("--server-lr", help="Learning rate of the server, for fedadam.")]
+Optimizer = Annotated[str, typer.Option("--optimizer", help="adamw, adam, descent, ...; fedsgd takes plain steps.")]
+Rank = Annotated[int, typer.Option("--rank", min=0, help="Rank of the adapters; 0 trains the weights themselves.")]
+Alpha = Annotated[float, typer.Option("--alpha", help="Scale of the adapters is alpha over rank.")]
+Weights = Annotated[list[str] | None, typer.Option("--weights", help="Part of the names of weights; repeatable.")]
+MinClients = Annotated[int, typer.Option("--min-clients", min=1, help="A round with fewer is repeated, then refused.")]
+Timeout = Annotated[float, typer.Option("--timeout", min=0.0, help="Seconds for one round.")]
+Inject = Annotated[
+    list[str] | None,
+    typer.Option("--inject", help="Drill: CLIENT:ROUND:KIND, of die, late, nan, inf, shape, error."),
+]
+Address = Annotated[str, typer.Option("--address", help="HOST:PORT; port 0 takes a free one.")]
+Wait = Annotated[float, typer.Option("--wait", min=0.0, help="Seconds to wait for the other side.")]
+Authority = Annotated[Path | None, typer.Option("--authority", help="PEM of the certificate authority.")]
+
+
+@app.callback()
+def _group() -> None:
+    """Train with clients that keep their records, and forget one of them."""
+
+
+@app.command()
+def simulate(
+    context: typer.Context,
+    out: Out,
+    model: o.Model = "organism:bios/twin-0",
+    clients: Annotated[int, typer.Option("--clients", min=1, help="Clients to deal a probe's clusters to.")] = 8,
+    data: Annotated[Path | None, typer.Option("--data", help="Folder with one JSON-lines file per client.")] = None,
+    knowledge: o.KnowledgeName = "bios-people",
+    sets: Annotated[str, typer.Option("--set", help="Set of the probe that the clients hold.")] = "forget",
+    rounds: Rounds = 5,
+    strategy: Strategy = "fedavg",
+    epochs: Epochs = 1,
+    batch_size: BatchSize = 32,
+    lr: Rate = 1e-3,
+    server_lr: ServerRate = 0.01,
+    optimizer: Optimizer = "adamw",
+    rank: Rank = 8,
+    alpha: Alpha = 16.0,
+    weights: Weights = None,
+    min_clients: MinClients = 1,
+    timeout: Timeout = 600.0,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes of one core each.")] = 2,
+    engine: Annotated[str, typer.Option("--engine", help="ray, or here: one client after the other.")] = "ray",
+    inject: Inject = None,
+    seed: o.Seed = 0,
+    as_json: o.AsJson = False,
+) -> None:
+    """Train with all clients on this machine, in flwr's simulation.
+
+    Writes the global change as an edit, the record of all rounds, and who took part and who failed.
+    """
+    from repforget.errors import UsageError, nearest
+    from repforget.federated.faults import Fault
+    from repforget.federated.run import simulate as train
+    from repforget.federated.sources import of_folder, of_probe
+    from repforget.models.load import load
+
+    if engine not in ("ray", "here"):
+        raise UsageError(f"There is no engine '{engine}': {nearest(engine, ('ray', 'here'))}")
+    context.obj.folder = out
+    plan = _plan(model, strategy, epochs, batch_size, lr, optimizer, rank, alpha, weights, seed, rounds, min_clients,
+                 timeout, server_lr)  # fmt: skip
+    sources = of_probe(knowledge, clients, set=sets, seed=seed) if data is None else of_folder(data)
+    faults = [Fault.parse(text) for text in inject or ()]
+    base = load(model, device="cpu")
+    with display(as_json) as (progress, echo):
+        train(base, plan, sources, out, engine=engine, workers=workers, faults=faults, note=echo,  # type: ignore[arg-type]
+              progress=progress)  # fmt: skip
+    _told(out, as_json)
+
+
+@app.command()
+def serve(
+    context: typer.Context,
+    out: Out,
+    model: o.Model = "organism:bios/twin-0",
+    address: Address = "127.0.0.1:8080",
+    clients: Annotated[int, typer.Option("--clients", min=1, help="Clients to wait for before the first round.")] = 2,
+    rounds: Rounds = 5,
+    strategy: Strategy = "fedavg",
+    epochs: Epochs = 1,
+    batch_size: BatchSize = 32,
+    lr: Rate = 1e-3,
+    server_lr: ServerRate = 0.01,
+    optimizer: Optimizer = "adamw",
+    rank: Rank = 8,
+    alpha: Alpha = 16.0,
+    weights: Weights = None,
+    min_clients: MinClients = 1,
+    timeout: Timeout = 600.0,
+    wait: Wait = 600.0,
+    authority: Authority = None,
+    certificate: Annotated[Path | None, typer.Option("--certificate", help="PEM of the server's certificate.")] = None,
+    key: Annotated[Path | None, typer.Option("--key", help="PEM of the server's key.")] = None,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    as_json: o.AsJson = False,
+) -> None:
+    """Serve rounds to clients that join over the network; the server sees no record.
+
+    Without certificates only this machine is served.  TLS hides the traffic; it does not say who a client is.
+    """
+    from repforget.federated.serve import serve as listen
+    from repforget.models.load import load
+
+    context.obj.folder = out
+    plan = _plan(model, strategy, epochs, batch_size, lr, optimizer, rank, alpha, weights, seed, rounds, min_clients,
+                 timeout, server_lr)  # fmt: skip
+    base = load(model, device=device, dtype=dtype)
+    with display(as_json) as (progress, echo):
+        listen(base, plan, out, address=address, clients=clients, wait=wait, note=echo, progress=progress,
+               certificates=_certificates(authority, certificate, key))  # fmt: skip
+    _told(out, as_json)
+
+
+@app.command()
+def join(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Name of this client.")],
+    data: Annotated[Path, typer.Option("--data", help="JSON lines with this client's records; they stay here.")],
+    model: o.Model = "organism:bios/twin-0",
+    address: Address = "127.0.0.1:8080",
+    wait: Wait = 600.0,
+    authority: Authority = None,
+    inject: Inject = None,
+    timeout: Timeout = 600.0,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    as_json: o.AsJson = False,
+) -> None:
+    """Take part in a training at a server, with records that do not leave this process."""
+    from repforget.federated.clients import Client
+    from repforget.federated.faults import Fault, Faulty
+    from repforget.federated.serve import join as take_part
+    from repforget.models.load import load
+    from repforget.training import read_records
+
+    context.obj.interrupted = f"Interrupted: '{name}' has left; its records are where they were."
+    faults = tuple(Fault.parse(text) for text in inject or ())
+    client = Client.of(name, load(model, device=device, dtype=dtype), read_records(data))
+    with display(as_json) as (_, echo):
+        rounds = take_part(Faulty(client, faults, timeout), address=address, wait=wait, note=echo,
+                           certificates=_certificates(authority))  # fmt: skip
+    if as_json:
+        print_json({"client": name, "rounds": rounds})
+    else:
+        typer.echo(f"'{name}' answered {rounds} times")
+
+
+@app.command()
+def forget(
+    context: typer.Context,
+    client: Annotated[str, typer.Argument(help="Name of the client that leaves.")],
+    run: Annotated[Path, typer.Option("--run", help="Folder of the finished training.")],
+    out: Annotated[Path, typer.Option("--out", help="New folder for the result.")],
+    method: Annotated[str, typer.Option("--method", help="retrain, federaser, rollback or client.")] = "retrain",
+    interval: Annotated[int, typer.Option("--interval", min=1, help="FedEraser: use every so many rounds.")] = 1,
+    local_share: Annotated[float, typer.Option("--local-share", help="FedEraser: share of the local epochs.")] = 0.5,
+    keep_record: Annotated[bool, typer.Option("--keep-record", help="Leave its updates in the record.")] = False,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    as_json: o.AsJson = False,
+) -> None:
+    """Make the result of a finished training without one of its clients.
+
+    Only 'retrain' is exact.  The client's updates leave the record of the training.
+    """
+    from repforget.federated.leave import leave
+    from repforget.federated.run import Setup
+    from repforget.models.load import load
+    from repforget.store import read_json
+
+    context.obj.interrupted = f"Interrupted: nothing of '{client}' was changed in '{run}'."
+    base = load(Setup.read(run).plan.model, device=device, dtype=dtype)
+    with display(as_json) as (progress, echo):
+        edit = leave(base, run, client, method, out, interval=interval, local_share=local_share,  # type: ignore[arg-type]
+                     keep_record=keep_record, note=echo, progress=progress)  # fmt: skip
+    cost = read_json(out / "forget.json")
+    held = edit.manifest.guarantee
+    if as_json:
+        print_json({**cost, "edit": str(out / "edit"), "guarantee": None if held is None else dict(held.lines())})
+        return
+    print_table(("what", "value"), [("local trainings", str(cost["trainings"])),
+                                    ("CPU seconds", f"{cost['cpu_seconds']:.1f}"),
+                                    ("MB to and from clients", f"{(cost['down'] + cost['up']) / 1e6:.1f}"),
+                                    *(held.lines() if held else (("holds", "nothing: verify it"),))])  # fmt: skip
+    typer.echo(str(out / "edit"))
+
+
+def _plan(
+    model: str, strategy: str, epochs: int, batch_size: int, lr: float, optimizer: str, rank: int, alpha: float,
+    weights: list[str] | None, seed: int, rounds: int, min_clients: int, timeout: float, server_lr: float,
+) -> Plan:  # fmt: skip
+    from repforget.federated.aggregate import Adam
+    from repforget.federated.messages import Local
+    from repforget.federated.server import Plan
+
+    settings: dict[str, Any] = {"rule": strategy, "optimizer": optimizer}
+    local = Local(**settings, epochs=epochs, batch_size=batch_size, lr=lr, rank=rank, alpha=alpha, seed=seed,
+                  weights=tuple(weights or ()))  # fmt: skip
+    return Plan(model, local, rounds, min_clients, timeout, Adam(rate=server_lr))
+
+
+def _certificates(
+    authority: Path | None, certificate: Path | None = None, key: Path | None = None
+) -> Certificates | None:
+    from repforget.errors import UsageError
+    from repforget.federated.serve import Certificates
+
+    if authority is None:
+        if certificate or key:
+            raise UsageError("--certificate and --key need --authority, against which clients check them: give all "
+                             "three.")  # fmt: skip
+        return None
+    return Certificates(authority, certificate, key)
+
+
+def _told(folder: Path, as_json: bool) -> None:
+    """Who took part and who did not, from the report."""
+    from repforget.store import read_json
+
+    report = read_json(folder / "report.json")
+    if as_json:
+        print_json({**report, "edit": str(folder / "edit")})
+        return
+    kept = [row for row in report["rounds"] if row["kept"]]
+    rows = []
+    for name, records in sorted(report["clients"].items()):
+        answered = sum(any(took["client"] == name for took in row["took_part"]) for row in kept)
+        failed = [f"round {row['round']}: {row['failed'][name]}" for row in report["rounds"] if name in row["failed"]]
+        rows.append((name, str(records), str(answered), "; ".join(failed)))
+    rows += [(name, "", "0", f"refused: {reason}") for name, reason in sorted(report["refused"].items())]
+    print_table(("client", "records", f"of {len(kept)} rounds", "failed"), rows, numbers=[1, 2])
+    totals = report["totals"]
+    typer.echo(f"{totals['down'] / 1e6:.1f} MB to the clients, {totals['up'] / 1e6:.1f} MB back; the edit is in "
+               f"'{folder / 'edit'}'")  # fmt: skip
