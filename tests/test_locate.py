@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,18 @@ from repforget import discover
 from repforget.causal import patch_scores, prompt_run
 from repforget.errors import KnowledgeError, RecipeError, SiteError, UnknownNameError, UsageError
 from repforget.knowledge import Item, Knowledge
-from repforget.locate._exact import MIN_SELECTIONS, band_of, in_second_half, selections, top_size
+from repforget.locate._exact import (
+    MIN_SELECTIONS,
+    UNCONTRASTED,
+    BandPlan,
+    band_of,
+    exact_band,
+    in_second_half,
+    selections,
+    top_size,
+)
 from repforget.locate._pairs import choose_facts, corrupted_pairs, matched_facts
+from repforget.locate._tasks import corrupted_tasks
 from repforget.locate._units import expand_nodes, heat_maps, size_class
 from repforget.locate.attribution_patching import node_attributions
 from repforget.models.capture import capture, hooks
@@ -220,7 +231,32 @@ def test_band_never_claims_from_few_selections() -> None:
         return np.array([float(p[0] == pool[0]) for p in patches])
 
     band, notes = band_of(pool, pool, 1, 20, 0, "{k}", effect)
-    assert band.draws == 4 and not band.beats_random and "Only 4 selections" in notes[0]
+    assert band.draws == 4 and not band.beats_random and "1 component of these sizes there are only 4 ways" in notes[0]
+
+
+def test_the_default_top_of_small_units_is_lowered_where_there_are_few() -> None:
+    def effect(patches: Any) -> Any:
+        return np.array([float(len(p)) for p in patches])
+
+    few, many = toy_pool(16), toy_pool(41)
+    band, notes = band_of(few, few, 20, 20, 0, "{k}", effect)
+    assert band.k == 8 and "default top of 20 is lowered to half of the 16" in notes[0]
+    band, notes = band_of(many, many, 20, 20, 0, "{k}", effect)
+    assert band.k == 20 and not any("lowered" in note for note in notes)
+    with pytest.raises(UsageError, match="A top of 16 components cannot be compared"):
+        band_of(few, few, 16, 20, 0, "{k}", effect)  # asked for
+
+
+def test_a_band_that_has_no_retain_facts_left_to_contrast_with_says_so(model: Any) -> None:
+    tasks, _ = corrupted_tasks(model, KNOWLEDGE, 0, items=6, contrast=1.0)
+    pool = expand_nodes(model, ("heads",))
+    plan = BandPlan(2, 20, "mean", 0)
+    alone = [replace(t, retain=tuple(replace(run, cluster="one") for run in t.retain)) for t in tasks]
+    plain = [replace(t, retain=(), contrast=0.0) for t in tasks]
+    (band, notes, _), (single, told, _), (without, *_) = (exact_band(t, pool, pool, plan, None)
+                                                         for t in (tasks, alone, plain))  # fmt: skip
+    assert UNCONTRASTED in told and UNCONTRASTED not in notes
+    assert single == without != band
 
 
 def test_band_claims_a_real_effect_and_not_noise() -> None:

@@ -27,6 +27,8 @@ MIN_SELECTIONS = 41  # fewer possible selections cannot place one above the cent
 PLENTY = 200  # with so many, the top need not be the very best to lie above the central 95 %
 MIN_DRAWS = 20
 UNCHECKED = "All facts are of one cluster or item, so the ranking was not checked on other facts."
+UNCONTRASTED = "All retain facts are of one cluster, which ranked: the band is measured without the contrast."
+DEFAULT_TOP = 20  # of locators of many small units; lowered to half of the components where there are few
 AFTER_SPLIT = "of the top {k} ranked on one half of the facts, measured on the other half"
 
 
@@ -180,7 +182,7 @@ def top_size(order: Sequence[Component], top: int | str, alike: Alike = size_cla
     """``auto``: the fewest leading components of which plenty (or else just enough) random selections exist."""
     if top != "auto":
         if not 1 <= int(top) < len(order):
-            raise UsageError(f"A top of {top} components cannot be compared with random ones among "
+            raise UsageError(f"A top of {plural(int(top))} cannot be compared with random ones among "
                              f"{len(order)}: choose 1 to {len(order) - 1}, or 'auto'.")  # fmt: skip
         return int(top)
     sizes = range(1, max(2, len(order) // 2 + 1))
@@ -220,6 +222,9 @@ def band_of(
     if draws < MIN_DRAWS:
         raise UsageError(f"{draws} random selections are too few to say what chance reaches: draw at least "
                          f"{MIN_DRAWS}.")
+    half, lowered = max(1, len(order) // 2), tuple[str, ...]()
+    if top == DEFAULT_TOP and half < DEFAULT_TOP:
+        top, lowered = half, (f"The default top of {DEFAULT_TOP} is lowered to half of the {len(order)} components.",)
     k = top_size(order, top, alike)
     chosen = order[:k]
     drawn = selections(pool, chosen, draws, seed, alike)
@@ -229,13 +234,17 @@ def band_of(
     band = RandomBand(k, len(drawn), float(values[0]), low, high, words.format(k=k))
     possible = _possible(pool, chosen, alike)
     if possible < MIN_SELECTIONS:
-        return band, (f"Only {possible} selections of {k} components of these sizes exist, and a claim needs "
-                      f"{MIN_SELECTIONS}: no localisation is claimed; rank more components or more "
-                      "kinds.",)  # fmt: skip
+        return band, (*lowered, f"To select {plural(k)} of these sizes there are only {possible} ways, and a claim "
+                      f"needs {MIN_SELECTIONS}: no localisation is claimed; rank more components or more "
+                      "kinds.")  # fmt: skip
     if not band.beats_random:
-        return band, (f"The top {k} do not beat random selections of the same sizes ({band.top:.3f} against "
-                      f"at most {high:.3f}): no localisation is claimed.",)  # fmt: skip
-    return band, ()
+        return band, (*lowered, f"The top {plural(k)} did not beat random selections of the same sizes "
+                      f"({band.top:.3f} against at most {high:.3f}): no localisation is claimed.")  # fmt: skip
+    return band, lowered
+
+
+def plural(count: int) -> str:
+    return "1 component" if count == 1 else f"{count} components"
 
 
 def exact_band(
@@ -269,6 +278,8 @@ def exact_band(
     band, notes = band_of(pool, order, plan.top, plan.draws, plan.seed, words, effect, alike)
     if not split:
         notes = (*notes, UNCHECKED)
+    if any(whole.contrast and whole.retain and not part.retain for whole, part in zip(tasks, held, strict=True)):
+        notes = (*notes, UNCONTRASTED)
     return band, notes, forwards(held, sum(run))
 
 
