@@ -13,15 +13,15 @@ from repforget.artifact import Edit
 from repforget.errors import UsageError
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress, track
-from repforget.scoring import encode_prompts, generate
+from repforget.scoring import encode_prompts, generate, token_batches
+from repforget.scoring.encode import pad_id
+from repforget.scoring.forward import forward
 from repforget.shards.adapters import Factors, merged_factors, operations, worn
 from repforget.shards.folder import Training, factors_of, served
-from repforget.training import Example, collate
 from repforget.training.items import digest
 
 METHOD = "train_shards"
 Route = Literal["confidence", "loss"]
-ROWS = 32  # prompts per pass
 
 
 def combined(training: Training, model: LoadedModel) -> Edit:
@@ -81,21 +81,20 @@ def _scores(
     model: LoadedModel, factors: Factors, scale: float, tokens: Sequence[Sequence[int]], by: Route
 ) -> Tensor:
     """[n] float64, higher where the shard is more at home."""
-    found = []
+    found = torch.empty(len(tokens), dtype=torch.float64)
     placed = {name: t.to(model.device) for name, t in factors.items()}
     with worn(model.module, placed, scale):
-        for ids in (tokens[i : i + ROWS] for i in range(0, len(tokens), ROWS)):
-            batch = collate([Example((*map(int, row), 0), (False,) * len(row) + (True,)) for row in ids], model.device)
-            mask = batch["attention_mask"].roll(-1, 1) * batch["attention_mask"]  # without the token put at the end
-            logits = model.module(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False).logits
-            logp = functional.log_softmax(logits.double(), -1)
-            ends = mask.sum(1) - 1
+        for rows, batch in token_batches(tokens, pad_id=pad_id(model.tokenizer)):
+            width = batch.ids.shape[1]
+            logits = forward(model, batch.ids, batch.mask, batch.position_ids, width)[0]
+            logp = functional.log_softmax(logits.double(), -1).cpu()
+            ends = batch.mask.sum(1).long() - 1
             if by == "confidence":
-                found.append(logp[torch.arange(len(ids)), ends].max(-1).values)
-                continue
-            said = logp[:, :-1].gather(-1, batch["input_ids"][:, 1:, None])[..., 0] * mask[:, 1:]
-            found.append(said.sum(1) / ends)
-    return torch.cat(found).cpu()
+                found[rows] = logp[torch.arange(len(rows)), ends].max(-1).values
+            else:
+                said = logp[:, :-1].gather(-1, batch.ids[:, 1:, None])[..., 0] * batch.mask[:, 1:]
+                found[rows] = said.sum(1) / ends
+    return found
 
 
 def answers(
