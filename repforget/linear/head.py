@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from repforget.errors import UsageError, nearest
 from repforget.linear._arrays import Array
 from repforget.linear.budget import Budget, draw_noise, for_rows, within
-from repforget.linear.logistic import Logistic, change_logistic, fit_logistic, refit, within_unit
+from repforget.linear.logistic import Logistic, change_logistic, fit_logistic, leaving, refit, within_unit
 from repforget.linear.ridge import Ridge, change_ridge, fit_ridge
 from repforget.linear.rows import Index, Table, prepared
 from repforget.linear.softmax import Softmax, fit_softmax
@@ -147,7 +147,7 @@ def remove(head: Head, table: Table, names: Iterable[str], *, retrain: bool = Fa
                   "residual": model.residual}  # fmt: skip
     else:
         x, y = _rows(head, np.delete(np.arange(head.n), places), table)
-        model = refit(model, x, y) if isinstance(model, Logistic) else fit_softmax(
+        model = refit(leaving(model, gone[0]), x, y) if isinstance(model, Logistic) else fit_softmax(
             x, _numbers(y), len(head.classes), model.lam, start=model.change)  # fmt: skip
         if head.budget is not None and isinstance(model, Logistic):
             within(head.budget, model, len(places))

@@ -118,6 +118,12 @@ def refit(head: Logistic, x: NDArray[Any], y: NDArray[Any], tolerance: float = 1
     return replace(found, typical=_typical(found, x, y))
 
 
+def leaving(head: Logistic, x: NDArray[Any]) -> Logistic:
+    """The head with the curvature of rows ``x`` taken out and its weights as they are: a start for :func:`refit`."""
+    hessian = head.hessian - np.stack([curvature(x, r) for r in head.reference.T])
+    return replace(head, hessian=hessian, n=head.n - len(x))
+
+
 def change_logistic(
     head: Logistic, x: NDArray[Any], y: NDArray[Any], sign: Sign = -1
 ) -> tuple[Logistic, Bounds]:
@@ -211,7 +217,13 @@ def _minimised(
         fresh = factored is None and hessian is None
         if factored is None:
             held = curvature(x, w) if hessian is None else hessian
-            factored = factor(held + penalty * np.eye(len(w)), "The Hessian")
+            try:
+                factored = factor(held + penalty * np.eye(len(w)), "The Hessian")
+            except NumericalError:
+                if fresh:
+                    raise
+                hessian = None  # rounding of sums that large rows have left
+                continue
         step, size = solve(factored, g), 1.0
         for _ in range(HALVINGS):
             lower, trial = measured(w - size * step)

@@ -51,6 +51,8 @@ def fit_softmax(
     """
     _check(x, y, classes, lam)
     shape = (x.shape[1], classes)
+    if not len(x):
+        return Softmax(np.zeros(shape), 0, float(lam), 0.0)
     held = np.zeros(shape) if start is None else start.astype(np.float64)
     problem = _Problem(x, y, np.zeros(shape) if base is None else base.astype(np.float64),
                        np.zeros(classes) if bias is None else bias.astype(np.float64), float(lam))  # fmt: skip
