@@ -21,7 +21,7 @@ from repforget.training import Example, only
 
 def influence_removal(
     model: LoadedModel, data: EditData, *, where: Localization | None = None, seed: int = 0,
-    progress: Progress | None = None, max_divergence: float = 0.02, damping: float = 0.1, draws: int = 2,
+    progress: Progress | None = None, max_divergence: float = 0.02, damping: float = 0.1, draws: int = 1,
     floor: float = 0.0, max_facts: int = 2000,
 ) -> Edit:  # fmt: skip
     """Take the one damped inverse-curvature step by which a training without the forget facts would differ.
