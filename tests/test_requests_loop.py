@@ -42,7 +42,7 @@ def test_killed_while_it_is_answered_a_request_is_answered_once(tmp_path: Path) 
         asking.ask(book, people)
     run = ("run", "1", "--recipe", "recipe.yaml", "--json")
     process = _command(tmp_path, *run)
-    while process.poll() is None and not list(tmp_path.glob("requests.files/run-*/*/stage.json")):
+    while process.poll() is None and not (tmp_path / "requests.files" / "probe").exists():  # it has begun
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=300)
