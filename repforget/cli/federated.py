@@ -184,6 +184,7 @@ def forget(
     method: Annotated[str, typer.Option("--method", help="retrain, federaser, rollback or client.")] = "retrain",
     interval: Annotated[int, typer.Option("--interval", min=1, help="FedEraser: use every so many rounds.")] = 1,
     local_share: Annotated[float, typer.Option("--local-share", help="FedEraser: share of the local epochs.")] = 0.5,
+    editor: Annotated[str, typer.Option("--editor", help="Client: what it unlearns its records by.")] = "simnpo",
     keep_record: Annotated[bool, typer.Option("--keep-record", help="Leave its updates in the record.")] = False,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
@@ -202,7 +203,7 @@ def forget(
     base = load(Setup.read(run).plan.model, device=device, dtype=dtype)
     with display(as_json) as (progress, echo):
         edit = leave(base, run, client, method, out, interval=interval, local_share=local_share,  # type: ignore[arg-type]
-                     keep_record=keep_record, note=echo, progress=progress)  # fmt: skip
+                     editor=editor, keep_record=keep_record, note=echo, progress=progress)  # fmt: skip
     cost = read_json(out / "forget.json")
     held = edit.manifest.guarantee
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,8 +12,9 @@ from repforget.artifact import Edit
 from repforget.errors import NumericalError, UsageError, nearest
 from repforget.federated.clients import Client, answer, shapes_of
 from repforget.federated.faults import fault_of
-from repforget.federated.forget import Forgotten, Weights, fed_eraser, retrain, rollback
-from repforget.federated.history import History
+from repforget.federated.forget import Forgotten, Weights, client_side, fed_eraser, retrain, rollback
+from repforget.federated.history import History, final_state
+from repforget.federated.local import unlearned
 from repforget.federated.messages import Task, pack_task, size, unpack_reply
 from repforget.federated.records import Update
 from repforget.federated.run import EDIT, Note, Setup, edit_of, highest_rank
@@ -50,6 +51,23 @@ class Again:
             self.clients[name] = Client.of(name, self.base, self.sources[name].records())
         return self.clients[name]
 
+    def others(self, names: Iterable[str], client: str) -> list[str]:
+        """All but ``client``, which must be one of them."""
+        known = sorted(names)
+        if client not in known:
+            raise UsageError(f"Client '{client}' never took part, so that there is nothing to forget: "
+                             f"{nearest(client, known)}")  # fmt: skip
+        return [name for name in known if name != client]
+
+    def unlearn(self, name: str, weights: Weights, editor: str) -> Update:
+        """The update by which a client takes its own records out of the global ``weights``."""
+        self.client(name)
+        local, started = self.plan.local, time.process_time()
+        update = unlearned(name, self.base, local, weights, self.sources[name].records(), editor, seed=local.seed)
+        self.seconds += time.process_time() - started
+        self.down, self.up = self.down + sum(w.nbytes for w in weights.values()), self.up + update.nbytes
+        return update
+
     def train(self, name: str, weights: Weights, number: int, share: float) -> Update:
         """The update of one client to the global ``weights`` in the 0-based round ``number``; checked like any."""
         client = self.client(name)
@@ -68,16 +86,17 @@ class Again:
 
 def leave(
     base: LoadedModel, folder: Path, client: str, method: Method, out: Path, *, interval: int = 1,
-    local_share: float = 0.5, keep_record: bool = False, note: Note = lambda line: None,
+    local_share: float = 0.5, editor: str = "simnpo", keep_record: bool = False, note: Note = lambda line: None,
     progress: Progress | None = None,
 ) -> Edit:  # fmt: skip
     """Make the edit of the training in ``folder`` without ``client``, and save it in ``out``.
 
     "retrain" asks all others for all rounds again and is exact; "federaser" asks them for ``local_share`` of the
-    epochs in every ``interval``-th round; "rollback" asks nobody; "client" lets the client unlearn and the others train
-    on for two rounds.  Then the client's updates leave the record in ``folder``, unless ``keep_record``, and nobody
-    trains on there.  The edit of the training with the client stays where it is.  Writes ``edit/`` and ``forget.json``
-    (cost in CPU seconds and bytes), under "retrain" a whole training that can be forgotten from again.
+    epochs in every ``interval``-th round; "rollback" asks nobody; "client" lets the client unlearn its records by
+    ``editor`` and the others train on for two rounds.  Then the client's updates leave the record in ``folder``, unless
+    ``keep_record``, and nobody trains on there.  The edit of the training with the client stays where it is.  Writes
+    ``edit/`` and ``forget.json`` (cost in CPU seconds and bytes), under "retrain" a whole training that can be
+    forgotten from again.
 
     Raises UsageError for a client that never took part, for another base model, and where clients are needed that are
     not here.  Costs and what each way leaves behind: :mod:`repforget.federated.forget`.
@@ -91,10 +110,11 @@ def leave(
         history = History.open(folder / "history")
         again = Again(base, setup.plan, setup.sources)
         started = time.process_time()
-        done = _forgotten(method, history, client, again, interval, local_share, progress)
+        done = _forgotten(method, history, client, again, (interval, local_share, editor), progress)
         others = len(history.clients()) - 1
         edit = edit_of(base, setup.plan, done.weights, f"federated_{done.method}", {"clients": others},
-                       bound=highest_rank(setup.plan, others + 1), notes=done.notes, guarantee=done.guarantee)
+                       bound=0 if method == "client" else highest_rank(setup.plan, others + 1), notes=done.notes,
+                       guarantee=done.guarantee)  # fmt: skip
         edit.save(out / EDIT)
         write_json(out / COST, {"client": client, "method": method, "trainings": done.trainings, "notes": done.notes,
                                 "cpu_seconds": time.process_time() - started, "client_cpu_seconds": again.seconds,
@@ -112,16 +132,25 @@ def leave(
 
 
 def _forgotten(
-    method: Method, history: History, client: str, again: Again, interval: int, share: float,
-    progress: Progress | None,
-) -> Forgotten:  # fmt: skip
+    method: Method, history: History, client: str, again: Again, how: tuple[int, float, str], progress: Progress | None
+) -> Forgotten:
     rule, adam = again.plan.local.rule, again.plan.adam
+    interval, share, editor = how
     if method == "retrain":
         return retrain(history, client, again.train, rule=rule, adam=adam, progress=progress)
     if method == "federaser":
         return fed_eraser(history, client, again.train, interval=interval, local_share=share, rule=rule, adam=adam,
                           progress=progress)  # fmt: skip
-    return rollback(history, client, rule=rule)
+    if method == "rollback":
+        return rollback(history, client, rule=rule)
+
+    def train(name: str, weights: Weights, number: int, part: float) -> Update:
+        return again.train(name, weights, len(history) + number, part)
+
+    others = again.others(history.clients(), client)
+    weights = final_state(history, rule, adam)
+    return client_side(weights, client, lambda w: again.unlearn(client, w, editor), others, train, rule=rule,
+                       adam=adam, progress=progress)  # fmt: skip
 
 
 def _as_training(
