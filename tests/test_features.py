@@ -227,6 +227,9 @@ def test_an_autoencoder_one_site_off_is_refused_by_name(model: LoadedModel, kind
     wrong = dataclasses.replace(right, site=Site(kind, 0))
     with pytest.raises(SiteError, match=rf"least variance unexplained at {kind}\.1"):
         check_site(model, wrong, TEXTS)
+    stranger = dataclasses.replace(right, decoder_bias=right.decoder_bias + 100)  # worse than the mean everywhere
+    with pytest.raises(SiteError, match="nor the sites beside it"):
+        check_site(model, stranger, TEXTS)
     with pytest.raises(ArtifactError, match="32"):
         check_site(model, exact(d=16), TEXTS)
 

@@ -22,7 +22,7 @@ def _group() -> None:
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option("--out", help="Folder to write the autoencoder to.")],
+    out: Annotated[Path, typer.Option("--out", help="New folder for the autoencoder.")],
     site: Annotated[str, typer.Option("--site", help="Site whose activations are described, for example mlp_out.2.")],
     model: o.Model = "organism:bios",
     knowledge: o.KnowledgeName = "bios-people",
@@ -34,16 +34,19 @@ def train(
     dtype: o.Dtype = "auto",
     as_json: o.AsJson = False,
 ) -> None:
-    """Train a small autoencoder on the texts of a probe that an editor may see.
+    """Train a small autoencoder on the texts of a probe that an editor may see, into a new folder.
 
     Its features describe these texts; what it leaves unexplained of them is printed.
     """
+    from repforget.errors import UsageError
     from repforget.features import save, told, train_features
     from repforget.knowledge_files import load_knowledge
     from repforget.models.load import load
     from repforget.records import Site
 
     place = Site.parse(site)
+    if out.exists():
+        raise UsageError(f"'{out}' exists already, and an autoencoder is never overwritten: name a new folder.")
     data = load_knowledge(knowledge, seed=seed).for_editor()
     loaded = load(model, device=device, dtype=dtype)
     texts = told(loaded, [*data.forget, *data.retain], data.general)
@@ -72,7 +75,7 @@ def check(
 ) -> None:
     """Compare the variance an autoencoder leaves unexplained at its site and at the two beside it.
 
-    Where another site fits better the command fails and names it.
+    Where another site fits better the command fails and names it; also where none fits.
     """
     from repforget.features import check_site, read, told
     from repforget.knowledge_files import load_knowledge

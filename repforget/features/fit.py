@@ -68,7 +68,8 @@ def unexplained(
 def check_site(
     model: LoadedModel, sae: SparseAutoencoder, sequences: Sequence[Ids], progress: Progress | None = None
 ) -> Mapping[Site, float]:
-    """:func:`unexplained` at the site and its neighbours; SiteError names the one that fits where that is another.
+    """:func:`unexplained` at the site and its neighbours; SiteError names the one that fits where that is another, and
+    where none is described better than by its mean.
 
     Files often count layers from the other side of a block: ``resid_pre.k`` is ``resid_post.(k-1)``.
     """
@@ -78,8 +79,12 @@ def check_site(
                             f"{places.size(sae.site)}: it was made for another model or kind of site.")  # fmt: skip
     found = unexplained(model, sae, spread(sequences, CHECKED), neighbours(model, sae.site), progress)
     best = min(found, key=lambda site: found[site])
+    table = ", ".join(f"{site} {value:.3f}" for site, value in found.items())
+    if not found[best] < 1:
+        raise SiteError(f"The autoencoder does not fit {sae.site}, where it is said to belong, nor the sites beside "
+                        f"it: their mean would leave less variance unexplained ({table}); it was made for another "
+                        "layer, kind of site or model.")  # fmt: skip
     if best != sae.site:
-        table = ", ".join(f"{site} {value:.3f}" for site, value in found.items())
         raise SiteError(f"The autoencoder does not fit {sae.site}, where it is said to belong: it leaves the least "
                         f"variance unexplained at {best} ({table}); name that site, or turn the check "
                         "off.")  # fmt: skip
