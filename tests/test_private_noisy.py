@@ -137,7 +137,7 @@ def base(name: str = "llama") -> LoadedModel:
 
 def vector(edit: Edit, model: LoadedModel) -> torch.Tensor:
     """All weights after the edit, as one vector."""
-    return torch.cat([p.flatten() for p in edit.applied_to(model).module.parameters()]).double()
+    return torch.cat([p.detach().flatten() for p in edit.applied_to(model).module.parameters()]).double()
 
 
 @pytest.mark.parametrize("rank", [2, None])
@@ -161,7 +161,7 @@ def test_noise_is_what_the_budget_asks_for(tmp_path: Path) -> None:
     model, k = base(), world()
     run(model, records(), tmp_path / "a", rank=None, epochs=1)
     made = run_editor(model, k, "noisy_finetuning", training=str(tmp_path / "a"), bounded="output", repair=0, seed=3)
-    moved = vector(made, model) - torch.cat([p.flatten() for p in model.module.parameters()]).double()
+    moved = vector(made, model) - torch.cat([p.detach().flatten() for p in model.module.parameters()]).double()
     assert float(moved.std()) == pytest.approx(theory.output_deviation(8.0, 1e-5, 0.01), rel=0.02)
     again = run_editor(model, k, "noisy_finetuning", training=str(tmp_path / "a"), bounded="output", repair=0, seed=4)
     assert again.digest != made.digest

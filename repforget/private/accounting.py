@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Literal, get_args
 
 from repforget.errors import MissingExtraError, UsageError
@@ -92,6 +93,7 @@ def spent(accountant: Any, delta: float) -> float:
         return float(accountant.get_epsilon(delta=delta))
 
 
+@cache
 def noise_multiplier(epsilon: float, delta: float, rate: float, steps: int, kind: str) -> float:
     """Standard deviation of the noise, in units of the clipping norm, that ``steps`` steps need for the budget.
 

@@ -88,6 +88,8 @@ def train(
     identity = {**settings, "model": model.fingerprint, "records": digest(records)}
     kept = State(state, plain(identity))
     copy = copy_of(model)
+    if private is not None:
+        copy.module.float()  # so that what a unit adds is bounded to the last bit that is counted
     target = everything(copy.module, model.module) if rank is None else low_rank(copy.module, rank, seed or 0)
     course = _Course(copy.module, target, encoded(model, records), units, steps, batch, lr, kept, progress)
     if private is None:

@@ -1,0 +1,140 @@
+"""Private training as prevention: what it learns, what of a person asked to be forgotten can be seen, what it costs.
+
+The twin that never knew the 64 forget people is taught four facts of each, plainly and with DP-SGD whose unit is a
+person. Then eight of them ask to be forgotten: the plain model is trained again without them, the private ones are left
+as they are, since their statement was made beforehand.
+
+    python experiments/private-training/measure.py
+
+resumes where it was stopped (stages in --work) and writes result.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from repforget.artifact import load_edit
+from repforget.knowledge import Item, Knowledge, View
+from repforget.knowledge_files import load_knowledge
+from repforget.models.load import LoadedModel, load
+from repforget.private import Privacy, train
+from repforget.private.statement import group_report
+from repforget.scoring import answer_logprobs
+from repforget.store import Store, read_json, write_json
+from repforget.training import Record, records_of
+from repforget.verify.arms import References
+from repforget.verify.privacy.lira import lira
+from repforget.verify.privacy.membership import membership
+
+BASE = "organism:bios/twin-0"
+RELATIONS = 4  # of each person, so that the whole takes minutes
+ASKED = 8  # people who ask to be forgotten
+DELTA = 0.01  # below 1 / 64
+STEPS: dict[str, Any] = {"rank": 4, "epochs": 30.0, "lr": 1e-2, "seed": 0}  # each on all records, in every arm
+ARMS: dict[str, float | None] = {"plain": None, "plain, trained again without them": None, "epsilon 100": 100.0,
+                                 "epsilon 8": 8.0, "epsilon 2": 2.0}  # fmt: skip
+SCORES = ("loss", "min_k", "min_k_plus_plus", "reference")
+
+
+def questions(items: list[Item]) -> list[tuple[str, str]]:
+    return [(item.questions[0], item.continuation()) for item in items]
+
+
+def learned(model: LoadedModel, items: list[Item]) -> dict[str, float]:
+    """Share of questions whose answer is said, and the geometric mean probability of the right answer's tokens."""
+    found = answer_logprobs(model, questions(items))
+    return {"said": float(found.greedy_match.mean()), "probability": float(np.exp(found.mean_logprob.mean()))}
+
+
+def attacks(model: LoadedModel, view: View, references: References) -> dict[str, float]:
+    """AUC of the membership scores (chance 0.5), and LiRA's two numbers (0.5: cannot tell)."""
+    standing = membership(model, view, references=references, alternatives=15).scores
+    placed = lira(model, view, references=references, shadows=4, steps=24).scores
+    return {**{name: _mean(standing[name]) for name in SCORES if name in standing},
+            "lira offline": _mean(placed["offline"]), "lira posterior": _mean(placed["posterior"])}  # fmt: skip
+
+
+def _mean(scores: Any) -> float:
+    return float(np.mean(scores.values))
+
+
+def the_world(knowledge: Knowledge) -> tuple[list[Item], list[Record], set[str]]:
+    kinds = sorted({item.relation for item in knowledge.forget})[:RELATIONS]
+    items = [item for item in knowledge.forget if item.relation in kinds]
+    wanted = {f"{item.id}#{form}" for item in items for form in ("s0", "q0")}
+    records = [r for r in records_of(knowledge) if r.id in wanted]
+    return items, records, set(sorted({item.cluster for item in items})[:ASKED])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("runs/private-training"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("result.json"))
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    knowledge, base = load_knowledge("bios-people"), load(BASE)
+    items, records, gone = the_world(knowledge)
+    store = Store(given.work, note=print)
+    with store.locked():
+        folders = {arm: trained(store, arm, base, records, gone) for arm in ARMS}
+        found = {}
+        edits = {arm: load_edit(folder / "edit") for arm, folder in folders.items()}
+        references = References(edits["plain"].applied_to(base), (base,))
+        for arm in ("never trained", *ARMS):
+            found[arm] = measured(store, arm, edits.get(arm), base, items, gone, knowledge, references)
+    for arm, folder in folders.items():
+        found[arm] |= {"cpu_seconds": read_json(folder / "cost.json")["cpu_seconds"]}
+        held = edits[arm].manifest.guarantee
+        if held is not None:
+            eps, delta = held.numbers["epsilon"], held.numbers["delta"]
+            found[arm] |= {"epsilon": eps, "delta": delta, "noise": held.numbers["noise"],
+                           "says": group_report(eps, delta, "cluster", ASKED)}  # fmt: skip
+    write_json(given.out, {"base": BASE, "people": len({i.cluster for i in items}), "asked": sorted(gone),
+                           "records": len(records), "training": STEPS, "arms": found})  # fmt: skip
+
+
+def trained(store: Store, arm: str, base: LoadedModel, records: list[Record], gone: set[str]) -> Path:
+    epsilon = ARMS[arm]
+    own = [r for r in records if r.cluster not in gone] if "without" in arm else records
+    private = None if epsilon is None else Privacy(epsilon, DELTA, accountant="prv")
+    settings = {**STEPS, "batch": len(own)}  # of records, or of people: cut to their number
+    key = {"arm": arm, "base": base.fingerprint, "settings": settings, "records": len(own), "epsilon": epsilon}
+
+    def build(folder: Path) -> None:
+        started = time.process_time()
+        state = store.root / f".{arm.replace(' ', '-').replace(',', '')}.state"
+        made = train(base, own, private=private, state=state, name=arm, **settings)
+        write_json(folder / "cost.json", {"cpu_seconds": time.process_time() - started, "cores": os.cpu_count()})
+        made.save(folder / "edit")
+        state.unlink(missing_ok=True)
+
+    return store.stage("train", key, build)
+
+
+def measured(store: Store, arm: str, edit: Any, base: LoadedModel, items: list[Item], gone: set[str],
+             knowledge: Knowledge, references: References) -> dict[str, Any]:  # fmt: skip
+    key = {"arm": arm, "edit": None if edit is None else edit.digest, "gone": sorted(gone)}
+
+    def build(folder: Path) -> None:
+        model = base if edit is None else edit.applied_to(base)
+        asked = [i for i in items if i.cluster in gone]
+        view = dataclasses.replace(knowledge.view("dev"), forget=tuple(asked))
+        body = {"kept people": learned(model, [i for i in items if i.cluster not in gone]),
+                "people who asked": learned(model, asked),
+                "others it knew": learned(model, list(knowledge.view("dev").retain)[:200]),
+                "attacks": attacks(model, view, references)}  # fmt: skip
+        write_json(folder / "result.json", body)
+
+    return dict(read_json(store.stage("measure", key, build) / "result.json"))
+
+
+if __name__ == "__main__":
+    main()
