@@ -223,7 +223,7 @@ def _show(training: Training, as_json: bool, scores: list[tuple[tuple[int, int],
     found = [{"shard": k, "slice": i, "units": units[k, i], "records": cells[k, i],
               **({"score": dict(scores).get((k, i), 0.0)} if scores else {})}
              for k in range(s.shards) for i in range(s.slices)]  # fmt: skip
-    done, stale = sum(map(training.done, training.stages)), len(training.stale())
+    done, stale = sum(map(training.done, training.stages)), len([p for p in training.stale() if p.name[0] != "."])
     if as_json:
         print_json({"base": training.base["model"], "shards": s.shards, "slices": s.slices, "order": s.order,
                     "unit": s.unit, "combine": s.combine, "records": len(training.records),

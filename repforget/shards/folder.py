@@ -21,12 +21,13 @@ from safetensors.torch import load_file, save_file
 
 from repforget.errors import ArtifactError, UsageError
 from repforget.models.load import LoadedModel
-from repforget.progress import Progress
+from repforget.progress import Progress, track
 from repforget.shards.adapters import Factors
 from repforget.shards.plan import STAGE, Settings, Stage, Unit, planned
-from repforget.shards.train import Trained, train_stage
+from repforget.shards.train import ENVIRONMENT, Trained, train_stage
 from repforget.store import LOCK, TIMINGS, Store, digest, json_bytes, read_json, write_atomic, write_json
 from repforget.training import Example, Record, encoded
+from repforget.training.items import checked
 
 VERSION = 1
 MAIN, RECORDS, LEDGER, INDEX = "shards.json", "records.jsonl", "ledger.json", "index.json"
@@ -98,6 +99,7 @@ def begin(
     root = Path(root)
     if (root / MAIN).is_file():
         return _again(opened(root, note), model, settings, records, note)
+    records = checked(records, str(root))
     units = len({r.cluster if settings.unit == "cluster" else r.id for r in records})
     if settings.shards > units:
         raise UsageError(f"{settings.shards} shards were asked for and the records have {units} units "
@@ -166,20 +168,18 @@ def _vocabulary(model: LoadedModel) -> str:
     return digest(sorted(model.tokenizer.get_vocab().items()))[:16]
 
 
-def build(training: Training, stages: Iterable[Stage], model: LoadedModel, progress: Progress | None = None) -> list[
-    Stage
-]:  # fmt: skip
+def build(training: Training, model: LoadedModel, progress: Progress | None = None) -> list[Stage]:
     """Train every stage that is not there yet, in order; returns those that were trained."""
     training.check_base(model)
-    stages, made = list(stages), list[Stage]()
+    made: list[Stage] = []
     examples: dict[str, Example] = {}
-    for stage in stages:
+    for stage in track(progress, training.stages, "slices"):
 
         def write(folder: Path, stage: Stage = stage) -> None:
             if not examples:
-                records = sorted({r for s in stages for r in s.records})
-                examples.update(zip((r.id for r in records), encoded(model, records), strict=True))
-            before = _before(training, stages, stage)
+                tokens = encoded(model, training.records) if training.records else ()
+                examples.update(zip((r.id for r in training.records), tokens, strict=True))
+            before = _before(training, stage)
             partial = training.store.unfinished(STAGE, stage.key)
             _write(folder, train_stage(model, training.settings, stage, examples, before, partial=partial,
                                        progress=progress))  # fmt: skip
@@ -189,9 +189,10 @@ def build(training: Training, stages: Iterable[Stage], model: LoadedModel, progr
     return made
 
 
-def _before(training: Training, stages: Sequence[Stage], stage: Stage) -> Trained | None:
+def _before(training: Training, stage: Stage) -> Trained | None:
     """The state in which a stage begins: that after the one before it, for "s3t" the factors of all before it."""
-    chain = [s for s in stages if (s.shard, s.track) == (stage.shard, stage.track) and s.position < stage.position]
+    run = [s for s in training.stages if (s.shard, s.track) == (stage.shard, stage.track)]
+    chain = run[: stage.position]
     if not chain:
         return None
     if training.settings.order == "s3t":
@@ -222,15 +223,20 @@ def facts_of(training: Training, stage: Stage) -> dict[str, Any]:
     return found
 
 
-def served(training: Training, stages: Sequence[Stage] | None = None) -> dict[int, tuple[Stage, ...]]:
+def environments(training: Training) -> int:
+    """In how many environments (software, device, threads) the finished stages were trained: with 1, bits compare."""
+    facts = [facts_of(training, stage) for stage in training.stages if training.done(stage)]
+    return len({tuple(each[name] for name in ENVIRONMENT) for each in facts})
+
+
+def served(training: Training) -> dict[int, tuple[Stage, ...]]:
     """The stages whose factors each shard serves: the last one, for "s3t" the longest run from the first.
 
     UsageError where a shard of "sisa" is not finished.
     """
-    stages = training.stages if stages is None else stages
     found: dict[int, tuple[Stage, ...]] = {}
     for shard in range(training.settings.shards):
-        own = [s for s in stages if s.shard == shard]
+        own = [s for s in training.stages if s.shard == shard]
         if training.settings.order == "sisa":
             if not training.done(own[-1]):
                 raise UsageError(f"Shard {shard} of '{training.root}' is not trained to its end: repeat the command "

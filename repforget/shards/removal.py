@@ -13,9 +13,9 @@ from repforget.errors import UsageError
 from repforget.guarantee import Guarantee
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress
-from repforget.shards.folder import LEDGER, Training, build, facts_of, served, write_records
+from repforget.shards.folder import LEDGER, Training, build, environments, opened, write_records
 from repforget.shards.index import write_index
-from repforget.shards.plan import Settings, Stage, place
+from repforget.shards.plan import Stage, place
 from repforget.store import TIMINGS, read_json, write_json
 from repforget.training import Record, chosen
 
@@ -52,7 +52,6 @@ class Outcome:
     passes: int
     share: float
     same_text: int
-    environments: int
     guarantee: Guarantee
     notes: tuple[str, ...] = ()
 
@@ -66,10 +65,11 @@ def take_out(
     is erased, and for "sisa" the affected shards are trained again from the affected slice on.  Killed at any moment,
     the same call finishes.  UsageError for a name that was never trained on.  Hold ``training.store.locked()``.
     """
-    names = list(dict.fromkeys(names))
+    training, names = opened(training.root, training.store.note), list(dict.fromkeys(names))
     if not names:
         raise UsageError("No name was given: give ids or clusters of the records that are to go.")
-    left_to_go = [name for name in names if training.has(name) or not training.was_here(name)]
+    here = {name for r in training.records for name in (r.id, r.cluster)}
+    left_to_go = [name for name in names if name in here or not training.was_here(name)]
     going = chosen(training.records, left_to_go, str(training.root)) if left_to_go else ()
     left = without(training, going)
     gone, gone_clusters = _ledger(training, left, going)
@@ -81,7 +81,7 @@ def take_out(
     write_json(after.root / LEDGER, {"records": sorted(after.gone), "clusters": sorted(after.gone_clusters)})
     write_records(after)
     erased = erase(after)
-    made = [] if base is None else build(after, after.stages, base, progress)
+    made = [] if base is None else build(after, base, progress)
     write_index(after)
     return after, _outcome(after, going, erased, made)
 
@@ -93,9 +93,11 @@ def without(training: Training, going: Sequence[Record]) -> tuple[Record, ...]:
 
 def complete(training: Training, model: LoadedModel, progress: Progress | None = None) -> list[Stage]:
     """Train what is not trained yet, erase stages of other records, write the index; returns the stages trained."""
+    training = opened(training.root, training.store.note)  # as it is now, so that nothing comes back
+    training.check_base(model)
     write_records(training)
     erase(training)
-    made = build(training, training.stages, model, progress)
+    made = build(training, model, progress)
     write_index(training)
     return made
 
@@ -135,34 +137,26 @@ def _outcome(after: Training, going: Sequence[Record], erased: int, made: Sequen
     same = sum((r.prompt, r.answer) in texts for r in after.records)
     shards = {place(s, r)[0] for r in going}
     cost = sum(stage.passes(s) for stage in made) / max(1, sum(stage.passes(s) for stage in after.stages))
-    found = served(after)
-    seen = {repr(_environment(facts_of(after, x))) for chain in found.values() for x in chain}
     notes = []
     if same:
         notes.append(f"{same} records that are left say the same, word for word, under other names.")
     split = sum(len({place(s, r) for r in going if r.cluster == c}) > 1 for c in {r.cluster for r in going})
     if split:
         notes.append(f"The unit is the record: the records of {split} clusters lay in several shards or slices.")
-    if len(seen) > 1:
-        notes.append("The slices that are served were trained in different environments: each is untouched by the "
-                     "records, and a training in one environment differs by rounding.")  # fmt: skip
     numbers = {"records": float(len(going)), "shards trained again": float(len(shards) if made else 0), "share": cost,
                "same text left": float(same)}  # fmt: skip
     return Outcome(
         records=len(going), shards=len(shards), erased=erased, trained=len(made),
         steps=sum(stage.steps(s) for stage in made), passes=sum(stage.passes(s) for stage in made), share=cost,
-        same_text=same, environments=len(seen), guarantee=guarantee_of(s, len(after.gone), numbers), notes=tuple(notes),
+        same_text=same, guarantee=guarantee_of(after, len(after.gone), numbers), notes=tuple(notes),
     )  # fmt: skip
 
 
-def _environment(facts: Mapping[str, object]) -> tuple[object, ...]:
-    return tuple(facts[name] for name in ("torch", "device", "threads"))
-
-
-def guarantee_of(settings: Settings, records: int, numbers: Mapping[str, float]) -> Guarantee:
-    """What holds after records were taken out."""
-    holds = (f"the adapters are, bit for bit, those of a training from scratch without the {records} records taken out"
-             if settings.order == "sisa" else
-             f"the adapters are, bit for bit, those of blocks that were trained before any of the {records} records "
-             "taken out came in")  # fmt: skip
-    return Guarantee("exact", holds, settings.unit, THEOREMS[settings.order], ASSUMPTIONS, dict(numbers))
+def guarantee_of(training: Training, records: int, numbers: Mapping[str, float]) -> Guarantee:
+    """What holds for a training without ``records`` records; equal bits only where one environment trained it all."""
+    s, seen = training.settings, environments(training)
+    same = "are, bit for bit," if seen < 2 else f"are, up to the rounding of {seen} environments,"
+    whose = (f"those of a training from scratch without the {records} records taken out" if s.order == "sisa" else
+             f"those of blocks that were trained before any of the {records} records taken out came in")  # fmt: skip
+    return Guarantee("exact", f"the adapters {same} {whose}", s.unit, THEOREMS[s.order], ASSUMPTIONS,
+                     {**numbers, "environments": float(seen)})  # fmt: skip

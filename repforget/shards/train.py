@@ -23,6 +23,7 @@ from repforget.store import write_atomic
 from repforget.training import Example, Stepper, collate, label_loss, only
 
 PARTIAL = "epoch.safetensors"
+ENVIRONMENT = ("torch", "device", "threads")  # what rounding depends on beside the arithmetic itself
 
 
 @dataclass(frozen=True)
@@ -35,23 +36,23 @@ class Trained:
 
 
 def environment(module: nn.Module) -> dict[str, str | int]:
-    """What rounding depends on beside the arithmetic itself."""
     device = next(module.parameters()).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return {"torch": str(torch.__version__), "device": f"{device.type} {name}", "threads": torch.get_num_threads()}
+    found = (str(torch.__version__), f"{device.type} {name}", torch.get_num_threads())
+    return dict(zip(ENVIRONMENT, found, strict=True))
 
 
 @contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
     """Kernels that give the same bits every time, or an error where there are none."""
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if device.type == "cuda":  # read when the first matrices are multiplied
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def train_stage(

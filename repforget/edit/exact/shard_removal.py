@@ -61,7 +61,7 @@ def shard_removal(
     s = training.settings
     with training.store.locked():
         if s.order == "sisa":
-            build(after, after.stages, plain, progress)
+            build(after, plain, progress)
         shards = sorted({place(s, r)[0] for r in going})
         old, new = shard_factors(training), shard_factors(after)
     fresh = operations(merged_factors([(s.weight, f) for f in new.values()]), s.scale)
@@ -72,7 +72,7 @@ def shard_removal(
     settings = {"folder": training.root.name, "names": None if names is None else len(wanted), "combine": s.combine,
                 "base": training.base["model"], "served": "base and adapters" if as_base else "one checkpoint"}
     return Edit.build("shard_removal", settings, model, data.digest, found,
-                      guarantee=guarantee_of(s, len(going), numbers))  # fmt: skip
+                      guarantee=guarantee_of(after, len(going), numbers))  # fmt: skip
 
 
 def _check_served(training: Training, plain: LoadedModel, model: LoadedModel) -> None:
