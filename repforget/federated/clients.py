@@ -62,10 +62,10 @@ class Client:
         NumericalError where the loss is not finite.  Cost: the passes of ``task.local`` over the own records; memory
         of one copy of the trained weights on top of the training's own.
         """
-        started = time.monotonic()
+        started = time.process_time()
         tensors, loss = train_locally(self.model, self.examples, task, self.name)
         update = Update(self.name, len(self.examples), tensors)
-        return Reply(self.name, task.round, update, loss, time.monotonic() - started)
+        return Reply(self.name, task.round, update, loss, time.process_time() - started)
 
 
 def answer(client: Worker, packed: Packed) -> Packed:

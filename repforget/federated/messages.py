@@ -77,7 +77,8 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Reply:
-    """What came back from a client: an update with its mean loss (nats) and seconds, or why there is none."""
+    """What came back from a client: an update with its mean loss (nats) and CPU seconds, or why there is
+    none."""
 
     client: str
     round: int
