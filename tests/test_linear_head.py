@@ -262,6 +262,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (("head", "remove", tmp_path / "none", "--ids", "r1"), "There is no head"),
         (("head", "fit", tmp_path / "h", "--features", rows, "--epsilon", 1), "together"),
         (("head", "fit", tmp_path / "h"), "--features"),
+        (("head", "fit", head, "--features", rows), "There is a head"),
         (("head", "fit", tmp_path / "h", "--features", rows, "--loss", "logistics"), "did you mean 'logistic'"),
     ):
         code, _, err = run(capsys, *arguments)

@@ -85,6 +85,20 @@ def test_true_residual_below_data_bound_below_worst_bound(
     assert residual(back, x, y) <= back.residual
 
 
+def test_the_bound_is_tight_where_the_third_derivative_is_largest() -> None:
+    """One feature of 1 and a logit near 1.32: each step's bound covers what it adds, the way from the reference too."""
+    y = np.where(np.arange(1000) < 789, 1.0, -1.0)[:, None]
+    x = np.ones((1000, 1))
+    head = fit_logistic(x, y, 1e-6)
+    before = 0.0
+    for step in range(1, 6):
+        gone, left = slice(20 * step - 20, 20 * step), slice(20 * step, None)
+        head, bounds = change_logistic(head, x[gone], y[gone])
+        after = residual(head, x[left], y[left])
+        assert 0.8 * bounds.data < after - before <= bounds.data
+        before = after
+
+
 def test_the_step_uses_the_hessian_of_what_remains_and_the_penalty_of_what_goes() -> None:
     """Rows that carry much of the curvature: with the full Hessian, or without m lam w, the step is far worse."""
     x, y = rows(60, 6, seed=3)
@@ -129,6 +143,21 @@ def test_steps_and_retraining_agree_with_scikit_learn() -> None:
     assert np.abs(head.weights[:, 0] - peer.coef_[0]).max() < 1e-5
     assert np.abs(head.weights - fit_logistic(x[30:], y[30:], 0.01).weights).max() < 1e-9
     assert residual(head, x[30:], y[30:]) < 1e-9
+
+
+def test_a_large_head_without_noise_keeps_no_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
+    from repforget.linear import logistic as room
+
+    x, y = rows(300, 6, 2)
+    small = fit_logistic(x, y, 0.01)
+    monkeypatch.setattr(room, "LARGEST", 71)
+    large = fit_logistic(x, y, 0.01)
+    assert small.hessian.shape == (2, 6, 6) and large.hessian.size == 0
+    found = refit(room.leaving(large, x[:9]), x[9:], y[9:])
+    assert np.abs(found.weights - refit(room.leaving(small, x[:9]), x[9:], y[9:]).weights).max() < 1e-10
+    assert fit_logistic(x, y, 0.01, np.ones((6, 2))).hessian.size
+    with pytest.raises(UsageError, match="keeps no Hessian"):
+        change_logistic(large, x[:1], y[:1])
 
 
 def test_softmax_agrees_with_scikit_learn_and_forgets_exactly() -> None:

@@ -80,7 +80,7 @@ def fit(
         features = write_table(found, rows or out.with_name(out.name + ".rows.npz"))
     table = read_table(features)
     head = fit_head(table, loss, l2, radius=radius, intercept=intercept, budget=budget, seed=seed)  # type: ignore[arg-type]
-    save_head(head, out)
+    save_head(head, out, fresh=True)
     _print(head, out, as_json, {"features": str(features)})
 
 
@@ -96,7 +96,7 @@ def remove(
 ) -> None:  # fmt: skip
     """Take rows out of a head, and say by which theorem and with which numbers.
 
-    The rows are read again from the file of the training. That file still holds them afterwards.
+    The rows are read again from the file of the training, which still holds them afterwards.
     """
     from repforget.linear import guarantee, opened, read_table, save_head
     from repforget.linear import remove as without
@@ -106,6 +106,8 @@ def remove(
         new = without(head, read_table(features or head.source), [*names, *(cluster or ())], retrain=retrain)
         save_head(new, folder)
     _print(new, folder, as_json, {"taken_out": new.log[-1]}, guarantee(new))
+    if not as_json:
+        typer.echo(f"'{features or head.source}' still holds these rows: take them out there as well")
 
 
 @app.command()

@@ -27,17 +27,21 @@ JSON, FORMAT = "head.json", 1
 MODELS: Mapping[str, type[Any]] = {"ridge": Ridge, "logistic": Logistic, "softmax": Softmax}
 
 
-def save_head(head: Head, folder: str | Path) -> Path:
+def save_head(head: Head, folder: str | Path, *, fresh: bool = False) -> Path:
     """Write the head; readable by its owner alone, since it holds the private noise.  An older head is replaced.
 
     The tensors go to ``head-<hash>.safetensors`` first, then ``head.json`` is exchanged in one step, then tensors
-    that no head names any more are taken away.  ResourceError where the disk refuses.
+    that no head names any more are taken away.  ``fresh`` refuses to replace a head, from which rows may have been
+    taken out that a new fit would bring back.  ResourceError where the disk refuses.
     """
     from safetensors.numpy import save as to_bytes
 
     folder = Path(folder)
     if folder.exists() and not (folder / JSON).is_file() and (folder.is_file() or _others(folder)):
         raise ArtifactError(f"'{folder}' exists and is not a head: choose an empty or new folder.")
+    if fresh and (folder / JSON).is_file():
+        raise ArtifactError(f"There is a head at '{folder}' already, from which rows may have been taken out: choose "
+                            "another folder, or take it away first.")  # fmt: skip
     numbers, arrays = _parts(head.model)
     arrays |= {f"index.{name}": getattr(head.index, name) for name in ("ids", "clusters", "contents")}
     tensors = to_bytes({name: np.ascontiguousarray(value) for name, value in arrays.items()})

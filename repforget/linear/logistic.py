@@ -26,6 +26,7 @@ from repforget.linear.ridge import Sign
 
 LIPSCHITZ = 1 / (6 * np.sqrt(3.0))  # of the second derivative of log(1 + exp(-z)); Guo et al. use 1/4
 FAST = 0.1  # a gradient that shrinks by less than this asks for a new Hessian
+LARGEST = 1 << 24  # numbers in the Hessians of a head that does without them
 MAX_STEPS, HALVINGS, ARMIJO, FLAT = 100, 40, 1e-4, 1e-10
 SAMPLE = 64  # rows whose removal is tried at fitting time, to tell how many removals a budget allows
 
@@ -38,7 +39,7 @@ class Logistic:
     ``reference`` [d, k] is where ``hessian`` [k, d, d] (without penalty) was taken of the rows present now; ``gram``
     [d, d] is theirs, known up to ``error`` in spectral norm, as is the Hessian.  ``residual`` bounds the norm of the
     gradient of the objective over all columns; ``typical`` is (|v|, |X v|) of the Newton step v for one row.
-    Memory: k + 1 matrices d x d.
+    Memory: k + 1 matrices d x d; above 2^24 numbers a head without noise keeps no Hessian (an empty array).
     """
 
     weights: Array
@@ -105,7 +106,7 @@ def refit(head: Logistic, x: NDArray[Any], y: NDArray[Any], tolerance: float = 1
     rows(x, y, *head.weights.shape)
     if not np.isin(y, (-1, 1)).all():
         raise UsageError("The targets of a logistic head are -1 and 1 in every column: encode the classes so.")
-    kept = head.hessian if head.n == len(x) else [None] * y.shape[1]
+    kept = head.hessian if head.n == len(x) and head.hessian.size else [None] * y.shape[1]
     columns = [_minimised(x, y[:, k : k + 1], head.weights[:, k], head.lam * len(x), head.noise[:, k], kept[k],
                           tolerance / np.sqrt(y.shape[1])) for k in range(y.shape[1])]  # fmt: skip
     weights = np.stack([w for w, _ in columns], 1)
@@ -113,13 +114,18 @@ def refit(head: Logistic, x: NDArray[Any], y: NDArray[Any], tolerance: float = 1
     lengths = np.sqrt(size * len(x) * y.shape[1])  # at least the sum of the norms of all parts of the gradient
     in_logits = size * x.shape[1] * EPS * float(np.linalg.norm(weights))
     residual = float(np.linalg.norm([norm for _, norm in columns]) + rounding(len(x)) * lengths + in_logits)
-    found = Logistic(weights, head.noise, weights, gram(x), np.stack([curvature(x, w) for w in weights.T]), len(x),
-                     head.lam, residual, rounding(len(x)) * size)  # fmt: skip
+    found = Logistic(weights, head.noise, weights, gram(x), np.zeros(0), len(x), head.lam, residual,
+                     rounding(len(x)) * size)  # fmt: skip
+    if weights.size * len(weights) > LARGEST and not head.noise.any():
+        return found
+    found = replace(found, hessian=np.stack([curvature(x, w) for w in weights.T]))
     return replace(found, typical=_typical(found, x, y))
 
 
 def leaving(head: Logistic, x: NDArray[Any]) -> Logistic:
     """The head with the curvature of rows ``x`` taken out and its weights as they are: a start for :func:`refit`."""
+    if not head.hessian.size:
+        return head
     hessian = head.hessian - np.stack([curvature(x, r) for r in head.reference.T])
     return replace(head, hessian=hessian, n=head.n - len(x))
 
@@ -141,6 +147,8 @@ def change_logistic(
     n, m = head.n + sign * len(x), len(x)
     if n < 1:
         raise UsageError(f"Taking {m} rows out of a head that was fitted to {head.n} leaves none: fit a new head.")
+    if not head.hessian.size:
+        raise UsageError("This head keeps no Hessian, being large and without noise: refit it on the remaining rows.")
     within_unit(x)
     x = x.astype(np.float64, copy=False)
     error = head.error + rounding(m) * m + EPS * float(np.linalg.norm(head.gram))

@@ -157,11 +157,6 @@ class Index:
         left = np.delete(np.arange(len(self)), places)
         return Index(self.salt, self.ids[left], self.clusters[left], self.contents[left])
 
-    def with_(self, other: Index) -> Index:
-        parts = [np.concatenate(pair) for pair in ((self.ids, other.ids), (self.clusters, other.clusters),
-                                                   (self.contents, other.contents))]  # fmt: skip
-        return Index(self.salt, *parts)
-
 
 def _hashed(salt: bytes, names: Iterable[str]) -> Hashes:
     joined = b"".join(hashlib.blake2b(str(name).encode(), key=salt, digest_size=SIZE).digest() for name in names)
