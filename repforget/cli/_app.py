@@ -19,6 +19,7 @@ from repforget.cli import (
     influence,
     locate,
     methods,
+    moments,
     organism,
     plan,
     report,
@@ -40,6 +41,7 @@ for module in (run, plan, locate, edit, train, fold, verify, bench, compare, cal
 app.add_typer(organism.app, name="organism")
 app.add_typer(features.app, name="features")
 app.add_typer(head.app, name="head")
+app.add_typer(moments.app, name="moments")
 app.add_typer(federated.app, name="federated")
 app.add_typer(request.app, name="request")
 app.command(name="train-shards")(train_shards.command)
