@@ -22,7 +22,8 @@ import repforget.shards.removal as removal_module
 from repforget.errors import ArtifactError, UsageError
 from repforget.models.load import LoadedModel, fingerprint
 from repforget.shards import Stage, Training, begin, complete, opened, place, shard_factors, share, take_out
-from repforget.training import Stepper
+from repforget.shards.adapters import fresh
+from repforget.training import Stepper, collate, encoded
 from repforget.training.items import digest
 
 PEOPLE = shard_tools.people()
@@ -110,7 +111,35 @@ def test_whatever_the_settings(changes: dict[str, Any], base: LoadedModel, tmp_p
     assert any("unit is the record" in note for note in outcome.notes) == (changes.get("unit") == "record")
 
 
-def test_training_learns_and_leaves_model_and_generators_alone(
+def test_a_shard_is_what_a_plain_loop_over_its_slices_gives(base: LoadedModel, full: Training) -> None:
+    """One optimiser from the first slice to the last, dense weights ``W + s B A``, nothing written or read."""
+    from torch.func import functional_call
+
+    s, module = full.settings, base.module
+    factors = {name: t.requires_grad_() for name, t in fresh(module, s, 1, s.groups[0]).items()}
+    optimiser = torch.optim.AdamW(list(factors.values()), betas=(0.9, 0.98), weight_decay=s.weight_decay)
+    plain = dict(module.named_parameters())
+    for stage in (stage for stage in full.stages if stage.shard == 1):
+        batches = [batch for epoch in range(s.epochs) for batch in stage.batches(s, epoch)]
+        for index, records in enumerate(batches):
+            weights = {f"{p}.weight": plain[f"{p}.weight"] + s.scale * factors[f"{p}.B"] @ factors[f"{p}.A"]
+                       for p in s.groups[0]}  # fmt: skip
+            batch = collate(encoded(base, records))
+            given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            logits = functional_call(module, weights, kwargs=given).logits
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+            optimiser.zero_grad()
+            loss.backward(inputs=list(factors.values()))
+            torch.nn.utils.clip_grad_norm_(list(factors.values()), 1.0)
+            optimiser.param_groups[0]["lr"] = s.lr * (1 - index / len(batches))
+            optimiser.step()
+    found = shard_factors(full)[1]
+    assert any(bool(t.any()) for name, t in found.items() if name.endswith(".B"))
+    for name, t in found.items():
+        torch.testing.assert_close(t, factors[name].detach(), atol=2e-4, rtol=1e-3)
+
+
+def test_training_leaves_model_and_generators_alone(
     base: LoadedModel, full: Training, tmp_path: Path
 ) -> None:  # fmt: skip
     torch.manual_seed(5)

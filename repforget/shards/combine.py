@@ -28,9 +28,11 @@ def combined(training: Training, model: LoadedModel) -> Edit:
     """All shards in one edit of the base: per layer one low-rank delta with the factors of all shards side by side.
 
     The weight change is w sum_k s B_k A_k, exactly; w is 1 ("sum") or 1/K ("mean").  The sum keeps what each shard has
-    learned at full strength beside the changes of the others; the mean is, to first order, the model whose logits are
-    the mean of the shards', which each know K-1 of K records no better than the base.  Raises ArtifactError for
-    another model than the base, UsageError where a shard is not finished, NoEffectError where no record is left.
+    learned at full strength however many shards there are; the mean is, to first order, the model whose logits are the
+    mean of the shards', K-1 of which know no more of a record than the base.  In both, shards that were trained apart
+    disturb one another, the more the longer they were trained (measured: experiments/speed/shards.json); one shard at
+    a time (:func:`answers`) keeps far more.  Raises ArtifactError for another model than the base, UsageError where a
+    shard is not finished, NoEffectError where no record is left.
     """
     training.check_base(model)
     parts = [(training.settings.weight, factors) for factors in shard_factors(training).values()]

@@ -36,8 +36,9 @@ def shard_removal(
     base itself, the edit is the whole of the shards without the records, to be served beside it.
 
     The slices that are trained again are kept in the folder, where ``repforget shards remove`` finds them: that
-    command takes the records out of the folder, this editor only out of the model.  It does not show that nothing
-    else taught the model the same.
+    command takes the records out of the folder, this editor only out of the model.  In the last bits the edited model
+    keeps the rounding of the one before; only a new export is free of it.  Nothing is shown about other data that
+    taught the model the same.
 
     Args:
         folder: what ``repforget train-shards`` wrote, with the records still in it.
@@ -71,8 +72,11 @@ def shard_removal(
                "largest rounding difference": 0.0 if as_base else _gap(model, plain, found, fresh)}  # fmt: skip
     settings = {"folder": training.root.name, "names": None if names is None else len(wanted), "combine": s.combine,
                 "base": training.base["model"], "served": "base and adapters" if as_base else "one checkpoint"}
-    return Edit.build("shard_removal", settings, model, data.digest, found,
-                      guarantee=guarantee_of(after, len(going), numbers))  # fmt: skip
+    held = guarantee_of(after, len(going), numbers)
+    if not as_base:
+        held = replace(held, statement=f"{held.statement}; the weights are the base with them but for the rounding of "
+                                       "the model that is edited, which a new export does not have")  # fmt: skip
+    return Edit.build("shard_removal", settings, model, data.digest, found, guarantee=held)
 
 
 def _check_served(training: Training, plain: LoadedModel, model: LoadedModel) -> None:
