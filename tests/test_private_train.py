@@ -85,7 +85,8 @@ def test_interrupted_anywhere_it_continues_to_the_same_bits(private: Privacy | N
 
 
 def test_every_step_is_counted_once_and_epsilon_after_every_epoch(tmp_path: Path) -> None:
-    made = run(model(), records(), tmp_path / "t", private=BUDGET, **SMALL)
+    said: list[str] = []
+    made = run(model(), records(), tmp_path / "t", private=BUDGET, echo=said.append, **SMALL)
     told = made.manifest.settings["spent"]
     assert told["steps"] == made.manifest.settings["steps"] == 8
     assert len(told["epsilons"]) == 4 and told["epsilons"] == sorted(set(told["epsilons"]))
@@ -93,6 +94,7 @@ def test_every_step_is_counted_once_and_epsilon_after_every_epoch(tmp_path: Path
     assert told["epsilons"][-1] == told["epsilon"] == exact <= BUDGET.epsilon
     half = spent(accountant_of("rdp", [(told["noise"], told["rate"], 4)]), BUDGET.delta)
     assert told["epsilons"][1] == half
+    assert len(said) == 4 and f"epsilon {half:.3g} of 8 is spent" in said[1] and "cluster" in said[1]
     body = json.loads((tmp_path / "t" / "train.json").read_text())
     assert body["guarantee"]["numbers"]["epsilon"] == exact
     assert [row["units"] for row in body["guarantee"]["groups"]][:3] == [1, 2, 4]

@@ -2,7 +2,8 @@
 
 The twin that never knew the 64 forget people is taught four facts of each, plainly and with DP-SGD whose unit is a
 person. Then eight of them ask to be forgotten: the plain model is trained again without them, the private ones are left
-as they are, since their statement was made beforehand.
+as they are, since their statement was made beforehand; noisy fine-tuning takes the plain training back to within its
+budget of never having been and then learns the kept people again.
 
     python experiments/private-training/measure.py
 
@@ -22,7 +23,8 @@ import numpy as np
 import torch
 
 from repforget.artifact import load_edit
-from repforget.knowledge import Item, Knowledge, View
+from repforget.edit._dispatch import edit
+from repforget.knowledge import Fact, Item, Knowledge, View
 from repforget.knowledge_files import load_knowledge
 from repforget.models.load import LoadedModel, load
 from repforget.private import Privacy, train
@@ -41,6 +43,8 @@ DELTA = 0.01  # below 1 / 64
 STEPS: dict[str, Any] = {"rank": 4, "epochs": 30.0, "lr": 1e-2, "seed": 0}  # each on all records, in every arm
 ARMS: dict[str, float | None] = {"plain": None, "plain, trained again without them": None, "epsilon 100": 100.0,
                                  "epsilon 8": 8.0, "epsilon 2": 2.0}  # fmt: skip
+AFTER = "plain, then noisy fine-tuning"
+NOISY: dict[str, Any] = {"epsilon": 8.0, "delta": 1e-5, "repair": 300, "repair_lr": 1e-2}
 SCORES = ("loss", "min_k", "min_k_plus_plus", "reference")
 
 
@@ -87,18 +91,22 @@ def main() -> None:
         folders = {arm: trained(store, arm, base, records, gone) for arm in ARMS}
         found = {}
         edits = {arm: load_edit(folder / "edit") for arm, folder in folders.items()}
+        folders[AFTER] = edited(store, base, folders["plain"], records, gone, knowledge)
+        edits[AFTER] = load_edit(folders[AFTER] / "edit")
         references = References(edits["plain"].applied_to(base), (base,))
-        for arm in ("never trained", *ARMS):
+        for arm in ("never trained", *ARMS, AFTER):
             found[arm] = measured(store, arm, edits.get(arm), base, items, gone, knowledge, references)
     for arm, folder in folders.items():
         found[arm] |= {"cpu_seconds": read_json(folder / "cost.json")["cpu_seconds"]}
         held = edits[arm].manifest.guarantee
         if held is not None:
+            found[arm] |= {"statement": held.statement, "notes": list(edits[arm].manifest.notes)}
+        if held is not None and held.kind == "private":
             eps, delta = held.numbers["epsilon"], held.numbers["delta"]
             found[arm] |= {"epsilon": eps, "delta": delta, "noise": held.numbers["noise"],
                            "says": group_report(eps, delta, "cluster", ASKED)}  # fmt: skip
     write_json(given.out, {"base": BASE, "people": len({i.cluster for i in items}), "asked": sorted(gone),
-                           "records": len(records), "training": STEPS, "arms": found})  # fmt: skip
+                           "records": len(records), "training": STEPS, "noisy": NOISY, "arms": found})  # fmt: skip
 
 
 def trained(store: Store, arm: str, base: LoadedModel, records: list[Record], gone: set[str]) -> Path:
@@ -119,12 +127,32 @@ def trained(store: Store, arm: str, base: LoadedModel, records: list[Record], go
     return store.stage("train", key, build)
 
 
-def measured(store: Store, arm: str, edit: Any, base: LoadedModel, items: list[Item], gone: set[str],
-             knowledge: Knowledge, references: References) -> dict[str, Any]:  # fmt: skip
-    key = {"arm": arm, "edit": None if edit is None else edit.digest, "gone": sorted(gone)}
+def edited(store: Store, base: LoadedModel, plain: Path, records: list[Record], gone: set[str],
+           knowledge: Knowledge) -> Path:  # fmt: skip
+    """The request answered by noisy fine-tuning, whose retained facts are the kept people and those it knew before."""
+    def fact(r: Record) -> Fact:
+        return Fact(r.id, r.cluster, "", "", r.prompt, r.answer)
+
+    data = knowledge.for_editor()
+    kept = [fact(r) for r in records if r.cluster not in gone]
+    data = dataclasses.replace(data, forget=tuple(fact(r) for r in records if r.cluster in gone),
+                               retain=(*kept, *data.retain[:: max(1, len(data.retain) // len(kept))]))  # fmt: skip
 
     def build(folder: Path) -> None:
-        model = base if edit is None else edit.applied_to(base)
+        started = time.process_time()
+        made = edit(base, data, "noisy_finetuning", training=str(plain / "edit"), **NOISY)
+        write_json(folder / "cost.json", {"cpu_seconds": time.process_time() - started, "cores": os.cpu_count()})
+        made.save(folder / "edit")
+
+    return store.stage("edit", {"plain": plain.name, "settings": NOISY, "gone": sorted(gone)}, build)
+
+
+def measured(store: Store, arm: str, made: Any, base: LoadedModel, items: list[Item], gone: set[str],
+             knowledge: Knowledge, references: References) -> dict[str, Any]:  # fmt: skip
+    key = {"arm": arm, "edit": None if made is None else made.digest, "gone": sorted(gone)}
+
+    def build(folder: Path) -> None:
+        model = base if made is None else made.applied_to(base)
         asked = [i for i in items if i.cluster in gone]
         view = dataclasses.replace(knowledge.view("dev"), forget=tuple(asked))
         body = {"kept people": learned(model, [i for i in items if i.cluster not in gone]),

@@ -50,15 +50,16 @@ def command(
     budget = _budget(private, {name: value for name, value in given.items() if value is not None})
     from repforget.models.load import load
     from repforget.private.job import facts, records_for, run, unfinished
-    from repforget.private.train import Privacy
+    from repforget.private.trainer import Privacy
 
     records, name = records_for(data, knowledge, sets, forms)  # type: ignore[arg-type]
     context.obj.interrupted = (f"Interrupted: the state of training is kept in '{unfinished(out)}'; the same command "
                                "continues from there.")  # fmt: skip
     loaded = load(model, device=device, dtype=dtype)
-    with display(as_json) as (progress, _):
+    wanted = None if budget is None else Privacy(**budget)
+    with display(as_json) as (progress, echo):
         made = run(loaded, records, out, rank=None if full else rank, epochs=epochs, lr=lr, batch=batch, seed=seed,
-                   private=None if budget is None else Privacy(**budget), name=name, progress=progress)  # fmt: skip
+                   private=wanted, name=name, progress=progress, echo=echo)  # fmt: skip
     if checkpoint is not None:
         made.export_checkpoint(loaded, checkpoint)
     found = facts(made)

@@ -2,6 +2,6 @@
 
 from repforget.private.accounting import Accountant
 from repforget.private.job import run
-from repforget.private.train import Privacy, train
+from repforget.private.trainer import Privacy, train
 
 __all__ = ["Accountant", "Privacy", "run", "train"]

@@ -14,7 +14,7 @@ from repforget.knowledge_files import load_knowledge
 from repforget.models.load import LoadedModel
 from repforget.private.state import refuse_another
 from repforget.private.statement import group_report, group_rows
-from repforget.private.train import METHOD, Privacy, train
+from repforget.private.trainer import METHOD, Echo, Privacy, train
 from repforget.progress import Progress
 from repforget.store import write_json
 from repforget.training import Record, read_records, records_of
@@ -48,7 +48,7 @@ def records_for(
 def run(
     model: LoadedModel, records: Sequence[Record], out: str | Path, *, rank: int | None = None, epochs: float = 10.0,
     lr: float = 1e-3, batch: int = 32, seed: int | None = None, private: Privacy | None = None,
-    name: str = "the records given", progress: Progress | None = None,
+    name: str = "the records given", progress: Progress | None = None, echo: Echo = lambda line: None,
 ) -> Edit:  # fmt: skip
     """:func:`train` into the folder ``out``: the edit, and ``train.json`` on what was trained and how.
 
@@ -71,7 +71,7 @@ def run(
         return made
     kept = unfinished(out)
     made = train(model, records, rank=rank, epochs=epochs, lr=lr, batch=batch, seed=seed, private=private, state=kept,
-                 name=name, progress=progress)  # fmt: skip
+                 name=name, progress=progress, echo=echo)  # fmt: skip
     made.save(out)
     _write(out, made, model)
     kept.unlink(missing_ok=True)  # with it goes the seed of the noise

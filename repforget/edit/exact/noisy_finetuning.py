@@ -20,7 +20,7 @@ from repforget.models.load import LoadedModel, copy_of
 from repforget.private import noisy as theory
 from repforget.private.adapters import put_on
 from repforget.private.job import RECORD
-from repforget.private.train import METHOD
+from repforget.private.trainer import METHOD
 from repforget.private.units import Randomness
 from repforget.progress import Progress, track
 from repforget.store import read_json

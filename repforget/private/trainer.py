@@ -28,6 +28,7 @@ from repforget.training import Example, Record, Stepper, batches, collate, encod
 from repforget.training.items import digest
 
 METHOD = "train"
+Echo = Callable[[str], None]
 SECRET = ("the seed of draws and noise came from the operating system and is kept nowhere; its generator (PCG64) is no "
           "cryptographic one")  # fmt: skip
 GIVEN = "nobody whom the statement is to hold against knows the seed that was given"
@@ -52,7 +53,7 @@ class Privacy:
 def train(
     model: LoadedModel, records: Sequence[Record], *, rank: int | None = None, epochs: float = 10.0, lr: float = 1e-3,
     batch: int = 32, seed: int | None = None, private: Privacy | None = None, state: Path | None = None,
-    name: str = "the records given", progress: Progress | None = None,
+    name: str = "the records given", progress: Progress | None = None, echo: Echo = lambda line: None,
 ) -> Edit:  # fmt: skip
     """Fine-tune on ``records`` and return what that adds to ``model`` as an Edit; the model stays as it is.
 
@@ -65,6 +66,7 @@ def train(
         thrown away: whoever knows the noise can subtract it.
         private: DP-SGD (Abadi et al. 2016, arXiv 1607.00133): Poisson draws of units, each unit's gradient clipped as
         one, noise in every step, an empty draw included; needs opacus.
+        echo: told after every epoch of a private training what is spent of the budget.
         state: file in which an unfinished training is kept and from which the same call continues to the same bits.
 
     The manifest holds the settings, the digest of the data and, with ``private``, the guarantee and epsilon after
@@ -91,7 +93,7 @@ def train(
     if private is not None:
         copy.module.float()  # so that what a unit adds is bounded to the last bit that is counted
     target = everything(copy.module, model.module) if rank is None else low_rank(copy.module, rank, seed or 0)
-    course = _Course(copy.module, target, encoded(model, records), units, steps, batch, lr, kept, progress)
+    course = _Course(copy.module, target, encoded(model, records), units, steps, batch, lr, kept, progress, echo)
     if private is None:
         _plainly(course, seed or 0)
         return Edit.build(METHOD, settings, model, digest(records), target.operations())
@@ -111,6 +113,7 @@ class _Course:
     lr: float
     kept: State
     progress: Progress | None
+    echo: Echo
 
     def run(self, stepper: Stepper, start: int, step: Callable[[int], Sequence[Tensor | None]],
             record: Callable[[int], Mapping[str, Any]]) -> None:  # fmt: skip
@@ -172,7 +175,9 @@ def _privately(course: _Course, private: Privacy, seed: int | None) -> dict[str,
         counted.step(noise_multiplier=noise, sample_rate=rate)
         if (index + 1) % epoch == 0 or index + 1 == course.steps:
             epsilons.append(spent(counted, private.delta))
-        return [(g / course.batch).to(parameters[0].device) for g in noisy]
+            course.echo(f"after epoch {len(epsilons)}: epsilon {epsilons[-1]:.3g} of {private.epsilon:g} is spent at "
+                        f"delta {private.delta:g} (unit: {private.unit})")  # fmt: skip
+        return [(g / course.batch).to(p.device) for g, p in zip(noisy, parameters, strict=True)]
 
     def record(done: int) -> Mapping[str, Any]:
         return {"step": sum(n for *_, n in counted.history), "history": counted.history, "epsilons": epsilons,
