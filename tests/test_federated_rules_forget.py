@@ -329,6 +329,7 @@ def test_the_oracle_is_the_training_without_the_client_and_says_so() -> None:
     never = World(SIZES, odd="bob").run({"ann": 0, "cy": 0}, 5)
     assert np.array_equal(found.weights["w"], final_state(never)["w"]) and found.trainings == 10
     assert found.guarantee is not None and found.guarantee.kind == "exact"
+    assert "bob" not in repr(found.guarantee)  # who left is not told to whoever gets the result
     rounds = world.run(JOINS, 2)
     for other in (fed_eraser(rounds, "bob", world.train), rollback(rounds, "bob")):
         assert other.guarantee is None and not unearned(" ".join(other.notes))

@@ -52,7 +52,7 @@ def retrain(
         trainings += len(updates)
         if updates:
             weights = applied(weights, aggregate(updates, rule, adam=adam, state=state))
-    return Forgotten("retrain", client, weights, trainings, (), _exact(client, len(rounds)))
+    return Forgotten("retrain", client, weights, trainings, (), _exact(len(rounds)))
 
 
 def fed_eraser(
@@ -238,9 +238,10 @@ def _released(before: Weights, after: Weights, old: Sequence[Update], new: Seque
     return step
 
 
-def _exact(client: str, rounds: int) -> Guarantee:
+def _exact(rounds: int) -> Guarantee:
+    """Its text travels with the edit, and does not say who left."""
     return Guarantee(
-        "exact", f"The weights are those of the same {rounds} rounds of training without client '{client}'.", "client",
+        "exact", f"The weights are those of the same {rounds} rounds of training without the client.", "client",
         "training again without the data, the definition of exact unlearning (Bourtoule et al. 2021, arXiv 1912.03817)",
         ("the weights before the first round did not depend on the client",
          "which other clients took part in a round did not depend on the client",
