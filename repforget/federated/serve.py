@@ -9,9 +9,11 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -221,8 +223,9 @@ def join(
     while OVER not in said and REFUSED not in said:
         rounds = len(said["rounds"])
         try:
-            flwr.start_client(server_address=address, client=client, root_certificates=authority,
-                              insecure=certificates is None)  # fmt: skip
+            with _no_tracebacks():
+                flwr.start_client(server_address=address, client=client, root_certificates=authority,
+                                  insecure=certificates is None)  # fmt: skip
         except flwr.RpcError as error:
             if len(said["rounds"]) > rounds:
                 last = time.monotonic()
@@ -233,6 +236,22 @@ def join(
     if REFUSED in said:
         raise UsageError(f"The server refuses '{worker.name}': it {said[REFUSED]}.")
     return len(said["rounds"])
+
+
+@contextmanager
+def _no_tracebacks() -> Iterator[None]:
+    """Keep gRPC's watcher of a channel from telling, by a traceback, that the channel was closed."""
+    before = threading.excepthook
+
+    def hook(what: threading.ExceptHookArgs) -> None:
+        if "Channel closed" not in str(what.exc_value):
+            before(what)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _flwr_client(flwr: Any, worker: Worker, note: Callable[[str], None]) -> tuple[Any, dict[str, Any]]:
