@@ -170,7 +170,8 @@ def final_state(rounds: Sequence[Round], rule: Rule = "fedavg", adam: Adam = ADA
 
 
 def _file(client: str) -> str:
-    return f"client-{hashlib.sha256(client.encode("utf-8", "surrogatepass")).hexdigest()[:24]}.safetensors"
+    name = hashlib.sha256(client.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"client-{name[:24]}.safetensors"
 
 
 def _digest(tensors: Weights) -> str:
