@@ -105,8 +105,25 @@ def main() -> None:
             eps, delta = held.numbers["epsilon"], held.numbers["delta"]
             found[arm] |= {"epsilon": eps, "delta": delta, "noise": held.numbers["noise"],
                            "says": group_report(eps, delta, "cluster", ASKED)}  # fmt: skip
-    write_json(given.out, {"base": BASE, "people": len({i.cluster for i in items}), "asked": sorted(gone),
-                           "records": len(records), "training": STEPS, "noisy": NOISY, "arms": found})  # fmt: skip
+    result = {"base": BASE, "people": len({i.cluster for i in items}), "asked": sorted(gone),
+                           "records": len(records), "training": STEPS, "noisy": NOISY, "arms": found}  # fmt: skip
+    write_json(given.out, result)
+    print(table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as it stands in README.md."""
+    rows = ["| model | kept people said | people who asked: said | probability | others it knew | AUC loss | min-k++ | "
+            "reference | LiRA offline | CPU s |", "|" + " --- |" * 10]  # fmt: skip
+    for arm in ("never trained", *ARMS, AFTER):
+        found = result["arms"][arm]
+        asked, seen = found["people who asked"], found["attacks"]
+        cells = [arm, f"{found['kept people']['said']:.1%}", f"{asked['said']:.1%}", f"{asked['probability']:.4f}",
+                 f"{found['others it knew']['said']:.1%}", *(f"{seen[name]:.2f}" for name in (
+                     "loss", "min_k_plus_plus", "reference", "lira offline")),
+                 f"{found['cpu_seconds']:.0f}" if "cpu_seconds" in found else ""]  # fmt: skip
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
 
 
 def trained(store: Store, arm: str, base: LoadedModel, records: list[Record], gone: set[str]) -> Path:
