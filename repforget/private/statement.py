@@ -24,8 +24,8 @@ def statement(epsilon: float, delta: float, unit: str, units: int, facts: Mappin
             f"every record of a {unit} carries the same name, and nothing about it is in the base model or elsewhere "
             "in the data",
             "settings were chosen without looking at the data, and the number of units may be known",
-            "only the last weights are released: edit.json and train.json hold a digest of the data and its counts, a loss "
-            "or a state of training says more, and a second training on the same data adds to epsilon",
+            "only the last weights are released: edit.json and train.json hold a digest of the data and its counts, a "
+            "loss or a state of training says more, and a second training on the same data adds to epsilon",
             facts["secret"],
             "arithmetic of real numbers: rounding of the noise is not accounted for",
         ),
