@@ -70,7 +70,7 @@ def test_step_ranges_follow_on_one_another(cli: Cli, data: Path) -> None:
 
 def test_scores_are_summed_where_the_records_lie(cli: Cli, data: Path, tmp_path: Path) -> None:
     assert cli(*TRAIN)[0] == 0
-    (tmp_path / "scores.jsonl").write_text('{"id": "Ann-0", "score": 2.0}\n{"id": "Ann", "score": 0.5}\n')
+    (tmp_path / "scores.jsonl").write_text('{"id": "Ann-0", "score": 2.0}\n{"cluster": "Ann", "score": 0.5}\n')
     code, said, _ = cli("shards", "show", "folder", "--scores", "scores.jsonl", "--json")
     cells = json.loads(said)["cells"]
     (touched,) = json.loads(cli("shards", "show", "folder", "--cluster", "Ann", "--json")[1])["touched"]
@@ -79,8 +79,31 @@ def test_scores_are_summed_where_the_records_lie(cli: Cli, data: Path, tmp_path:
     assert cli("shards", "show", "folder", "--scores", "scores.jsonl")[0] == 0
     (tmp_path / "scores.jsonl").write_text('{"id": "Eve", "score": 2.0}\n')
     assert "'Eve' in 'scores.jsonl' is neither" in cli("shards", "show", "folder", "--scores", "scores.jsonl")[2]
+    (tmp_path / "scores.jsonl").write_text('{"cluster": "Ann", "score": 2.0}\n')
+    assert cli("shards", "remove", "folder", "Ann")[0] == 0
+    assert {c.get("score", 0.0) for c in json.loads(
+        cli("shards", "show", "folder", "--scores", "scores.jsonl", "--json")[1])["cells"]} == {0.0}  # fmt: skip
     (tmp_path / "scores.jsonl").write_text('{"id": "Ann"}\n')
     assert "cannot be read" in cli("shards", "show", "folder", "--scores", "scores.jsonl")[2]
+
+
+def test_what_an_interruption_leaves_is_said(cli: Cli, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import repforget.shards as shards
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "complete", stop)
+        code, _, warned = cli(*TRAIN)
+    assert code == 130 and "the same command continues from there" in warned
+    code, _, warned = cli("shards", "export", "folder", "--out", "edit")
+    assert code == 2 and "not trained to its end" in warned
+    assert cli(*TRAIN)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "take_out", stop)
+        code, _, warned = cli("shards", "remove", "folder", "Ann")
+    assert code == 130 and "repeat the command, which finishes the request in 'folder'" in warned
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

@@ -116,7 +116,7 @@ def remove(
 def show(
     folder: Folder,
     cluster: Annotated[str | None, typer.Option("--cluster", help="Id or cluster: what did its records touch?")] = None,
-    scores: Annotated[Path | None, typer.Option("--scores", help="JSON lines with id and score, summed up.")] = None,
+    scores: Annotated[Path | None, typer.Option("--scores", help="JSON lines: score, and id or cluster.")] = None,
     as_json: o.AsJson = False,
 ) -> None:
     """Show shards, slices and steps of a training, or what the records of one cluster touched."""

@@ -64,21 +64,27 @@ def touched_by(training: Training, name: str) -> list[dict[str, Any]]:
 
 
 def summed_scores(training: Training, path: str | Path) -> dict[tuple[int, int], float]:
-    """Influence scores per (shard, slice), from JSON lines with ``id`` (a record or a cluster) and ``score``.
+    """Influence scores per (shard, slice), from JSON lines with ``score`` and ``id`` or ``cluster``.
 
-    Names that are not in the training are refused; a record's score may come once.
+    'repforget influence --clusters' writes such lines.  Records that were taken out count for nothing; any other name
+    that is not in the training is refused, and so is a cluster whose records lie in several slices (unit: record).
     """
     try:
         lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-        pairs = [(str(line["id"]), float(line["score"])) for line in lines]
+        pairs = [(str(line["id"] if "id" in line else line["cluster"]), float(line["score"])) for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"The scores '{path}' cannot be read ({error}): give JSON lines with id and score.") from None
-    cells = {name: place(training.settings, r) for r in training.records for name in (r.cluster, r.id)}
-    unknown = [name for name, _ in pairs if name not in cells]
-    if unknown:
-        raise UsageError(f"'{unknown[0]}' in '{path}' is neither a record nor a cluster of '{training.root}': give "
-                         "scores of its records.")  # fmt: skip
+        raise UsageError(f"The scores '{path}' cannot be read ({error}): give JSON lines with score, and id or "
+                         "cluster.") from None  # fmt: skip
+    cells: dict[str, set[tuple[int, int]]] = {}
+    for record in training.records:
+        for name in (record.cluster, record.id):
+            cells.setdefault(name, set()).add(place(training.settings, record))
     found: dict[tuple[int, int], float] = {}
     for name, score in pairs:
-        found[cells[name]] = found.get(cells[name], 0.0) + score
+        if len(cells.get(name, ())) == 1:
+            (cell,) = cells[name]
+            found[cell] = found.get(cell, 0.0) + score
+        elif name in cells or not training.was_here(name):
+            why = "lies in several slices" if name in cells else "is neither a record nor a cluster"
+            raise UsageError(f"'{name}' in '{path}' {why} of '{training.root}': give scores of its records.")
     return found
