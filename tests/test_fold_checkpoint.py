@@ -13,12 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from repforget.artifact import Edit
+from repforget.artifact.fold import cosines
 from repforget.artifact.operations import AddVector, Affine, LowRankDelta, Operation, Untie
 from repforget.artifact.shards import Checkpoint, fold_checkpoint
+from repforget.artifact.weights import NewValue, owner_of
 from repforget.cli import main
 from repforget.errors import ArtifactError, NoEffectError
 from repforget.models.load import LoadedModel, load
 from repforget.models.weights import writers
+from repforget.quantizers import projections, round_trip
 from repforget.records import Site
 
 ALL = (*tiny_models.CONFIGS, *tiny_models.VARIANTS)
@@ -98,6 +101,40 @@ def test_a_map_at_a_norm_output_goes_into_its_readers(tmp_path: Path) -> None:
     torch.testing.assert_close(load(str(tmp_path / "folded")).module(ids).logits, expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_what_rounding_to_few_bits_leaves_is_that_of_the_whole_weight(name: str, monkeypatch: Any) -> None:
+    """In pieces of a few rows, transposed where the layer is, and for stacked experts."""
+    monkeypatch.setattr("repforget.artifact.fold.CHUNK", 100)
+    model = edit_models.model(name)
+    for ref in writers(model.module):
+        if ref.role not in ("mlp_out", "attn_out"):
+            continue
+        owner, attribute = owner_of(model.module, ref.name)
+        old = projections(model.module)[ref.name].double()
+        turn = (lambda t: t.mT) if ref.conv1d else (lambda t: t)
+        for size in (1e-4, 1e-2, 1.0):
+            new = old + size * torch.randn(old.shape, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+            value = NewValue(owner, attribute, ref.name, None, turn(new).float(), turn(new), turn(old))
+            found = cosines(value)
+            for form in ("int8", "nf4"):
+                left = round_trip(new.float(), form)[1].double() - round_trip(old.float(), form)[1].double()
+                whole = torch.nn.functional.cosine_similarity(left.flatten(), (new - old).flatten(), dim=0)
+                assert found[form] == pytest.approx(float(whole), abs=1e-9)
+            assert found["nf4"] < found["int8"] < found["own"] if size < 1 else found["nf4"] > 0.9
+            assert set(cosines(value, projection=False)) == {"own", "bfloat16", "float16"}
+
+
+def test_nothing_is_left_of_a_change_below_every_step() -> None:
+    model = edit_models.model("llama")
+    owner, attribute = owner_of(model.module, name := "model.layers.0.mlp.down_proj.weight")
+    old = torch.zeros_like(projections(model.module)[name], dtype=torch.double)
+    old[:, 0] = 1.0  # the scale
+    new = old.clone()
+    new[:, 5] += 1e-3
+    found = cosines(NewValue(owner, attribute, name, None, new.float(), new, old))
+    assert found["own"] > 0.999 and found["int8"] == found["nf4"] == 0.0
+
+
 def test_what_files_cannot_hold_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     base, model = saved("llama", tmp_path)
     vector = torch.ones(32)
@@ -132,7 +169,10 @@ def test_the_command_folds_and_refuses(tmp_path: Path, capsys: pytest.CaptureFix
     asked = ["fold", str(tmp_path / "edit"), str(base), "--out", str(tmp_path / "folded")]
     capsys.readouterr()
     assert ended([*asked, "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["cosines"]) == 2
+    told = json.loads(capsys.readouterr().out)["cosines"]
+    assert len(told) == 2 and all(0 < kept["nf4"] < kept["int8"] < kept["own"] for kept in told.values())
+    assert ended([*asked[:-1], str(tmp_path / "again")]) == 0
+    assert "in int8" in (shown := capsys.readouterr().out) and "in nf4" in shown
     assert load(str(tmp_path / "folded")).fingerprint != model.fingerprint
     assert ended(asked) == 2 and "choose a new folder" in capsys.readouterr().err
     assert ended(["fold", str(tmp_path / "edit"), "owner/model", "--out", str(tmp_path / "x")]) == 2

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -45,12 +45,14 @@ from repforget.artifact.weights import (
 from repforget.errors import NoEffectError
 from repforget.models.load import LoadedModel, copy_of, fingerprint
 from repforget.models.sites import SiteMap, site_map
+from repforget.quantizers import Form, round_trip
 from repforget.records import Site
 
 if TYPE_CHECKING:
     from repforget.artifact.edit import Edit
 
 PROBE_ROWS, PROBE_COLUMNS = 2, 16
+ROUNDED: tuple[Form, ...] = ("int8", "nf4")
 CHUNK = 1 << 20  # entries compared at a time
 
 
@@ -60,8 +62,8 @@ class Parity:
 
     ``max_logit_difference`` is over random probe tokens, beside the largest logit (``logit_scale``).
     ``cosines``: parameter -> dtype -> cosine of the delta that remains after a cast to that dtype with the
-    exact one (1 = all of it; the model's own dtype is listed as "own").  Says nothing about knowledge, only
-    about arithmetic.
+    exact one (1 = all of it; the model's own dtype is listed as "own"), and of matrices to int8 and nf4.
+    Says nothing about knowledge, only about arithmetic.
     """
 
     max_logit_difference: float
@@ -277,20 +279,39 @@ def probe_logits(module: nn.Module) -> Tensor:
     return logits.double().cpu()
 
 
-def cosines(new: NewValue) -> dict[str, float]:
-    """How much of a change survives: cosine with the exact one in the parameter's own dtype and in half precisions."""
-    out: dict[str, float] = {}
+def cosines(new: NewValue, *, projection: bool = True) -> dict[str, float]:
+    """How much of a change survives: cosine with the exact one in the parameter's own dtype and in half precisions.
+
+    For a matrix of a ``projection`` also rounded to int8 (a scale per output) and nf4 (per 64 inputs) before and after:
+    low where few codes flip, or where rounding noise is larger than the change.
+    """
     whole, before = (torch.split(t.flatten(), CHUNK) for t in (new.exact, new.old))  # type: ignore[no-untyped-call]
     pieces = list(zip(whole, before, strict=True))
-    for name, dtype in (("own", new.value.dtype), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
-        product, left_size, size = 0.0, 0.0, 0.0
-        for value, old in pieces:
-            left, exact = value.to(dtype).double() - old.to(dtype).double(), value - old
-            product += float(left @ exact)
-            left_size += float(left @ left)
-            size += float(exact @ exact)
-        out[name] = product / math.sqrt(left_size * size) if left_size * size > 0 else 0.0
+    casts: dict[str, torch.dtype] = {"own": new.value.dtype, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    out = {name: _cosine((value - old, value.to(dtype).double() - old.to(dtype).double()) for value, old in pieces)
+           for name, dtype in casts.items()}  # fmt: skip
+    if not projection or new.value.ndim < 2:
+        return out
+    rows = [t.mT.flatten(0, -2) if is_conv1d(new.owner) else t.flatten(0, -2) for t in (new.exact, new.old)]
+    blocks = [torch.split(t, max(1, CHUNK // t.shape[1])) for t in rows]  # type: ignore[no-untyped-call]
+    for kind in ROUNDED:
+        out[kind] = _cosine((value - old, _rounded(value, kind) - _rounded(old, kind))
+                            for value, old in zip(*blocks, strict=True))  # fmt: skip
     return out
+
+
+def _rounded(weight: Tensor, kind: Form) -> Tensor:
+    return round_trip(weight.float(), kind)[1].double()
+
+
+def _cosine(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Cosine of two tensors given in pieces; 0 where one of them is zero."""
+    product, size, left_size = 0.0, 0.0, 0.0
+    for exact, left in pairs:
+        product += float((left * exact).sum())
+        left_size += float(left.square().sum())
+        size += float(exact.square().sum())
+    return product / math.sqrt(left_size * size) if left_size * size > 0 else 0.0
 
 
 def fold(edit: Edit, model: LoadedModel, *, check: bool) -> Undo:
@@ -313,9 +334,10 @@ def _install(
     if any(isinstance(op, Untie) for op in edit.weight_operations):
         stack.callback(untie(module))
     grouped, rest = fold_changes(module, edit.operations)
+    head = module.get_output_embeddings()  # type: ignore[operator]
     found: dict[str, dict[str, float]] = {}
     for new in new_values(module, grouped):
-        found[new.name] = cosines(new)
+        found[new.name] = cosines(new, projection=new.owner is not head)
         stack.callback(write(new))
     if not found and not rest and edit.manifest.strength != 0.0 and grouped:
         raise NoEffectError(f"Edit '{edit.manifest.method}' changes no weight at the precision of this "

@@ -168,10 +168,11 @@ def _patch(
 def _patched(checkpoint: Checkpoint, path: str, changes: Sequence[Change], built: Path) -> dict[str, dict[str, float]]:
     """One module's weights; a function of its own, so that none of its tensors outlives it."""
     found: dict[str, dict[str, float]] = {}
+    head = checkpoint.module.get_output_embeddings()  # type: ignore[operator]
     with checkpoint.owner(path):
         for new in new_values(checkpoint.module, {path: changes}):
             _overwrite(checkpoint, new, built)
-            found[new.name] = cosines(new)
+            found[new.name] = cosines(new, projection=new.owner is not head)
     return found
 
 

@@ -35,6 +35,8 @@ def command(
     if as_json:
         print_json({"folder": str(out), "cosines": found.cosines})
         return
-    rows = [(name, *(f"{kept[k]:.4f}" for k in ("own", "bfloat16", "float16"))) for name, kept in found.cosines.items()]
-    print_table(("changed", "left of it as stored", "in bfloat16", "in float16"), rows, numbers=[1, 2, 3])
-    typer.echo(f"folded into {out}; '{source}' is as it was (left of it: cosine with the exact change)")
+    forms = ("own", "bfloat16", "float16", "int8", "nf4")
+    rows = [(name, *(f"{kept[k]:.4f}" if k in kept else "" for k in forms)) for name, kept in found.cosines.items()]
+    print_table(("changed", "left of it as stored", *(f"in {k}" for k in forms[1:])), rows, numbers=range(1, 6))
+    typer.echo(f"folded into {out}; '{source}' is as it was (left of it: cosine of the change after rounding with the "
+               "exact one; int8 and nf4 as the verifier 'quantize' rounds)")  # fmt: skip
