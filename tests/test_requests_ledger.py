@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -185,6 +186,16 @@ def test_a_locked_ledger_is_a_sentence_that_says_how_to_find_the_holder(filled: 
         with pytest.raises(ResourceError, match="being written"):
             second.record("started", 1, {})
     holder.close()
+
+
+def test_writers_side_by_side_wait_for_each_other(filled: Ledger) -> None:
+    def write(_: int) -> list[int]:
+        with Ledger(filled.path) as own:
+            return [own.record_all([("asked", asked())])[0].request for _ in range(15)]
+
+    with ThreadPoolExecutor(4) as pool:
+        numbers = [number for made in pool.map(write, range(4)) for number in made]
+    assert sorted(numbers) == list(range(4, 64)) and filled.faults() == ()
 
 
 def _cut(path: Path) -> None:

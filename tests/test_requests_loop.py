@@ -1,20 +1,14 @@
-"""A request answered by the loop itself, killed on the way and run again: one verdict, a whole chain, no text left."""
+"""A request answered by the loop itself: one sealed verdict, a whole chain, no text left behind."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from repforget.knowledge_files import load_knowledge
-from repforget.requests import Ledger, asking, requests
-from repforget.requests.run import composed, workplace
+from repforget.requests import asking
+from repforget.requests.run import answer, composed, order_of, workplace
 
 RECIPE = """
 model: organism:bios
@@ -27,38 +21,19 @@ verify:
 """
 
 
-def _command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    # The probe is found in the repository, not in the folder: the command is at home anywhere.
-    return subprocess.Popen([sys.executable, "-m", "repforget", "request", *arguments], cwd=folder, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-
-
 @pytest.mark.slow
-def test_killed_while_it_is_answered_a_request_is_answered_once(tmp_path: Path) -> None:
+def test_a_request_is_answered_by_a_sealed_verdict_beside_ceiling_and_floor(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     people = sorted({item.cluster for item in load_knowledge("bios-people").forget})[:8]
     with asking.opened(tmp_path / "requests.sqlite", None, "bios-people") as book:
         asking.ask(book, people)
-    run = ("run", "1", "--recipe", "recipe.yaml", "--json")
-    process = _command(tmp_path, *run)
-    while process.poll() is None and not (tmp_path / "requests.files" / "probe").exists():  # it has begun
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=300)
-    with Ledger(tmp_path / "requests.sqlite") as book:
-        assert book.faults() == () and [r.state for r in requests(book)] == ["open"]
-    process = _command(tmp_path, *run)
-    out, said = process.communicate(timeout=600)
-    assert process.returncode in (0, 10, 11), out + said
-    (answered,) = json.loads(out)["answers"]
-    with Ledger(tmp_path / "requests.sqlite") as book:
-        assert book.faults(json.loads(out)["head"]) == ()
+        (answered,) = answer(book, [1], order_of(tmp_path / "recipe.yaml", "sequential", None))
+        assert book.faults() == ()
         kinds = [event.kind for event in book.events(1)]
-        assert kinds == ["asked", "started", "started", "edit", "shown", "environment", "verdict"]
+        assert kinds == ["asked", "started", "edit", "shown", "environment", "verdict"]
         verdict, edit, where, shown = (next(book.events(1, kinds=(kind,))).body
                                        for kind in ("verdict", "edit", "environment", "shown"))  # fmt: skip
-        assert verdict["outcome"] == answered["outcome"] and verdict["split"] == "sealed"
+        assert verdict["outcome"] == answered.outcome and verdict["split"] == "sealed"
         assert edit["method"] == "mean_direction" and edit["base_fingerprint"] == where["model_fingerprint"]
         claim = next(c for c in shown["claims"] if c["name"] == "behaviour.contrastive")
         assert claim["original"] > 0.5 > claim["floor"]  # ceiling and floor of these people

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -213,10 +214,7 @@ def _done(
     if edit is None:
         return ["All records of the training were taken out: the base model is what is left."]
     name = str(edit["method"])
-    try:
-        summary = method("edit", name).summary
-    except UnknownNameError:
-        summary = ""
+    summary = _summary(name)
     kind = "Weights" if edit["artifact"] == "weights" else "Weights and states at run time"
     lines = [f"{kind} of the model were changed in {edit['touched']} places by the method {name}"
              + (f" ({summary.rstrip('.')})." if summary and not unearned(summary, held) else "."),
@@ -227,6 +225,15 @@ def _done(
     if others:
         lines.append(f"It also answers request {', '.join(map(str, others))}.")
     return lines
+
+
+@cache
+def _summary(name: str) -> str:
+    """What an editor does, in its own first line; nothing where it is not installed here."""
+    try:
+        return method("edit", name).summary
+    except UnknownNameError:
+        return ""
 
 
 def _counts_in(claim: Mapping[str, Any]) -> bool:

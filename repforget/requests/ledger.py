@@ -69,12 +69,12 @@ def utc_now() -> datetime:
 
 def stamp(time: datetime) -> str:
     """The time as the ledger writes it: UTC, microseconds, sorting as text."""
-    return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return time.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def moment(text: str) -> datetime:
     """The time of a stamp."""
-    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=UTC)
+    return datetime.fromisoformat(text)
 
 
 def _hash(row: tuple[Any, ...]) -> str:

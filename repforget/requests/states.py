@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Literal
+from typing import Any, Literal
 
 from repforget.errors import UsageError
 from repforget.requests.ledger import Event, Ledger, moment
@@ -62,39 +62,43 @@ def requests(ledger: Ledger, only: int | None = None) -> tuple[Request, ...]:
 
     Cost: the short rows alone are read; no chain is checked.
     """
-    found: dict[int, Request] = {}
+    found: dict[int, dict[str, Any]] = {}  # fields: a record for every event would cost more than the reading
     for event in ledger.events(only, kinds=ASKED_KINDS):
-        found[event.request] = _asked(event) if event.kind == "asked" else _after(found[event.request], event)
+        if event.kind == "asked":
+            found[event.request] = _asked(event)
+        else:
+            _after(found[event.request], event)
     if only is not None and not found:
         newest = ledger.newest
         raise UsageError(f"There is no request {only} in '{ledger.path}': "
                          + (f"the newest is {newest}." if newest else "it holds none yet."))  # fmt: skip
-    return tuple(found[number] for number in sorted(found))
+    return tuple(Request(**found[number]) for number in sorted(found))
 
 
-def _asked(event: Event) -> Request:
+def _asked(event: Event) -> dict[str, Any]:
     body = event.body
-    return Request(event.request, body["who"], tuple(body["names"]), body["source"], body["basis"], moment(event.at),
-                   moment(body["deadline"]), body["keep"], "kept" if body["keep"] else "open",
-                   clock=event.clock)  # fmt: skip
+    return {"id": event.request, "who": body["who"], "names": tuple(body["names"]), "source": body["source"],
+            "basis": body["basis"], "asked": moment(event.at), "deadline": moment(body["deadline"]),
+            "keep": body["keep"], "state": "kept" if body["keep"] else "open", "attempts": 0,
+            "clock": event.clock}  # fmt: skip
 
 
-def _after(request: Request, event: Event) -> Request:
-    """The request after one more event."""
-    request = replace(request, clock=request.clock or event.clock)
-    body, at = event.body, moment(event.at)
+def _after(fields: dict[str, Any], event: Event) -> None:
+    """What one more event changes of a request."""
+    fields["clock"] = fields["clock"] or event.clock
+    body = event.body
     if event.kind == "started":
-        return replace(request, attempts=request.attempts + 1)
-    if event.kind == "verdict":
+        fields["attempts"] += 1
+    elif event.kind == "verdict":
         done = body["outcome"] in SUCCESS
-        return replace(request, state="done" if done else "tried", outcome=body["outcome"], reason="",
-                       answered=at if done else None)  # fmt: skip
-    if event.kind == "failed":
-        return replace(request, state="tried", outcome="", reason=body["reason"])
-    if event.kind == "reverified":
-        return replace(request, rechecked=body["outcome"])
-    return replace(request, state="refused" if event.kind == "refused" else "conflict", reason=body["reason"],
-                   answered=at)  # fmt: skip
+        fields |= {"state": "done" if done else "tried", "outcome": body["outcome"], "reason": "",
+                   "answered": moment(event.at) if done else None}  # fmt: skip
+    elif event.kind == "failed":
+        fields |= {"state": "tried", "outcome": "", "reason": body["reason"]}
+    elif event.kind == "reverified":
+        fields["rechecked"] = body["outcome"]
+    else:
+        fields |= {"state": event.kind, "reason": body["reason"], "answered": moment(event.at)}
 
 
 def until(text: str, now: datetime) -> datetime:
