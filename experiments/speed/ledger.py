@@ -93,7 +93,8 @@ def main() -> None:
         command = [sys.executable, "-m", "repforget", "request", "list", "--ledger", str(path), "--json"]
         with Ledger(path) as book:
             found = {
-                "load": round(os.getloadavg()[0], 1), "requests": given.requests, "rows": int(book.head.partition(":")[0]), "bytes": path.stat().st_size,
+                "load": round(os.getloadavg()[0], 1), "requests": given.requests,
+                "rows": int(book.head.partition(":")[0]), "bytes": path.stat().st_size,
                 "fill, two commits each": filled, "list all": timed(listed, given.repeats),
                 "list overdue": timed(open_only, given.repeats),
                 "command list --json": timed(lambda: subprocess.run(command, check=True, capture_output=True),
