@@ -26,6 +26,9 @@ from repforget.requests.run import _shown
 NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)
 EXACT = Guarantee("exact", "The 12 records are removed: equal to a training without them", "cluster", "Somebody 2021",
                   ("Ids name all that is to go.",), {"records": 12.0})  # fmt: skip
+PACKAGE = Path(__file__).parents[1] / "repforget"
+SOURCES = [*sorted((PACKAGE / "requests").rglob("*.py")), *sorted((PACKAGE / "requests" / "assets").iterdir()),
+           PACKAGE / "cli" / "request.py"]  # fmt: skip
 Cli = Callable[..., tuple[int, str, str]]
 
 
@@ -254,3 +257,8 @@ def test_a_damaged_ledger_is_a_sentence_at_the_prompt(cli: Cli, tmp_path: Path) 
     path.write_bytes(path.read_bytes()[:5000])
     code, _, error = cli("request", "audit")
     assert code == LedgerError.exit_code and "damaged" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_no_text_of_these_commands_uses_a_word_that_only_a_theorem_allows(path: Path) -> None:
+    assert unearned(path.read_text(encoding="utf-8")) == ()
