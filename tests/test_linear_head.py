@@ -148,6 +148,7 @@ def test_saved_and_read_it_is_the_same_and_private(kind: str, tmp_path: Path) ->
     assert remove(found, table(), ["c9"]).n == 235
     assert folder.stat().st_mode & 0o077 == 0
     assert b"r17" not in b"".join(path.read_bytes() for path in folder.iterdir()), "ids are hashed"
+    assert not set(map(bytes, made(kind).index.ids)) & set(map(bytes, head.index.ids)), "each head with its own key"
 
 
 def test_a_kill_at_any_moment_leaves_one_whole_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,7 +177,7 @@ def change_logistic(
 def within_unit(x: NDArray[Any]) -> None:
     """UsageError unless every row has a norm of at most 1, which the bounds assume."""
     longest = max(float(np.linalg.norm(x[b].astype(np.float64, copy=False), axis=1).max()) for b in blocks(len(x)))
-    if longest > 1 + 1e-9:
+    if longest > 1 + 1e-12:
         raise UsageError(f"A row has the norm {longest:.4g} and the bounds hold for rows of norm 1 at most: give a "
                          "radius, by which rows are divided and to which longer ones are cut.")  # fmt: skip
 
