@@ -111,10 +111,9 @@ def leave(
         again = Again(base, setup.plan, setup.sources)
         started = time.process_time()
         done = _forgotten(method, history, client, again, (interval, local_share, editor), progress)
-        others = len(history.clients()) - 1
-        edit = edit_of(base, setup.plan, done.weights, f"federated_{done.method}", {"clients": others},
-                       bound=0 if method == "client" else highest_rank(setup.plan, others + 1), notes=done.notes,
-                       guarantee=done.guarantee)  # fmt: skip
+        edit = edit_of(base, setup.plan, done.weights, f"federated_{done.method}",
+                       {"clients": len(history.clients()) - 1}, bound=_bound(setup.plan, method, history),
+                       notes=done.notes, guarantee=done.guarantee)  # fmt: skip
         edit.save(out / EDIT)
         write_json(out / COST, {"client": client, "method": method, "trainings": done.trainings, "notes": done.notes,
                                 "cpu_seconds": time.process_time() - started, "client_cpu_seconds": again.seconds,
@@ -151,6 +150,11 @@ def _forgotten(
     weights = final_state(history, rule, adam)
     return client_side(weights, client, lambda w: again.unlearn(client, w, editor), others, train, rule=rule,
                        adam=adam, progress=progress)  # fmt: skip
+
+
+def _bound(plan: Plan, method: Method, history: History) -> int:
+    """Rank that the result does not exceed; of a retraining the one that it would have had from the start."""
+    return 0 if method == "client" else highest_rank(plan, len(history.clients()) - (method == "retrain"))
 
 
 def _as_training(
