@@ -166,8 +166,10 @@ def change_logistic(
         seen = np.sqrt(max(0.0, float(v @ gram_left @ v)) + (error + len(v) * EPS * broad**2) * length**2)
         way = np.linalg.norm(head.weights[:, k] - head.reference[:, k])
         way = (way + np.linalg.norm(head.weights[:, k] + v - head.reference[:, k])) / 2
+        size = length + float(np.linalg.norm(head.weights[:, k]))
         inexact = float(np.linalg.norm(whole @ v - right)) + (error + len(v) * EPS * np.linalg.norm(whole)) * length
-        added[k] = LIPSCHITZ * broad * way * seen + inexact + rounding(m) * m * (1 + head.lam)
+        inexact += EPS * size * np.linalg.norm(whole) + m * (rounding(m) * (1 + head.lam * size) + len(v) * EPS * size)
+        added[k] = LIPSCHITZ * broad * way * seen + inexact
     bounds = Bounds(float(np.linalg.norm(added)), _worst(head, n, m), float(np.linalg.norm(steps)))
     weights = head.weights + steps
     return replace(head, weights=weights, gram=gram_left, hessian=hessian, n=n, error=error,
