@@ -149,6 +149,14 @@ def test_subject_positions(models: dict[str, Any]) -> None:
     assert [models["llama"].tokenizer.convert_ids_to_tokens(run.base[p]) for p in run.positions] == ["Ada"]
 
 
+def test_positions_end_where_the_last_answer_token_is_predicted(models: dict[str, Any]) -> None:
+    tokenizer = models["llama"].tokenizer
+    told = {"last": ["?"], "answer": ["?", "baker"], "all": ["<bos>", *CLEAN.split(), "baker"]}
+    for positions, words in told.items():
+        run = prompt_run(tokenizer, "i", "c", CLEAN, " baker Rome", positions=positions)  # type: ignore[arg-type]
+        assert [tokenizer.convert_ids_to_tokens(run.base[p]) for p in run.positions] == words
+
+
 def test_refusals(models: dict[str, Any]) -> None:
     tokenizer = models["llama"].tokenizer
     with pytest.raises(KnowledgeError, match="equal token length"):
