@@ -157,6 +157,16 @@ def test_runs_from_two_trainings_end_as_near_as_the_theorem_assumes(rank: int | 
         assert one.digest != two.digest
 
 
+def test_no_step_goes_further_than_its_clipping(tmp_path: Path) -> None:
+    model, k = base(), world()
+    run(model, records(), tmp_path / "a", rank=None, epochs=2, lr=1e-2)
+    here = torch.cat([p.detach().flatten() for p in model.module.parameters()]).double()
+    for bounded, most in (("gradient", 0.05 + 3 * 0.01), ("model", 0.05)):
+        own = {"bounded": bounded, "start": 0.05, "gradient": 0.01, "lr": 1.0, "steps": 3, "repair": 0}
+        made = run_editor(model, k, "noisy_finetuning", training=str(tmp_path / "a"), epsilon=1e6, **own)  # no noise
+        assert 0.04 < float((vector(made, model) - here).norm()) <= most + 0.01
+
+
 def test_noise_is_what_the_budget_asks_for(tmp_path: Path) -> None:
     model, k = base(), world()
     run(model, records(), tmp_path / "a", rank=None, epochs=1)
