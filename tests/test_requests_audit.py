@@ -151,6 +151,21 @@ def test_no_method_brings_words_into_the_audit_that_it_has_not_earned(book: Ledg
     assert "gone for whoever holds the weights" in done and "It also answers request 7." in done
 
 
+def test_the_summary_of_a_method_is_left_out_where_it_says_too_much(
+    book: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _answered(book, _asked(book), "pass")
+    monkeypatch.setattr("repforget.requests.audit._summary", lambda name: "Get it deleted")
+    assert audit(book).sections[0].done[0].endswith("by the method null_space_surgery.")
+
+
+def test_an_answer_after_the_deadline_is_late(book: Ledger) -> None:
+    _answered(book, _asked(book, deadline=stamp(NOON + timedelta(hours=3))), "pass")
+    found = audit(book)
+    assert "missed: answered" in dict(found.sections[0].facts)["deadline"] and "hours late" in page.markdown(found)
+    assert dict(found.counts)["answered late"] == "1" and dict(found.counts)["answered in time"] == "0"
+
+
 def test_later_checks_and_a_clock_that_ran_backwards_are_told(book: Ledger) -> None:
     number = _asked(book)
     _answered(book, number, "pass")

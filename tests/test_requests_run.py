@@ -252,10 +252,38 @@ def test_the_standard_ladder_piles_up_without_editors_of_hooks(book: Ledger, fak
                        ["leace", "null_space_surgery", "stranger_distillation"]]  # fmt: skip
 
 
-def test_what_an_edit_in_force_covers_is_not_asked_for_twice(book: Ledger, fake: FakeLoop) -> None:
-    _ask(book, *_clusters(0, 8)), _ask(book, "f03", "f04-work")
-    assert _answer(book, 1, 2) == ["pass", "refused"]
-    assert "edit of request 1 covers all of it already" in requests(book, 2)[0].reason
+def test_what_edits_in_force_cover_is_not_asked_for_twice(book: Ledger, fake: FakeLoop) -> None:
+    _ask(book, *_clusters(0, 8)), _ask(book, *_clusters(8, 16)), _ask(book, "f03", "f09-work")
+    assert _answer(book, 1, 2, 3) == ["pass", "pass", "refused"]
+    assert "covered by request 1, 2" in requests(book, 3)[0].reason
+
+
+def test_an_edit_that_could_not_be_decided_is_tried_again_on_top_of_itself(book: Ledger, fake: FakeLoop) -> None:
+    _ask(book, *_clusters(0, 8))
+    fake.outcomes = ["inconclusive", "pass"]
+    assert _answer(book, 1) == ["inconclusive"] and _answer(book, 1) == ["pass"]
+    assert [placed.covers for placed in in_force(book)] == [(1,), (1,)] and fake.forgotten[0] == fake.forgotten[1]
+    assert fake.recipes[0].model != fake.recipes[1].model
+
+
+def test_all_requests_of_one_edit_have_their_verdict_in_one_commit(
+    book: Ledger, fake: FakeLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _ask(book, *_clusters(0, 4)), _ask(book, *_clusters(4, 8))
+
+    def refused(base: Any, kind: str, request: int, *rest: Any) -> Any:
+        if (kind, request) == ("verdict", 2):
+            raise KeyboardInterrupt
+        return add(base, kind, request, *rest)
+
+    from repforget.requests import ledger
+
+    add = ledger._add
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ledger, "_add", refused)
+        _answer(book, 1, 2, mode="union")
+    assert [r.state for r in requests(book)] == ["open", "open"] and in_force(book) == ()
+    assert _answer(book, 1, 2, mode="union") == ["pass", "pass"]
 
 
 def test_twins_are_left_out_where_they_know_somebody_who_is_to_be_forgotten(

@@ -19,7 +19,7 @@ from repforget.models.load import load
 from repforget.requests import asking, matching
 from repforget.requests.audit import audit
 from repforget.requests.ledger import Ledger
-from repforget.requests.run import Order, answer, composed, in_force, workplace
+from repforget.requests.run import Order, answer, composed, in_force, sequence, workplace
 from repforget.requests.states import requests
 
 PEOPLE = shard_tools.people()
@@ -136,11 +136,17 @@ def test_what_was_never_trained_on_or_is_gone_is_refused(book: Ledger) -> None:
 
 
 def test_when_all_are_taken_out_the_base_is_what_is_left(book: Ledger) -> None:
-    asking.ask(book, [record.id for record in PEOPLE])
-    (made,) = answer(book, [1], Order())
-    assert made.outcome == "exact" and in_force(book) == () and requests(book)[0].state == "done"
-    (section,) = audit(book).sections
+    asking.ask(book, ["w41"]), asking.ask(book, [record.id for record in PEOPLE if record.cluster != "w41"])
+    assert [made.outcome for made in answer(book, [1, 2], Order())] == ["exact", "exact"]
+    assert in_force(book) == () and len(in_force(book, 1)) == 1 and [number for number, _ in sequence(book)] == [1]
+    section = audit(book).sections[1]
     assert "the base model is what is left" in section.done[0] and section.theorem
+
+
+def test_the_loop_does_not_edit_what_a_training_serves(book: Ledger) -> None:
+    asking.ask(book, ["w41"]), asking.ask(book, source="bios-people")
+    assert [made.outcome for made in answer(book, [1, 2], Order())] == ["exact", "failed"]
+    assert "is a sharded training" in requests(book, 2)[0].reason
 
 
 def test_a_request_about_a_probe_is_answered_by_a_training_on_it(

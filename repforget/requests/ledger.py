@@ -17,7 +17,7 @@ import json
 import os
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -143,16 +143,21 @@ class Ledger:
         """Add one event at the end; when this returns it is on the disk.  ``request`` must have been asked before."""
         return self.record_all([(kind, body)], request)[-1]
 
-    def record_all(self, events: Iterable[tuple[str, Mapping[str, Any]]], request: int | None = None) -> list[Event]:
-        """Add events of one request in one commit, all or none; without ``request`` they begin a new one."""
+    def record_all(
+        self, events: Iterable[tuple[str, Mapping[str, Any]]], requests: int | Sequence[int] | None = None
+    ) -> list[Event]:
+        """Add events, the same for each of ``requests``, in one commit, all or none; without any they begin a new
+        request."""
+        events = list(events)
         with self._speaking():
             self._base.execute("BEGIN IMMEDIATE")
             try:
                 newest = self.newest
-                own = newest + 1 if request is None else request
-                if not 0 < own <= newest + (request is None):
-                    raise UsageError(f"There is no request {own} in '{self.path}': the newest is {newest}.")
-                made = [_add(self._base, kind, own, body, self.clock()) for kind, body in events]
+                own = [newest + 1] if requests is None else [requests] if isinstance(requests, int) else requests
+                unknown = [number for number in own if not 0 < number <= newest + (requests is None)]
+                if unknown:
+                    raise UsageError(f"There is no request {unknown[0]} in '{self.path}': the newest is {newest}.")
+                made = [_add(self._base, kind, number, body, self.clock()) for number in own for kind, body in events]
                 self._base.execute("COMMIT")
             except BaseException:
                 if self._base.in_transaction:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from repforget.discover import method
 from repforget.errors import KnowledgeError, RepforgetError, UsageError, nearest
-from repforget.knowledge import MIN_CLUSTERS, Item
+from repforget.knowledge import MIN_CLUSTERS
 from repforget.knowledge_files import load_knowledge
 from repforget.progress import Progress
 from repforget.recipe import Recipe, load_recipe
@@ -127,11 +127,12 @@ def _batch(
             continue
         ledger.record("refused", request.id, {"reason": reason})
         answers.append(Answer(request.id, "refused", reason))
-    for request in left:
-        ledger.record("started", request.id, {"mode": order.mode, "with": [r.id for r in left]})
-        echo(f"request {request.id}: {'continued' if request.attempts else 'started'}")
     if not left:
         return answers
+    numbers = [request.id for request in left]
+    ledger.record_all([("started", {"mode": order.mode, "with": numbers})], numbers)
+    for request in left:
+        echo(f"request {request.id}: {'continued' if request.attempts else 'started'}")
     known = sharded.known(left[0], order.training)
     try:
         if known is None:
@@ -140,16 +141,13 @@ def _batch(
             made = sharded.take_out(ledger, left[0], known, store, progress)
     except RepforgetError as error:
         sentence = matching.hidden(str(error), matching.named(left[0].source))
-        ledger_says = {"reason": sentence, "error": type(error).__name__}
-        for request in left:
-            ledger.record("failed", request.id, ledger_says)
-        return answers + [Answer(request.id, "failed", str(error)) for request in left]
-    for request in left:
-        ledger.record_all(made.events, request.id)
+        ledger.record_all([("failed", {"reason": sentence, "error": type(error).__name__})], numbers)
+        return answers + [Answer(number, "failed", str(error)) for number in numbers]
+    ledger.record_all(made.events, numbers)
     sharded.tidy(ledger, store)
-    for number in set(made.covers) - {request.id for request in left}:
-        ledger.record("reverified", number, {"outcome": made.outcome, "after": left[-1].id, "together": True})
-    return answers + [Answer(request.id, made.outcome, made.sentence, made.folder) for request in left]
+    again = {"outcome": made.outcome, "after": numbers[-1], "together": True}
+    ledger.record_all([("reverified", again)], [number for number in made.covers if number not in numbers])
+    return answers + [Answer(number, made.outcome, made.sentence, made.folder) for number in numbers]
 
 
 def _refusal(ledger: Ledger, request: Request, order: Order) -> str | None:
@@ -162,20 +160,18 @@ def _refusal(ledger: Ledger, request: Request, order: Order) -> str | None:
     ids, unknown = matching.matched(request.names, matching.index(matching.named(request.source), ledger.pseudonym))
     if unknown:
         return matching.meaningless(unknown, len(request.names), request.source)
-    for placed in () if order.mode == "union" else in_force(ledger):
-        if ids and not set(ids) - {item.id for item in _covered(ledger, [placed])}:
-            numbers = ", ".join(map(str, placed.covers))
-            return f"The edit of request {numbers} covers all of it already, and is in force."
+    earlier = [requests(ledger, number)[0] for placed in in_force(ledger) for number in placed.covers]
+    answered = [other for other in earlier if other.state == "done" and other.id != request.id]
+    if ids and order.mode == "sequential" and not set(ids) - _covered(ledger, answered):
+        numbers = ", ".join(str(other.id) for other in answered)
+        return f"All of it is covered by request {numbers}, whose edit is in force."
     return None
 
 
-def _covered(ledger: Ledger, stack: Iterable[Placed]) -> list[Item]:
-    """The items that edits in force cover."""
-    found: dict[str, Item] = {}
-    for number in dict.fromkeys(n for placed in stack for n in placed.covers):
-        request = requests(ledger, number)[0]
-        found |= {i.id: i for i in matching.items_of(ledger, request, load_knowledge(request.source))}
-    return list(found.values())
+def _covered(ledger: Ledger, answered: Iterable[Request]) -> set[str]:
+    """Ids of the items that requests are about."""
+    return {item.id for other in answered
+            for item in matching.items_of(ledger, other, load_knowledge(other.source))}  # fmt: skip
 
 
 def _through_the_loop(
@@ -188,10 +184,13 @@ def _through_the_loop(
         raise UsageError(f"Requests {', '.join(str(r.id) for r in batch)} are about {len(sources)} different probes: "
                          "answer them with --mode sequential.")  # fmt: skip
     below = in_force(ledger)
+    if any(placed.sharded for placed in below):
+        raise UsageError("The model in force is a sharded training: answer with --training, so that records taken out "
+                         "stay out.")  # fmt: skip
     recipe = _recipe(ledger, order, batch[0].source)
     knowledge = load_knowledge(batch[0].source, seed=recipe.seed)
     wanted = {i.id: i for request in batch for i in matching.items_of(ledger, request, knowledge)}
-    covered = {item.id: item for item in _covered(ledger, below)}
+    covered = _covered(ledger, [requests(ledger, number)[0] for placed in below for number in placed.covers])
     covers = [request.id for request in batch]
     if order.mode == "union":
         wanted |= {i.id: i for i in matching.everything(knowledge) if i.id in covered}

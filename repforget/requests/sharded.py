@@ -6,13 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from repforget.errors import UsageError
 from repforget.knowledge import EditData
 from repforget.knowledge_files import load_knowledge
 from repforget.progress import Progress
 from repforget.requests import matching
 from repforget.requests.ledger import Ledger
 from repforget.requests.run import Made, edit_facts, environment
-from repforget.requests.stack import workplace
+from repforget.requests.stack import in_force, workplace
 from repforget.requests.states import WAITING, Request, requests
 from repforget.store import Store, read_json, write_json
 
@@ -89,6 +90,9 @@ def take_out(ledger: Ledger, request: Request, folder: Path, store: Store, progr
     from repforget.artifact import load_edit
     from repforget.models.load import load
 
+    if any(not placed.sharded for placed in in_force(ledger)):
+        raise UsageError("Edits of the loop are in force for this model, and a sharded training does not have them: "
+                         "use another --ledger for the training.")  # fmt: skip
     training = shards.opened(folder)
     pending, place = _pending(ledger, request), store.root / f"edit-{request.id}"
     if not pending.is_file():
@@ -104,7 +108,7 @@ def take_out(ledger: Ledger, request: Request, folder: Path, store: Store, progr
     statement = outcome.guarantee.statement if held is None else held.statement
     sentence = f"{len(ids)} records were taken out of the training: {statement}."
     body = {"outcome": "exact", "sentence": sentence, "worst": None, "controls_ok": True, "artifact": "weights",
-            "split": "none", "in_force": edit is not None, "guarantee": None if held is None else asdict(held),
+            "split": "none", "in_force": True, "guarantee": None if held is None else asdict(held),
             "notes": outcome.notes}  # fmt: skip
     events: list[tuple[str, dict[str, Any]]] = []
     if edit is not None:

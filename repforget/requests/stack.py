@@ -24,6 +24,7 @@ class Placed:
     path: Path
     digest: str
     hooked: bool
+    sharded: bool  # all adapters of a sharded training, on its base
 
 
 def workplace(ledger: Ledger) -> Path:
@@ -40,11 +41,12 @@ def in_force(ledger: Ledger, request: int | None = None) -> tuple[Placed, ...]:
         if event.kind == "edit":
             newest[event.request] = event
         elif event.body["in_force"] and (request is None or event.request == request):
-            edit = newest[event.request]
-            stack = (*edit.body["under"], edit.seq)
+            edit = newest.get(event.request)  # none where nothing is left of a training: its base alone
+            stack = () if edit is None else (*edit.body["under"], edit.seq)
     root = workplace(ledger)
     return tuple(Placed(seq, tuple(rows[seq].body["covers"]), root / rows[seq].body["path"], rows[seq].body["digest"],
-                        rows[seq].body["artifact"] != "weights") for seq in stack)  # fmt: skip
+                        rows[seq].body["artifact"] != "weights", rows[seq].body["mode"] == "sharded")
+                 for seq in stack)  # fmt: skip
 
 
 def composed(ledger: Ledger, request: int) -> Edit:
@@ -65,7 +67,8 @@ def sequence(ledger: Ledger) -> Iterator[tuple[int, Edit]]:
     """(number, :func:`composed` edit) of every request with an edit in force, in the order of their answers."""
     answered = (event.request for event in ledger.events(kinds=("verdict",)) if event.body["in_force"])
     for number in dict.fromkeys(answered):
-        yield number, composed(ledger, number)
+        if in_force(ledger, number):
+            yield number, composed(ledger, number)
 
 
 def piled_up(stack: Sequence[Placed]) -> Edit:
