@@ -51,6 +51,7 @@ def visit_gradients(
             gradients = torch.autograd.grad(total, own, allow_unused=True)
             visit({name: torch.zeros_like(p) if g is None else g
                    for name, p, g in zip(names, own, gradients, strict=True)})  # fmt: skip
+            del gradients, total  # before those of the next run are made
 
 
 def integrated_gradients(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,20 @@ ALL = (*tiny_models.CONFIGS, *tiny_models.VARIANTS)
 
 def components(*texts: str) -> tuple[Component, ...]:
     return tuple(Component.parse(text) for text in texts)
+
+
+def test_gradients_of_one_fact_are_gone_before_those_of_the_next_are_made() -> None:
+    model = tiny("llama")
+    name, seen, alive = "model.layers.0.mlp.up_proj.weight", list[Any](), list[bool]()
+
+    def look(*_: Any) -> None:
+        alive.extend(ref() is not None for ref in seen)
+
+    facts = facts_of(model, people(), 3, 0).forget
+    with_hook = model.module.lm_head.register_forward_hook(look)  # in the forward pass of the next fact
+    visit_gradients(model, facts, [name], lambda g: seen.append(weakref.ref(g[name])))
+    with_hook.remove()
+    assert len(seen) == 3 and alive == [False] * 3
 
 
 @pytest.mark.parametrize("name", ALL)
