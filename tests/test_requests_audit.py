@@ -245,9 +245,11 @@ def test_the_commands_from_the_asking_to_the_audit(cli: Cli, tmp_path: Path) -> 
 def test_what_is_wrong_with_a_command_is_one_sentence(cli: Cli) -> None:
     for arguments, said in (
         (("list",), "There is no ledger 'requests.sqlite'"), (("add",), "give --what NAMES"),
-        (("add", "--what", "p003", "--deadline", "soon"), "no deadline"),
         (("add", "--what", "p003", "--knowledge", "bios-peple"), "did you mean 'bios-people'"),
         (("add", "--what", "p003", "--training", "nowhere"), "holds no sharded training"),
+        (("add", "--what", "p003", "--model", "organism:boss"), "did you mean 'organism:bios'"),
+        (("list",), "There is no ledger 'requests.sqlite'"),  # none was made for what cannot be found
+        (("add", "--what", "p003", "--deadline", "soon"), "no deadline"),
     ):  # fmt: skip
         code, out, error = cli("request", *arguments)
         assert (code, out) == (2, "") and said in error and "Traceback" not in error, arguments

@@ -12,13 +12,21 @@ from repforget.requests.ledger import Ledger, stamp
 from repforget.requests.sharded import SCHEME
 from repforget.requests.states import DEADLINE, Request, requests, until
 
-SOURCE = "bios-people"
+MODEL, SOURCE = "organism:bios", "bios-people"
 
 
 def opened(path: str | Path, model: str | None, source: str) -> Ledger:
-    """The ledger at ``path``, made where there is none; UsageError where it is about another model."""
+    """The ledger at ``path``, made where there is none; UsageError where it is about another model.
+
+    A new one is made only for a model and a source that can be found: its first row stays.
+    """
     if not Path(path).exists():
-        return Ledger.create(path, {"model": model or "organism:bios", "source": source})
+        from repforget.models._files import locate
+
+        model = model or MODEL
+        locate(model)
+        matching.named(source)
+        return Ledger.create(path, {"model": model, "source": source})
     ledger = Ledger(path)
     own = str(ledger.facts["model"])
     if model not in (None, own):
