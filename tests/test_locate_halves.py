@@ -15,7 +15,7 @@ from test_locate_planted import KNOWLEDGE, model
 import repforget as rf
 from repforget.errors import KnowledgeError
 from repforget.knowledge import Knowledge
-from repforget.locate._exact import may_rank
+from repforget.locate._exact import Moves, in_second_half, may_rank
 from repforget.locate._tasks import corrupted_tasks
 from repforget.records import RandomBand
 
@@ -128,6 +128,19 @@ def test_no_relation_is_left_to_teach_by(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("repforget.locate._labelled.MIN_ROWS", 39)
     with pytest.raises(KnowledgeError, match="39 statements left to rank by"):
         rf.locate(model(1), KNOWLEDGE, "mdl_probe", nodes=("mlp_out",), statements=1, items=20)
+
+
+def test_the_half_that_ranks_is_contrasted_with_its_own_retain_facts() -> None:
+    generator = np.random.default_rng(0)
+    clusters, beside = tuple(f"f{k}" for k in range(8)), tuple(f"r{k}" for k in range(6))
+    moves = Moves(generator.random((3, 8)), 1 + generator.random(8), generator.random((3, 6)), clusters, beside)
+    early, kept = ~in_second_half(clusters, 4), ~in_second_half(beside, 4)
+    assert 0 < early.sum() < 8 and 0 < kept.sum() < 6
+    gap = moves.gap[early].mean()
+    expected = moves.forget[:, early].mean(1) / gap - 0.5 * moves.retain[:, kept].mean(1) / gap
+    np.testing.assert_allclose(moves.scores(0.5, 4), expected)
+    whole = (moves.forget.mean(1) - 0.5 * moves.retain.mean(1)) / moves.gap.mean()
+    np.testing.assert_allclose(moves.scores(0.5), whole)
 
 
 def test_nobody_is_left_to_rank_by() -> None:
