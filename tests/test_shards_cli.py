@@ -44,7 +44,7 @@ def test_from_training_to_a_request(cli: Cli, data: Path, tmp_path: Path) -> Non
     assert code == 0 and outcome["records"] == 2 and held.kind == "exact"
     assert not any(f.exists() for f in files)
     code, said, _ = cli("shards", "remove", "folder", "Bo-0")
-    assert code == 0 and "taken out: 1 records of 1 shards" in said and unearned(said, [held]) == ()
+    assert code == 0 and "records taken out: 1, from shards: 1" in said and unearned(said, [held]) == ()
     code, said, _ = cli("shards", "show", "folder", "--cluster", "Ann")
     assert code == 0 and "have been taken out" in said and unearned(said) == ()
     code, said, warned = cli(*TRAIN)

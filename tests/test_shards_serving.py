@@ -236,7 +236,9 @@ def test_the_served_model_becomes_the_one_trained_without_them(
 def test_on_the_base_the_edit_is_all_that_is_left(base: LoadedModel, full: Training, tmp_path: Path) -> None:
     training = shard_tools.copied(full, tmp_path / "t")
     edit = run_editor(base, NOBODY, "shard_removal", folder=str(training.root), names=["w42"])
-    after, _ = take_out(training, ["w42"], never)  # the editor has trained what was needed
+    after, outcome = take_out(training, ["w42"], never)  # the editor has trained what was needed
+    assert edit.manifest.guarantee is not None and outcome.trained == 0
+    assert outcome.share == edit.manifest.guarantee.numbers["share"] > 0
     with combined(after, base).attach(base):
         expected = logits(base)
     with edit.attach(base):

@@ -105,9 +105,9 @@ def remove(
         print_json(_outcome(outcome))
         return
     print_table(("", ""), outcome.guarantee.lines())
-    typer.echo(f"taken out: {outcome.records} records of {outcome.shards} shards; trained again: {outcome.trained} "
-               f"slices, {outcome.steps} steps, {outcome.share:.3f} of a whole training; erased: {outcome.erased} "
-               "checkpoints that saw them, and the records")  # fmt: skip
+    typer.echo(f"records taken out: {outcome.records}, from shards: {outcome.shards}; slices trained again: "
+               f"{outcome.trained} in {outcome.steps} steps, {outcome.share:.3f} of a whole training; erased: the "
+               f"records and {outcome.erased} checkpoints that saw them")  # fmt: skip
     for line in outcome.notes:
         typer.echo(line)
 

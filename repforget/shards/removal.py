@@ -40,8 +40,9 @@ ASSUMPTIONS = (
 class Outcome:
     """What a request did, counted: records taken out, shards and stages it touched, steps and passes of training.
 
-    ``share``: record passes of the stages that had to be trained again, over those of the whole training.
-    ``same_text``: records left that say the same, word for word.  ``notes``: what else must be said.
+    ``share``: record passes of the stages that had to be trained again, over those of the whole training; ``trained``
+    stages, ``steps`` and ``passes`` are those of this call, without what an editor has trained before.  ``same_text``:
+    records left that say the same, word for word.  ``notes``: what else must be said.
     """
 
     records: int
@@ -83,7 +84,7 @@ def take_out(
     erased = erase(after)
     made = [] if base is None else build(after, base, progress)
     write_index(after)
-    return after, _outcome(after, going, erased, made)
+    return after, _outcome(training, after, going, erased, made)
 
 
 def without(training: Training, going: Sequence[Record]) -> tuple[Record, ...]:
@@ -131,23 +132,26 @@ def share(before: Training, after: Training) -> float:
     return again / max(1, sum(n for n, _ in passes))
 
 
-def _outcome(after: Training, going: Sequence[Record], erased: int, made: Sequence[Stage]) -> Outcome:
+def _outcome(
+    before: Training, after: Training, going: Sequence[Record], erased: int, made: Sequence[Stage]
+) -> Outcome:
     s = after.settings
     texts = {(r.prompt, r.answer) for r in going}
     same = sum((r.prompt, r.answer) in texts for r in after.records)
     shards = {place(s, r)[0] for r in going}
-    cost = sum(stage.passes(s) for stage in made) / max(1, sum(stage.passes(s) for stage in after.stages))
+    passes = sum(stage.passes(s) for stage in made)
+    cost = max(share(before, after), passes / max(1, sum(stage.passes(s) for stage in after.stages)))
     notes = []
     if same:
         notes.append(f"{same} records that are left say the same, word for word, under other names.")
     split = sum(len({place(s, r) for r in going if r.cluster == c}) > 1 for c in {r.cluster for r in going})
     if split:
         notes.append(f"The unit is the record: the records of {split} clusters lay in several shards or slices.")
-    numbers = {"records": float(len(going)), "shards trained again": float(len(shards) if made else 0), "share": cost,
+    numbers = {"records": float(len(going)), "shards": float(len(shards)), "share": cost,
                "same text left": float(same)}  # fmt: skip
     return Outcome(
         records=len(going), shards=len(shards), erased=erased, trained=len(made),
-        steps=sum(stage.steps(s) for stage in made), passes=sum(stage.passes(s) for stage in made), share=cost,
+        steps=sum(stage.steps(s) for stage in made), passes=passes, share=cost,
         same_text=same, guarantee=guarantee_of(after, len(after.gone), numbers), notes=tuple(notes),
     )  # fmt: skip
 
@@ -155,8 +159,9 @@ def _outcome(after: Training, going: Sequence[Record], erased: int, made: Sequen
 def guarantee_of(training: Training, records: int, numbers: Mapping[str, float]) -> Guarantee:
     """What holds for a training without ``records`` records; equal bits only where one environment trained it all."""
     s, seen = training.settings, environments(training)
+    count = "1 record" if records == 1 else f"{records} records"
     same = "are, bit for bit," if seen < 2 else f"are, up to the rounding of {seen} environments,"
-    whose = (f"those of a training from scratch without the {records} records taken out" if s.order == "sisa" else
-             f"those of blocks that were trained before any of the {records} records taken out came in")  # fmt: skip
+    whose = (f"those of a training from scratch without the {count} taken out" if s.order == "sisa" else
+             f"those of blocks that were trained before the {count} taken out came in")  # fmt: skip
     return Guarantee("exact", f"the adapters {same} {whose}", s.unit, THEOREMS[s.order], ASSUMPTIONS,
                      {**numbers, "environments": float(seen)})  # fmt: skip
