@@ -38,7 +38,7 @@ def records(name: str) -> list[Record]:
     words = tiny_models.WORDS
     shift = NAMES.index(name) * 7
     return [Record(f"{name}-{i}", f"{name}-{i % 2}", f"{words[shift + i]} was born in" + " the" * (i % 3),
-                   f" {words[shift + i + 3]} {words[shift + i + 5]}"[: 40 if i % 2 else 4 + len(words[shift + i + 3])])
+                   f" {words[shift + i + 3]}" + f" {words[shift + i + 5]}" * (i % 2))  # one or two tokens
             for i in range(SIZES[name])]  # fmt: skip
 
 
@@ -221,6 +221,18 @@ def test_a_training_goes_on_where_it_was_killed_and_gives_the_same_bytes(
         go(base, plan(3, rule=rule, lr=0.02), data, tmp_path / "whole")
     with pytest.raises(UsageError, match="differs in its clients"):
         go(base, plan(3, rule=rule), {"bob": data["bob"]}, tmp_path / "whole")
+
+
+def test_a_training_goes_on_only_with_the_records_that_it_began_with(data: dict[str, Source], tmp_path: Path) -> None:
+    base, run = model_of(), tmp_path / "run"
+    go(base, plan(1), data, run)
+    path = Path(data["cid"].path)
+    path.write_text("\n".join(path.read_text().splitlines()[1:]))
+    with pytest.raises(UsageError, match="differs in its clients"):
+        go(base, plan(2), of_folder(path.parent), run)
+    with pytest.raises(UsageError, match="not those that this training began with"):
+        leave(base, run, "bob", "retrain", tmp_path / "out")
+    assert "bob" in History.open(run / "history").clients() and not (tmp_path / "out" / "edit").exists()
 
 
 def test_the_order_of_clients_and_other_seeds() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +11,40 @@ import numpy as np
 from repforget.errors import UsageError
 from repforget.knowledge_files import load_knowledge
 from repforget.training import Record, read_records, records_of
-from repforget.training.items import Forms
+from repforget.training.items import Forms, digest
 
 
 @dataclass(frozen=True)
 class Source:
-    """Either ``path``, a file of records, or the records of ``clusters`` in one ``set`` of the probe ``knowledge``."""
+    """Either ``path``, a file of records, or the records of ``clusters`` in one ``set`` of the probe ``knowledge``.
+
+    ``sha256`` is the digest of the records as they were when the source was named: a training that goes on, or is done
+    again, must be on the same ones.
+    """
 
     path: str = ""
     knowledge: str = ""
     set: str = "forget"
     clusters: tuple[str, ...] = ()
     forms: Forms = "all"
+    sha256: str = ""
 
     def records(self) -> tuple[Record, ...]:
-        """Read them; UsageError where there are none."""
+        """Read them; UsageError where there are none, or others than there were."""
         if self.path:
-            return read_records(self.path)
-        wanted = frozenset(self.clusters)
-        found = records_of(load_knowledge(self.knowledge), (self.set,), self.forms)
-        return tuple(record for record in found if record.cluster in wanted)
+            found = read_records(self.path)
+        else:
+            wanted = frozenset(self.clusters)
+            known = records_of(load_knowledge(self.knowledge), (self.set,), self.forms)
+            found = tuple(record for record in known if record.cluster in wanted)
+        if self.sha256 and digest(found) != self.sha256:
+            raise UsageError(f"The records in '{self.path or self.knowledge}' are not those that this training began "
+                             "with: bring them back, or train in a new folder.")  # fmt: skip
+        return found
+
+    def marked(self) -> Source:
+        """The same source with the digest of what is there now."""
+        return replace(self, sha256=digest(self.records()))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -46,7 +59,7 @@ def of_folder(folder: str | Path) -> dict[str, Source]:
     paths = sorted(Path(folder).glob("*.jsonl"))
     if not paths:
         raise UsageError(f"The folder '{folder}' holds no '*.jsonl': put one file of records per client into it.")
-    return {path.stem: Source(path=str(path.resolve())) for path in paths}
+    return {path.stem: Source(path=str(path.resolve())).marked() for path in paths}
 
 
 def of_probe(
@@ -58,8 +71,11 @@ def of_probe(
     if not 1 <= clients <= len(names):
         raise UsageError(f"{clients} clients cannot share the {len(names)} clusters of '{knowledge}': give 1 to "
                          f"{len(names)}.")  # fmt: skip
+    records = records_of(data, (set,), forms)
     order = np.random.default_rng(seed).permutation(len(names))
-    parts: list[Sequence[int]] = np.array_split(order, clients)  # type: ignore[assignment]
-    return {f"client-{k}": Source(knowledge=knowledge, set=set, forms=forms,
-                                  clusters=tuple(sorted(names[i] for i in part)))
-            for k, part in enumerate(parts)}  # fmt: skip
+    found: dict[str, Source] = {}
+    for k, part in enumerate(np.array_split(order, clients)):
+        own = tuple(sorted(names[i] for i in part))
+        sha = digest(record for record in records if record.cluster in own)
+        found[f"client-{k}"] = Source(knowledge=knowledge, set=set, clusters=own, forms=forms, sha256=sha)
+    return found
