@@ -50,7 +50,8 @@ def group_report(epsilon: float, delta: float, unit: str, asked: int | None = No
     many, chance = group(epsilon, delta, k)
     plural = f"{unit}s" if k > 1 else unit
     if chance >= 1.0:
-        first = f"A forget set of {k} {plural} is not covered: the statement for {k} {plural} together is vacuous."
+        first = f"A forget set of {k} {plural} is not covered: the statement on {k} {plural} together is vacuous."
     else:
         first = f"A forget set of {k} {plural} is covered at epsilon {many:.3g}, delta {chance:.2g}, without any edit."
-    return f"{first} Beyond {most} {unit}{'s' if most > 1 else ''} the statement is vacuous (unit: {unit})."
+    return (f"{first} By the rule of group privacy it is vacuous beyond {most} {unit}{'s' if most > 1 else ''} (unit: "
+            f"{unit}).")  # fmt: skip
