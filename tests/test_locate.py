@@ -24,6 +24,7 @@ from repforget.locate._exact import (
     band_of,
     exact_band,
     in_second_half,
+    measure,
     selections,
     top_size,
 )
@@ -245,6 +246,18 @@ def test_the_default_top_of_small_units_is_lowered_where_there_are_few() -> None
     assert band.k == 20 and not any("lowered" in note for note in notes)
     with pytest.raises(UsageError, match="A top of 16 components cannot be compared"):
         band_of(few, few, 16, 20, 0, "{k}", effect)  # asked for
+
+
+def test_a_band_reports_the_mean_of_single_effects_or_the_joint_one_on_the_second_half(model: Any) -> None:
+    tasks, _ = corrupted_tasks(model, KNOWLEDGE, 0, items=6, contrast=1.0)
+    pool = expand_nodes(model, ("heads",))
+    held = [task.half(True, 0) for task in tasks]
+    singly = measure(held, [(c,) for c in pool[:3]]).scores(1.0).mean()
+    jointly = measure(held, [pool[:3]]).scores(1.0)[0]
+    assert abs(singly - jointly) > 1e-3
+    for control, expected in (("mean", singly), ("joint", jointly)):
+        band, _, _ = exact_band(tasks, pool, pool, BandPlan(3, 20, control, 0), None)  # type: ignore[arg-type]
+        assert band.top == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_band_that_has_no_retain_facts_left_to_contrast_with_says_so(model: Any) -> None:
