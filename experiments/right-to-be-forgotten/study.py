@@ -132,7 +132,7 @@ def at_once(editor: str, out: str) -> dict[str, Any]:
 def sharded(out: str) -> dict[str, Any]:
     """A training in shards and eight requests to its ledger; a look after each, and the audit at the end."""
     from repforget.models.load import load
-    from repforget.requests import Ledger
+    from repforget.requests import Ledger, page
     from repforget.requests.asking import ask
     from repforget.requests.audit import audit
     from repforget.requests.run import Order, answer, sequence
@@ -160,8 +160,8 @@ def sharded(out: str) -> dict[str, Any]:
                 seconds.append(time.process_time() - started)
             for _, edit in sequence(ledger):
                 looks.append(as_json(seen(edit.applied_to(base))))
-            report = audit(ledger)
-        return {"looks": looks, "seconds": seconds, "whole": whole, "audit": report.markdown,
+            report = page.markdown(audit(ledger))
+        return {"looks": looks, "seconds": seconds, "whole": whole, "audit": report,
                 "answers": [[a.outcome, a.sentence] for a in answers]}  # fmt: skip
 
     return stage(out, "sharded", {"settings": TRAINING}, run)
