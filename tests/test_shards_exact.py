@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import repforget.shards.folder as folder_module
 import repforget.shards.removal as removal_module
 from repforget.errors import ArtifactError, UsageError
-from repforget.models.load import LoadedModel, fingerprint
+from repforget.models.load import LoadedModel, fingerprint, wrap
 from repforget.shards import Stage, Training, begin, complete, opened, place, shard_factors, share, take_out
 from repforget.shards.adapters import fresh
 from repforget.training import Stepper, collate, encoded
@@ -99,6 +99,25 @@ def test_a_shard_that_loses_everybody_and_a_training_that_does(
     training, outcome = take_out(training, sorted({r.cluster for r in training.records}), lambda: base)
     assert training.records == () and outcome.steps == 0
     assert not any(bool(t.any()) for f in shard_factors(training).values() for n, t in f.items() if n.endswith(".B"))
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_slice_that_loses_everybody(which: int, base: LoadedModel, full: Training, tmp_path: Path) -> None:
+    cells = sorted({place(full.settings, r) for r in PEOPLE})
+    assert len(cells) < 6, "some slices are empty from the beginning"
+    gone = sorted({r.cluster for r in PEOPLE if place(full.settings, r) == cells[which]})
+    left, _ = take_out(shard_tools.copied(full, tmp_path / "t"), gone, lambda: base)
+    same(left, scratch(tmp_path / "s", base, gone))
+
+
+def test_a_half_precision_base_has_float32_adapters(tmp_path: Path) -> None:
+    model = shard_tools.model()
+    half = wrap(model.module.to(torch.bfloat16), model.tokenizer, "half")
+    training = shard_tools.trained(tmp_path / "t", half, PEOPLE)
+    left, _ = take_out(training, ["w41"], lambda: half)
+    same(left, scratch(tmp_path / "s", half, ["w41"]))
+    assert {t.dtype for f in shard_factors(left).values() for t in f.values()} == {torch.float32}
+    assert left.base["dtype"] == "bfloat16" and fingerprint(half.module) == half.fingerprint
 
 
 @pytest.mark.parametrize("changes", [{"slices": 1}, {"shards": 1, "schedule": "cosine", "weight_decay": 0.1},
