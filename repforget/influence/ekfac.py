@@ -44,7 +44,7 @@ def curvature(
 
     ``A = E[a aᵀ]`` of inputs and ``G = E[g gᵀ]`` of gradients of outputs for labels that the model draws (the true
     Fisher), their eigenvectors, and in the basis of these the mean squares of the records' gradients, all in float64
-    and per prediction.  Source: George et al. 2018, arXiv 1806.03884; Grosse et al. 2023, arXiv 2308.03296, §2.
+    and per prediction.  Source: George et al. 2018, arXiv 1806.03884; Grosse et al. 2023, arXiv 2308.03296.
 
     Args:
         names: weights of linear maps [out, in], see :func:`repforget.influence.maps.linear_maps`.

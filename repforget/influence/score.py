@@ -31,8 +31,8 @@ def scores(
 
     ``I(q, z) = ∇L(q)ᵀ (H + λ)⁻¹ ∇L(z) / N``: to first order, what ``log p(answer of q)`` loses if z is left out of a
     training on N predictions (those of ``train``); L is the negative log-probability of the labelled tokens of one
-    example.  Positive: the example speaks for that answer.  Source: Koh and Liang 2017, arXiv 1703.04730; with EK-FAC
-    Grosse et al. 2023, arXiv 2308.03296, eq. 20.
+    example.  Positive: the example speaks for that answer.  Source: Koh and Liang 2017 (ICML); with EK-FAC
+    Grosse et al. 2023, arXiv 2308.03296.
 
     Args:
         curvature: H; None is the gradient dot product, the limit of a large damping (in other units).

@@ -27,7 +27,7 @@ def influence_removal(
     """Take the one damped inverse-curvature step by which a training without the forget facts would differ.
 
     ``W += s (H + λ)⁻¹ ∇_W L_F`` at the linear maps of the blocks, or those that ``where`` names: influence functions
-    upweight each forget fact by -1 (Koh and Liang 2017, arXiv 1703.04730), with H the EK-FAC Gauss-Newton matrix of
+    upweight each forget fact by -1 (Koh and Liang 2017, ICML), with H the EK-FAC Gauss-Newton matrix of
     retained facts and general text (George et al. 2018, arXiv 1806.03884) and L_F the mean negative log-probability of
     the forget answers.  How many predictions the training had is not known, so that the length s is the longest whose
     measured divergence from the unedited model stays within ``max_divergence``, on every fifth retained cluster (no
