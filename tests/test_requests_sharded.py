@@ -126,6 +126,26 @@ def test_killed_anywhere_the_same_command_finishes(
     assert not list(workplace(book).glob("pending-*"))
 
 
+@pytest.mark.parametrize("place", ["edited", "taken out"])
+def test_an_interrupted_request_finished_after_another_has_neither(
+    book: Ledger, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    asking.ask(book, ["w43"]), asking.ask(book, ["w46"])
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        take_out = shards.take_out
+        patch.setattr(shards, "take_out", stop if place == "edited" else lambda *a: stop(take_out(*a)))
+        answer(book, [1], Order())
+    assert [a.outcome for a in answer(book, [2, 1], Order())] == ["exact", "exact"]
+    # What the first call had saved still knows w46.
+    assert _same(composed(book, 1), _scratch(tmp_path / "scratch", base, "w43", "w46"))
+    held = composed(book, 1).manifest.guarantee
+    assert held is not None and "3 records" in held.statement and in_force(book)[-1].covers == (1,)
+
+
 def test_what_was_never_trained_on_or_is_gone_is_refused(book: Ledger) -> None:
     assert asking.ask(book, ["w99"])[0].state == "refused"
     asking.ask(book, ["w41"]), asking.ask(book, ["w41-city"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,12 +83,12 @@ def _pending(ledger: Ledger, request: Request) -> Path:
 def take_out(ledger: Ledger, request: Request, folder: Path, store: Store, progress: Progress | None) -> Made:
     """Make the edit with the editor ``shard_removal``, then take the records out of the folder of the training.
 
-    The edit, on the base, is all adapters without the records.  What is going is kept in a file until it is gone, and
-    the edit is saved before, so that a killed call finishes.  Cost: training of the affected shards.
+    The edit, on the base, is all adapters without the records.  What is going is kept in a file until it is gone, so
+    that a killed call finishes.  Cost: training of the affected shards from the affected slice on.
     """
     from repforget import shards
-    from repforget.artifact import load_edit
     from repforget.models.load import load
+    from repforget.training.items import digest
 
     if any(not placed.sharded for placed in in_force(ledger)):
         raise UsageError("Edits of the loop are in force for this model, and a sharded training does not have them: "
@@ -99,17 +99,17 @@ def take_out(ledger: Ledger, request: Request, folder: Path, store: Store, progr
         write_json(pending, _records(ledger, request, training)[0])
     ids = list(read_json(pending))
     base = load(training.base["model"], dtype=training.base["dtype"])
-    edit = None
-    if any(record.id not in ids for record in training.records):
-        edit = load_edit(place) if place.is_dir() else _without(training, base, ids, place, progress)
+    edit = _without(training, base, ids, place, progress)
     with training.store.locked():
         training, outcome = shards.take_out(training, ids, lambda: base, progress)
-    held = outcome.guarantee if edit is None else edit.manifest.guarantee
-    statement = outcome.guarantee.statement if held is None else held.statement
-    sentence = f"{len(ids)} records were taken out of the training: {statement}."
+    held = shards.guarantee_of(training, len(ids), {**outcome.guarantee.numbers, "records": float(len(ids))})
+    if edit is None and training.records:  # interrupted when the records were gone already
+        edit = shards.combined(training, base)
+        edit = replace(edit, manifest=replace(edit.manifest, guarantee=held, knowledge=digest(training.records)))
+        edit.save(place)
+    sentence = f"{len(ids)} records were taken out of the training: {held.statement}."
     body = {"outcome": "exact", "sentence": sentence, "worst": None, "controls_ok": True, "artifact": "weights",
-            "split": "none", "in_force": True, "guarantee": None if held is None else asdict(held),
-            "notes": outcome.notes}  # fmt: skip
+            "split": "none", "in_force": True, "guarantee": asdict(held), "notes": outcome.notes}  # fmt: skip
     events: list[tuple[str, dict[str, Any]]] = []
     if edit is not None:
         events.append(("edit", edit_facts(edit, place, store.root, (), [request.id], "sharded")))
@@ -118,13 +118,26 @@ def take_out(ledger: Ledger, request: Request, folder: Path, store: Store, progr
     return Made("exact", sentence, place.name if edit is not None else "", (request.id,), tuple(events))
 
 
-def _without(training: Training, base: LoadedModel, ids: list[str], place: Path, progress: Progress | None) -> Edit:
+def _without(
+    training: Training, base: LoadedModel, ids: list[str], place: Path, progress: Progress | None
+) -> Edit | None:
+    """The edit without the records, made by the editor or saved by an interrupted call for the very same records.
+
+    None where the editor can make none: nothing is left, or the records are gone already.
+    """
+    from repforget.artifact import load_edit
     from repforget.edit._dispatch import edit
     from repforget.training.items import digest
 
     names = set(ids)
-    going = digest(record for record in training.records if record.id in names)
-    data = EditData((), (), (), {}, going)
-    made = edit(base, data, "shard_removal", progress=progress, folder=str(training.root), names=ids)
+    left = [record for record in training.records if record.id not in names]
+    wanted = digest(left)
+    if place.is_dir() and (saved := load_edit(place)).manifest.knowledge == wanted:
+        return saved
+    if not left or len(left) == len(training.records):
+        return None
+    there = [record.id for record in training.records if record.id in names]
+    data = EditData((), (), (), {}, wanted)
+    made = edit(base, data, "shard_removal", progress=progress, folder=str(training.root), names=there)
     made.save(place)
     return made
