@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -114,6 +115,14 @@ def _by_hand(training: Training, base: LoadedModel, prompt: str, by: str) -> int
     return max(range(len(scores)), key=lambda k: scores[k])
 
 
+def _sureness(training: Training, base: LoadedModel, prompt: str, shard: int | None) -> float:
+    """Largest log-probability of the next token, by a shard or by the base itself."""
+    ids = torch.tensor([base.tokenizer(prompt)["input_ids"]])
+    worn = nullcontext() if shard is None else shard_edit(training, base, shard).attach(base)
+    with worn, torch.no_grad():
+        return float(base.module(input_ids=ids).logits[0, -1].double().log_softmax(-1).max())
+
+
 def test_a_shard_learns_its_own_records(base: LoadedModel, tmp_path: Path) -> None:
     training = shard_tools.trained(tmp_path / "t", base, PEOPLE, epochs=8, rank=4, slices=1, lr=2e-2)
     shard = {r.id: place(training.settings, r)[0] for r in PEOPLE}
@@ -128,6 +137,10 @@ def test_a_shard_learns_its_own_records(base: LoadedModel, tmp_path: Path) -> No
     routed = {by: best_shard(training, base, prompts, by=by) for by in get_args(Route)}
     assert routed == {by: [_by_hand(training, base, prompt, by) for prompt in prompts] for by in get_args(Route)}
     assert routed["loss"] != routed["confidence"]
+    alone = best_shard(training, base, [*prompts, "the"], base=True)
+    for k, own, prompt in zip(alone, routed["confidence"], prompts, strict=False):
+        assert k == (own if _sureness(training, base, prompt, own) > _sureness(training, base, prompt, None) else -1)
+    assert -1 in alone and set(alone) & {0, 1}
     for (k, text), prompt in zip(answers(training, base, prompts, max_new_tokens=2), prompts, strict=True):
         with shard_edit(training, base, k).attach(base):
             assert generate(base, [prompt], max_new_tokens=2)[0][0] == text

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 REQUESTS, PEOPLE = 8, 8
 KEEP = 128  # items of what must stay
 FORMS, ALTERNATIVES = 2, 31
-TRAINING = {"shards": 8, "slices": 4, "epochs": 8}
+TRAINING = {"shards": 8, "slices": 4, "epochs": 6}
 EDITORS: dict[str, dict[str, Any]] = {
     "null_space_surgery": {}, "npo": {"steps": 60, "retain": "kl", "retain_on": ["retain", "strangers"]},
 }  # fmt: skip
@@ -129,14 +129,36 @@ def at_once(editor: str, out: str) -> dict[str, Any]:
     return stage(out, "at-once", {"editor": editor, "settings": EDITORS[editor]}, build)
 
 
+def routed(training: Any, base: Any) -> Any:
+    """A look at a sharded training as it is served: every question goes to the base or to the shard that is surest."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    from repforget.requests.stability import Look
+    from repforget.shards import best_shard, place, shard_edit
+
+    filled = sorted({place(training.settings, record)[0] for record in training.records})
+    looks = {-1: seen(base)} | {k: seen(shard_edit(training, base, k).applied_to(base)) for k in filled}
+
+    def chosen(items: Any, scores: dict[int, Any]) -> Any:
+        homes = best_shard(training, base, [item.questions[0] for item in items], base=True)
+        values = np.array([scores[home].values[n] for n, home in enumerate(homes)])
+        return replace(scores[-1], values=values)
+
+    asked = {name: chosen(items, {k: each.requests[name] for k, each in looks.items()})
+             for name, items in groups().items()}  # fmt: skip
+    return Look(asked, chosen(keep(), {k: each.keep for k, each in looks.items()}))
+
+
 def sharded(out: str) -> dict[str, Any]:
     """A training in shards and eight requests to its ledger; a look after each, and the audit at the end."""
     from repforget.models.load import load
     from repforget.requests import Ledger, page
     from repforget.requests.asking import ask
     from repforget.requests.audit import audit
-    from repforget.requests.run import Order, answer, sequence
-    from repforget.shards import Settings, begin, block_groups, combined, complete
+    from repforget.requests.run import Order, answer
+    from repforget.shards import Settings, begin, block_groups, complete, opened
     from repforget.training.items import records_of
 
     def run() -> dict[str, Any]:
@@ -144,25 +166,22 @@ def sharded(out: str) -> dict[str, Any]:
         shutil.rmtree(root, ignore_errors=True)
         settings = Settings(block_groups(base.module, (), "sisa", TRAINING["slices"]), **TRAINING)
         started = time.process_time()
-        training = begin(root / "training", base, settings, records_of(probe(), ("forget",)))
+        training = begin(root / "training", base, settings, records_of(probe(), ("forget",), "questions"))
         with training.store.locked():
             complete(training, base)
-        whole = time.process_time() - started
-        looks = [as_json(seen(combined(training, base).applied_to(base)))]
+        whole, looks = time.process_time() - started, [as_json(routed(opened(training.root), base))]
+        seconds, answers = [], []
         source = f"training:{root / 'training'}"
-        with Ledger.create(root / "requests.db", {"model": base.name, "source": source}) as ledger:
-            for number, items in enumerate(groups().values()):
+        with Ledger.create(root / "requests.sqlite", {"model": base.name, "source": source}) as ledger:
+            for number, items in enumerate(groups().values(), 1):
                 ask(ledger, sorted({item.cluster for item in items}), who=f"customer {number}")
-            seconds, answers = [], []
-            for number in range(1, REQUESTS + 1):
                 started = time.process_time()
-                answers += answer(ledger, [number], Order())
+                (answered,) = answer(ledger, [number], Order())
                 seconds.append(time.process_time() - started)
-            for _, edit in sequence(ledger):
-                looks.append(as_json(seen(edit.applied_to(base))))
+                answers.append([answered.outcome, answered.sentence])
+                looks.append(as_json(routed(opened(training.root), base)))
             report = page.markdown(audit(ledger))
-        return {"looks": looks, "seconds": seconds, "whole": whole, "audit": report,
-                "answers": [[a.outcome, a.sentence] for a in answers]}  # fmt: skip
+        return {"looks": looks, "seconds": seconds, "whole": whole, "audit": report, "answers": answers}
 
     return stage(out, "sharded", {"settings": TRAINING}, run)
 

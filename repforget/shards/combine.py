@@ -60,22 +60,25 @@ def shard_factors(training: Training) -> dict[int, Factors]:
 
 
 def best_shard(
-    training: Training, model: LoadedModel, prompts: Sequence[str], *, by: Route = "confidence",
+    training: Training, model: LoadedModel, prompts: Sequence[str], *, by: Route = "confidence", base: bool = False,
     progress: Progress | None = None,
 ) -> list[int]:  # fmt: skip
     """The shard that answers each prompt: the surest of its next token, or the one with the lowest prompt loss.
 
     "confidence" compares the largest probability of the next token, "loss" the mean cross-entropy of the prompt (which
     was never trained on where records have prompts).  Of equals the lowest number.  A shard is chosen by what it says,
-    so a prompt about nobody is answered by some shard, too.  Cost: one pass over the prompts per shard.
+    so a prompt about nobody is answered by some shard, too, unless the ``base`` (then -1, and first of equals) is
+    surer.  Cost: one pass over the prompts per shard.
     """
     training.check_base(model)
     tokens = encode_prompts(model.tokenizer, prompts)
     if by == "loss" and any(len(ids) < 2 for ids in tokens):
         raise UsageError("A prompt of one token has no loss to route by: give longer prompts, or route by confidence.")
+    candidates: list[Factors] = [{}] if base else []
+    candidates += shard_factors(training).values()
     scores = [_scores(model, factors, training.settings.scale, tokens, by)
-              for factors in track(progress, list(shard_factors(training).values()), "routing prompts")]  # fmt: skip
-    return [int(k) for k in torch.stack(scores).argmax(0)]
+              for factors in track(progress, candidates, "routing prompts")]  # fmt: skip
+    return [int(k) - base for k in torch.stack(scores).argmax(0)]
 
 
 @torch.no_grad()
