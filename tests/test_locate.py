@@ -96,6 +96,28 @@ def test_attribution_is_the_derivative_of_the_patch(name: str) -> None:
         assert abs((at(3e-3) - at(-3e-3)) / 6e-3 - slope) <= 2e-4 + 2e-3 * abs(slope), component  # norms are float32
 
 
+def test_attributions_are_of_patched_positions_and_add_up_over_them(model: Any) -> None:
+    runs = [r.swapped() for r in corrupted_pairs(model.tokenizer, KNOWLEDGE.for_editor().forget,
+                                                 KNOWLEDGE.for_editor().retain, seed=0).runs[:4]]  # fmt: skip
+    components = [Component(Site("mlp_out", 0)), Component(Site("attn_z", 1, 2))]
+    parts = [[replace(run, positions=tuple(p for p in run.positions if (p < 3) is first)) for run in runs]
+             for first in (True, False)]  # fmt: skip
+    whole, early, late = (node_attributions(model, some, components) for some in (runs, *parts))
+    np.testing.assert_allclose(early + late, whole, atol=1e-5)
+    assert np.abs(early).max() > 1e-3 and np.abs(late).max() > 1e-3
+
+
+def test_several_steps_are_midpoints_of_the_line_between_the_embeddings() -> None:
+    """The embedding's own attribution adds up to the whole gap, with an error of second order in the steps."""
+    model = wrap(tiny_models.build("llama").double(), TOKENIZER, "wide")
+    runs = [r.swapped() for r in corrupted_pairs(TOKENIZER, KNOWLEDGE.for_editor().forget,
+                                                 KNOWLEDGE.for_editor().retain, seed=0).runs[:4]]  # fmt: skip
+    ends = patch_scores(model, runs, [()])[0], patch_scores(model, [r.swapped() for r in runs], [()])[0]
+    errors = [np.abs(node_attributions(model, runs, [Component(Site("embed"))], steps=steps)[0] - (ends[1] - ends[0]))
+              for steps in (8, 32)]  # fmt: skip
+    assert errors[0].mean() < 0.1 * np.abs(ends[1] - ends[0]).mean() and errors[1].mean() < errors[0].mean() / 8
+
+
 def test_parts_of_attributions_add_up(model: Any) -> None:
     runs = [r.swapped() for r in corrupted_pairs(model.tokenizer, KNOWLEDGE.for_editor().forget,
                                                  KNOWLEDGE.for_editor().retain, seed=0).runs]  # fmt: skip

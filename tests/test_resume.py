@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -123,6 +124,9 @@ def test_full_passes_where_resuming_would_not_pay_or_hold() -> None:
     assert list(begin(model, [late] * 9)) == [Start()]
     handle.remove()
     assert Start() not in begin(model, [late] * 9)
+    wrapper = torch.nn.Module()
+    wrapper._orig_mod = model.module  # as a compiled module holds the plain one
+    assert list(begin(replace(model, module=wrapper), [late] * 9)) == [Start()]
 
 
 def test_an_unproven_architecture_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

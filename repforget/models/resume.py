@@ -187,11 +187,14 @@ class _StandIn(nn.Module):
 
 
 def can_resume(model: Any) -> bool:
-    """Whether passes of this model can begin in the middle: not under hooks, which may count on running.
+    """Whether passes of this model can begin in the middle: not under hooks, which may count on running, nor through a
+    wrapper, which may call it with other arguments.
 
     Architectures that the test suite does not prove are tried once, by a short pass per block.
     """
     module = core(model)
+    if getattr(model, "module", model) is not module:
+        return False
     if any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
         return False
     if site_map(module).anatomy.model_type in PROVEN:
@@ -222,6 +225,6 @@ def _tried(module: nn.Module) -> bool:
                 again = run_forward(module, wide, vocabulary=True).logits
             if not torch.allclose(again, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max())):
                 return False
-    except (TypeError, AttributeError, IndexError, RuntimeError, KeyError):  # it calls its blocks in a way of its own
-        return False
+    except (TypeError, AttributeError, AssertionError, LookupError, RuntimeError, ValueError):
+        return False  # it calls its blocks in a way of its own
     return True
