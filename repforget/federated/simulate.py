@@ -257,12 +257,15 @@ def _no_printing() -> Iterator[None]:
 
 @contextmanager
 def _interruptible(stop: threading.Event) -> Iterator[None]:
-    """Ctrl-C sets ``stop`` instead of tearing a thread pool apart; outside the main thread nothing changes."""
+    """Ctrl-C sets ``stop`` instead of tearing a thread pool apart, a second one does not wait for the clients at work;
+    outside the main thread nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def handler(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
         stop.set()
 
     before = signal.signal(signal.SIGINT, handler)
