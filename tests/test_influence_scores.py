@@ -242,11 +242,14 @@ def test_kept_factors_are_read_again_and_belong_to_their_content(
         assert all(torch.equal(a, b) for a, b in zip(vars(first.factors[name]).values(),
                                                      vars(second.factors[name]).values(), strict=True))  # fmt: skip
     curvature(model, train[:4], names, folder=tmp_path)
+    for other in ({"draws": 2}, {"seed": 1}):
+        drawn = curvature(model, train, names, folder=tmp_path, **other)
+        assert not torch.equal(drawn.factors[names[0]].values, first.factors[names[0]].values)
     with torch.no_grad():
         model.module.get_parameter(names[0]).mul_(1.01)
     changed = curvature(model, train, names, folder=tmp_path)
     assert not torch.equal(changed.factors[names[0]].values, first.factors[names[0]].values)
-    assert len(list(tmp_path.glob("ekfac-*"))) == 3
+    assert len(list(tmp_path.glob("ekfac-*"))) == 5
 
 
 def test_what_it_refuses(tiny_llama: LoadedModel) -> None:
