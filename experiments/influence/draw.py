@@ -25,7 +25,7 @@ def picture(body: dict[str, Any]) -> str:
 
     parts = []
     for k in range(7):
-        value = LOW + (HIGH - LOW) * k / 6
+        value = round(LOW + (HIGH - LOW) * k / 6, 9) + 0.0
         parts += [f"<line x1='{number(at(value))}' x2='{number(at(value))}' y1='{number(TOP)}' y2='{number(height)}' "
                   f"stroke='{FAINT if abs(value) < 1e-9 else GRID}'/>",
                   text(at(value), height + 16, f"{value:.1f}", size=11, anchor="middle")]  # fmt: skip

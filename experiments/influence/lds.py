@@ -130,7 +130,7 @@ def correlations(pairs: Callable[[int], tuple[Array, Array]], queries: int) -> d
 def lds(ours: dict[str, Array], masks: Array, actual: Array, own: Array) -> dict[str, Any]:
     """Per method the score over all halves, and among halves that hold equally many records of the query's own fact."""
     mean, count = actual.mean(1), own @ masks.T  # [subsets, q], [q, subsets]
-    out: dict[str, Any] = {"ceiling: the other seed": {
+    out: dict[str, Any] = {"a second training with the same records": {
         "all": correlations(lambda q: (actual[:, 0, q], actual[:, 1, q]), len(own)),
         "within": correlations(lambda q: tuple(within(actual[:, s, q], count[q]) for s in (0, 1)), len(own))}}  # type: ignore[arg-type,return-value]  # fmt: skip
     for name, table in ours.items():
