@@ -258,7 +258,8 @@ def _held(plan: _Plan, place: _Place, epsilon: float, delta: float, secret: bool
             "the retained facts that the steps read neither hold nor were chosen by what is to be forgotten; they are "
             "not protected themselves",
             "settings (start, steps, rates, budget) were chosen without looking at the trained weights",
-            "the trained model itself is not released, and this is done once per training",
+            "neither the trained model is released nor an edit made on it, which holds the training's own change, and "
+            "this is done once per training",
             "the noise is drawn from the operating system and kept nowhere" if secret else
             "nobody whom the statement is to hold against knows the seed (secret: true draws one that is kept nowhere)",
             "arithmetic of real numbers: rounding of weights and noise is not accounted for",
