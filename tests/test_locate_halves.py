@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(not (planted.FOLDER / "base").exists(), reason="
 METHODS = [
     ("activation_patching", "activation_patching", {"nodes": ("mlp_out",)}),
     ("attribution_patching", "attribution_patching", {"recheck": 0, "steps": 1}),
+    ("twin_patching", "twin_patching", {"nodes": ("mlp_out",)}),
     ("path_patching", "path_patching", {"nodes": ("mlp_out",)}),
     ("causal_tracing", "causal_tracing", {"samples": 1}),
     ("atp_star", "atp_star", {"steps": 1}),
@@ -68,6 +69,8 @@ def test_answers_of_the_facts_that_judge_do_not_change_the_ranking_they_judge(
     found: list[Any] = []
     monkeypatch.setattr(import_module(f"repforget.locate.{module}"), "exact_band", band_of(found))
     given, without = {"items": 16, **settings}, 999 if "mode" in settings else 7
+    if method == "twin_patching":
+        given["twins"] = (model(None),)
     rf.locate(model(1), parted(set(), without)[0], method, **given)
     judges = {run.cluster for run in found[0][0][0].half(True, 0).forget}
     assert len(judges) > 2
