@@ -361,6 +361,15 @@ def test_other_ways_promise_nothing_and_the_updates_leave_the_record(
         go(base, plan(2, rank=0, lr=3e-3, weights=("down_proj",)), data, run)
 
 
+def test_calibration_trains_for_the_share_that_was_asked_for(data: dict[str, Source], tmp_path: Path) -> None:
+    base, run = model_of(), tmp_path / "run"
+    go(base, plan(2, rank=0, lr=3e-3, weights=("down_proj",)), data, run)
+    half, whole = (leave(base, run, "bob", "federaser", tmp_path / f"{share}", local_share=share, keep_record=True)
+                   for share in (0.5, 1.0))  # fmt: skip
+    assert any(not torch.equal(a.delta, b.delta)  # type: ignore[union-attr]
+               for a, b in zip(half.operations, whole.operations, strict=True))  # fmt: skip
+
+
 def test_where_the_clients_are_elsewhere_only_the_record_can_be_used(data: dict[str, Source], tmp_path: Path) -> None:
     base, run = model_of(), tmp_path / "run"
     go(base, plan(1), data, run)
