@@ -98,3 +98,14 @@ def test_what_is_not_known_is_not_raised() -> None:
     name = next(n for n in known.tables if n.startswith("log p"))
     assert known.tables[name][3][0] > unknown.tables[name][3][0] + 1
     assert known.band.effect.startswith("mean exact") and not known.band.beats_random  # four layers are too few
+
+
+def test_the_rise_on_retain_facts_is_subtracted() -> None:
+    lens_room = import_module("repforget.locate.lens_trajectory")
+    generator = np.random.default_rng(0)
+    known, beside = (lens_room.Trajectory(generator.random((4, n)), np.zeros((4, n))) for n in (5, 3))
+    chosen = np.array([True, False, True, False, False])
+    rises = [np.diff(t.logprob, axis=0) for t in (known, beside)]
+    expected = rises[0][:, chosen].mean(1) - 0.5 * rises[1].mean(1)
+    np.testing.assert_allclose(lens_room._scores(known, beside, 0.5, chosen), expected)
+    np.testing.assert_allclose(lens_room._scores(known, None, 0.5), rises[0].mean(1))
