@@ -15,7 +15,7 @@ import repforget as rf
 from repforget.causal import patch_scores, prepare
 from repforget.errors import UsageError
 from repforget.knowledge import Knowledge
-from repforget.locate.lens_trajectory import logit_readings, trajectory, tuned_readings
+from repforget.locate.lens_trajectory import Trajectory, _scores, logit_readings, trajectory, tuned_readings
 from repforget.models.capture import capture, forward
 from repforget.models.load import fingerprint
 from repforget.models.readout import lens
@@ -101,11 +101,10 @@ def test_what_is_not_known_is_not_raised() -> None:
 
 
 def test_the_rise_on_retain_facts_is_subtracted() -> None:
-    lens_room = import_module("repforget.locate.lens_trajectory")
     generator = np.random.default_rng(0)
-    known, beside = (lens_room.Trajectory(generator.random((4, n)), np.zeros((4, n))) for n in (5, 3))
+    known, beside = (Trajectory(generator.random((4, n)), np.zeros((4, n))) for n in (5, 3))
     chosen = np.array([True, False, True, False, False])
     rises = [np.diff(t.logprob, axis=0) for t in (known, beside)]
     expected = rises[0][:, chosen].mean(1) - 0.5 * rises[1].mean(1)
-    np.testing.assert_allclose(lens_room._scores(known, beside, 0.5, chosen), expected)
-    np.testing.assert_allclose(lens_room._scores(known, None, 0.5), rises[0].mean(1))
+    np.testing.assert_allclose(_scores(known, beside, 0.5, chosen), expected)
+    np.testing.assert_allclose(_scores(known, None, 0.5), rises[0].mean(1))
