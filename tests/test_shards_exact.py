@@ -23,7 +23,7 @@ from repforget.errors import ArtifactError, UsageError
 from repforget.models.load import LoadedModel, fingerprint, wrap
 from repforget.shards import Stage, Training, begin, complete, opened, place, shard_factors, share, take_out
 from repforget.shards.adapters import fresh
-from repforget.training import Stepper, collate, encoded
+from repforget.training import Record, Stepper, collate, encoded
 from repforget.training.items import digest
 
 PEOPLE = shard_tools.people()
@@ -272,6 +272,19 @@ def test_bits_are_promised_for_one_environment_only(
     assert "bit for bit" not in two.guarantee.statement and "2 environments" in two.guarantee.statement
 
 
+def test_half_a_slice_of_another_environment_is_trained_again(
+    base: LoadedModel, full: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    training = begin(tmp_path / "t", base, full.settings, PEOPLE)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "get_num_threads", lambda: 7)
+        complete(training, base, stop_after(1, interrupt))
+    done: list[str] = []
+    complete(training, base, lambda items, text, total=None: (done.append(text) or item for item in items))
+    assert sum(text.startswith("shard") for text in done) == 12, "all epochs here, so that all bits are of one place"
+    same(opened(training.root), full)
+
+
 def test_what_was_opened_before_a_request_cannot_bring_it_back(
     base: LoadedModel, full: Training, tmp_path: Path
 ) -> None:  # fmt: skip
@@ -293,8 +306,6 @@ def test_who_was_taken_out_is_not_trained_on_again(base: LoadedModel, full: Trai
 
 
 def test_a_name_that_is_both_an_id_and_a_cluster_means_what_is_left(base: LoadedModel, tmp_path: Path) -> None:
-    from repforget.training import Record
-
     records = (*PEOPLE, Record("w49", "w40", "w40 lives in", " Rome"))
     training = shard_tools.trained(tmp_path / "t", base, records)
     training, first = take_out(training, ["w40"], lambda: base)
@@ -304,8 +315,6 @@ def test_a_name_that_is_both_an_id_and_a_cluster_means_what_is_left(base: Loaded
 
 
 def test_records_that_say_the_same_under_another_name_are_counted(base: LoadedModel, tmp_path: Path) -> None:
-    from repforget.training import Record
-
     records = (*PEOPLE, Record("copy", "elsewhere", "w40 was born in", " Berlin"))
     _, outcome = take_out(shard_tools.trained(tmp_path / "t", base, records), ["w40"], lambda: base)
     assert outcome.same_text == 1 and "1 records that are left say the same" in outcome.notes[0]

@@ -43,6 +43,14 @@ def test_what_cannot_be_asked_for_again_is_refused(tmp_path: Path, lines: list[o
         read_records(tmp_path / "nothing.jsonl")
 
 
+def test_only_a_line_feed_ends_a_line_and_nobody_is_the_cluster_of_many(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    lines = [{"id": 1, "cluster": None, "text": "one\u2028line\x85"}, {"id": 2, "cluster": "", "text": "two"}]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\r\n" for line in lines), newline="")
+    assert [(r.id, r.cluster, r.answer) for r in read_records(path)] == [("1", "1", "one\u2028line\x85"),
+                                                                         ("2", "2", "two")]  # fmt: skip
+
+
 def test_a_probe_gives_every_form_once_and_labels_lie_on_the_answer() -> None:
     knowledge, model = contract_tools.tiny_knowledge(), contract_tools.tiny_model("llama")
     records = records_of(knowledge)

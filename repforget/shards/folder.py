@@ -25,7 +25,7 @@ from repforget.progress import Progress, track
 from repforget.shards.adapters import Factors
 from repforget.shards.plan import STAGE, Settings, Stage, Unit, planned
 from repforget.shards.train import ENVIRONMENT, Trained, train_stage
-from repforget.store import LOCK, TIMINGS, Store, digest, json_bytes, read_json, write_atomic, write_json
+from repforget.store import TIMINGS, Store, digest, json_bytes, read_json, write_atomic, write_json
 from repforget.training import Example, Record, encoded
 from repforget.training.items import checked
 
@@ -80,11 +80,11 @@ class Training:
 
     def check_base(self, model: LoadedModel) -> None:
         """ArtifactError where ``model`` is not, bit for bit, the base that the shards were trained on."""
-        if (model.fingerprint, _vocabulary(model)) != (self.base["fingerprint"], self.base["tokenizer"]):
+        if _base(model) != {**self.base, "model": model.name}:
             raise ArtifactError(f"The shards in '{self.root}' were trained on '{self.base['model']}' (weights "
                                 f"{self.base['fingerprint'][:12]}, {self.base['dtype']}) and '{model.name}' has "
-                                f"weights {model.fingerprint[:12]} or another tokenizer: load the base as it "
-                                "was.")  # fmt: skip
+                                f"weights {model.fingerprint[:12]}, {_base(model)['dtype']}, or another tokenizer: "
+                                "load the base as it was.")  # fmt: skip
 
 
 def begin(
@@ -104,13 +104,13 @@ def begin(
     if settings.shards > units:
         raise UsageError(f"{settings.shards} shards were asked for and the records have {units} units "
                          f"({settings.unit}s): give at most {units} shards.")  # fmt: skip
-    others = [p.name for p in root.iterdir() if p.name not in (LOCK, RECORDS, TIMINGS)] if root.is_dir() else []
+    held = [p.name for p in root.iterdir()] if root.is_dir() else []
+    others = [name for name in held if name not in (RECORDS, TIMINGS) and name[0] != "."]  # a killed start leaves those
     if others:
         raise UsageError(f"'{root}' holds '{sorted(others)[0]}' and no sharded training: choose an empty or new folder "
                          "with --out.")  # fmt: skip
     encoded(model, records)  # refuses what does not fit before anything is written
-    base = {"model": model.name, "fingerprint": model.fingerprint, "tokenizer": _vocabulary(model),
-            "dtype": str(model.dtype).removeprefix("torch.")}  # fmt: skip
+    base = _base(model)
     made = Training(Store(root, note), settings, base, os.urandom(16).hex(), tuple(sorted(records)))
     write_records(made)
     write_json(root / MAIN, {"format": VERSION, "base": base, "settings": asdict(settings), "salt": made.salt})
@@ -148,8 +148,7 @@ def opened(root: str | Path, note: Callable[[str], None] = lambda sentence: None
     try:
         ledger = read_json(root / LEDGER) if (root / LEDGER).is_file() else {"records": [], "clusters": []}
         gone = (frozenset(ledger["records"]), frozenset(ledger["clusters"]))
-        lines = (root / RECORDS).read_text(encoding="utf-8").splitlines()
-        records = [Record(**json.loads(line)) for line in lines]
+        records = [Record(**json.loads(line)) for line in (root / RECORDS).read_bytes().splitlines()]
         settings = Settings.from_json(body["settings"])
         empty = Training(Store(root, note), settings, dict(body["base"]), str(body["salt"]), (), *gone)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -164,8 +163,10 @@ def write_records(training: Training) -> None:
     write_atomic(training.root / RECORDS, "".join(f"{line}\n" for line in lines).encode())
 
 
-def _vocabulary(model: LoadedModel) -> str:
-    return digest(sorted(model.tokenizer.get_vocab().items()))[:16]
+def _base(model: LoadedModel) -> dict[str, str]:
+    """What a base is known by; the fingerprint of its weights is the same in every precision."""
+    return {"model": model.name, "fingerprint": model.fingerprint, "dtype": str(model.dtype).removeprefix("torch."),
+            "tokenizer": digest(sorted(model.tokenizer.get_vocab().items()))[:16]}  # fmt: skip
 
 
 def build(training: Training, model: LoadedModel, progress: Progress | None = None) -> list[Stage]:
@@ -226,7 +227,7 @@ def facts_of(training: Training, stage: Stage) -> dict[str, Any]:
 def environments(training: Training) -> int:
     """In how many environments (software, device, threads) the finished stages were trained: with 1, bits compare."""
     facts = [facts_of(training, stage) for stage in training.stages if training.done(stage)]
-    return len({tuple(each[name] for name in ENVIRONMENT) for each in facts})
+    return len({tuple(each.get(name) for name in ENVIRONMENT) for each in facts})
 
 
 def served(training: Training) -> dict[int, tuple[Stage, ...]]:

@@ -70,7 +70,7 @@ def summed_scores(training: Training, path: str | Path) -> dict[tuple[int, int],
     that is not in the training is refused, and so is a cluster whose records lie in several slices (unit: record).
     """
     try:
-        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [json.loads(line) for line in Path(path).read_bytes().splitlines() if line.strip()]
         pairs = [(str(line["id"] if "id" in line else line["cluster"]), float(line["score"])) for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"The scores '{path}' cannot be read ({error}): give JSON lines with score, and id or "

@@ -162,6 +162,6 @@ def guarantee_of(training: Training, records: int, numbers: Mapping[str, float])
     count = "1 record" if records == 1 else f"{records} records"
     same = "are, bit for bit," if seen < 2 else f"are, up to the rounding of {seen} environments,"
     whose = (f"those of a training from scratch without the {count} taken out" if s.order == "sisa" else
-             f"those of blocks that were trained before the {count} taken out came in")  # fmt: skip
+             f"those of a training whose blocks never saw the {count} taken out")  # fmt: skip
     return Guarantee("exact", f"the adapters {same} {whose}", s.unit, THEOREMS[s.order], ASSUMPTIONS,
                      {**numbers, "environments": float(seen)})  # fmt: skip

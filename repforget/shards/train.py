@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+import repforget
 from repforget.errors import NumericalError
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress, track
@@ -23,7 +25,7 @@ from repforget.store import write_atomic
 from repforget.training import Example, Stepper, collate, label_loss, only
 
 PARTIAL = "epoch.safetensors"
-ENVIRONMENT = ("torch", "device", "threads")  # what rounding depends on beside the arithmetic itself
+ENVIRONMENT = ("software", "device", "threads")  # what rounding depends on beside the arithmetic itself
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Trained:
 def environment(module: nn.Module) -> dict[str, str | int]:
     device = next(module.parameters()).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    found = (str(torch.__version__), f"{device.type} {name}", torch.get_num_threads())
+    software = f"repforget {repforget.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+    found = (software, f"{device.type} {name}", torch.get_num_threads())
     return dict(zip(ENVIRONMENT, found, strict=True))
 
 
@@ -63,10 +66,11 @@ def train_stage(
 
     "sisa": the same factors and moments go on; "s3t": the factors before stay as they are and a new group starts.  No
     random number is drawn and nothing is dropped out.  After every epoch the state goes to the folder ``partial``,
-    from which the same call continues to the same bits.  Raises NumericalError when the loss is not finite.
+    from which the same call continues to the same bits; in another environment it begins anew.
+    Raises NumericalError when the loss is not finite.
     Cost: epochs x records forward and backward passes; memory: activations of one batch, factors and two moments.
     """
-    module = model.module
+    module = model.module.eval()
     own = fresh(module, settings, stage.shard, stage.group(settings))
     frozen: Factors = {}
     moments: dict[str, Tensor] = {}
@@ -74,7 +78,8 @@ def train_stage(
         frozen = {name: t.to(model.device) for name, t in before.factors.items()}
     elif before is not None:
         own, moments = {name: before.factors[name].to(t.device) for name, t in own.items()}, before.moments
-    own, moments, done = _kept(partial, own, moments)
+    where = environment(module)
+    own, moments, done = _kept(partial, where, own, moments)
     factors = {name: t.clone().requires_grad_() for name, t in own.items()}
     stepper = Stepper(list(factors.values()), steps=stage.steps(settings), lr=settings.lr,
                       schedule=settings.schedule, weight_decay=settings.weight_decay)  # fmt: skip
@@ -91,9 +96,9 @@ def train_stage(
                     raise NumericalError(f"The loss is {loss} at step {index + 1} of {text}: lower the learning rate.")
                 stepper.step(index, torch.autograd.grad(loss_now, list(factors.values()), allow_unused=True))
             if partial is not None and epoch + 1 < settings.epochs:
-                _keep(partial, factors, stepper, epoch + 1)
+                _keep(partial, where, factors, stepper, epoch + 1)
     facts: dict[str, float | int | str] = {"steps": stage.steps(settings), "passes": stage.passes(settings),
-                                           "loss": loss, **environment(module)}  # fmt: skip
+                                           "loss": loss, **where}  # fmt: skip
     return Trained({n: t.detach().cpu() for n, t in factors.items()}, _moments(stepper), facts)
 
 
@@ -101,20 +106,26 @@ def _moments(stepper: Stepper) -> dict[str, Tensor]:
     return {name: t for name, t in stepper.state().items() if not name.startswith("master.")}
 
 
-def _keep(partial: Path, factors: Mapping[str, Tensor], stepper: Stepper, done: int) -> None:
+def _keep(
+    partial: Path, where: Mapping[str, str | int], factors: Mapping[str, Tensor], stepper: Stepper, done: int
+) -> None:  # fmt: skip
     tensors = {**{n: t.detach().cpu().contiguous() for n, t in factors.items()}, **_moments(stepper)}
-    write_atomic(partial / PARTIAL, save(tensors, {"done": json.dumps(done)}))
+    write_atomic(partial / PARTIAL, save(tensors, {"done": json.dumps(done), "environment": json.dumps(where)}))
 
 
-def _kept(partial: Path | None, own: Factors, moments: dict[str, Tensor]) -> tuple[Factors, dict[str, Tensor], int]:
-    """Factors, moments and epochs done of a stage that was interrupted; what was given where it was not."""
+def _kept(
+    partial: Path | None, where: Mapping[str, str | int], own: Factors, moments: dict[str, Tensor]
+) -> tuple[Factors, dict[str, Tensor], int]:  # fmt: skip
+    """Factors, moments and epochs done of a stage that was interrupted here; what was given where there is none."""
     from safetensors import safe_open
 
     path = None if partial is None else partial / PARTIAL
     if path is None or not path.is_file():
         return own, moments, 0
-    tensors = load_file(path)
     with safe_open(path, "pt") as file:
-        done = int(json.loads(file.metadata()["done"]))
+        said = {name: json.loads(text) for name, text in file.metadata().items()}
+    if said.get("environment") != where:  # half of the steps would be rounded in another way, and nobody be told
+        return own, moments, 0
+    tensors = load_file(path)
     return ({name: tensors[name].to(t.device) for name, t in own.items()},
-            {name: t for name, t in tensors.items() if name not in own}, done)  # fmt: skip
+            {name: t for name, t in tensors.items() if name not in own}, int(said["done"]))  # fmt: skip

@@ -59,7 +59,7 @@ def read_records(path: str | Path) -> tuple[Record, ...]:
     """
     path = Path(path)
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
     except OSError as error:
         raise UsageError(f"The training data '{path}' cannot be read ({error.strerror}): give a JSON-lines "
                          "file.") from None  # fmt: skip
@@ -75,11 +75,12 @@ def _record(line: Any, number: int, path: Path) -> Record:
     if missing:
         raise UsageError(f"Line {number} of '{path}' has no '{missing[0]}': give id and cluster on every line, with "
                          "prompt and answer or with text.")  # fmt: skip
+    name = str(line["id"])
+    cluster = name if line.get("cluster") in (None, "") else str(line["cluster"])
     if "text" in line:
-        return Record(str(line["id"]), str(line.get("cluster", line["id"])), "", str(line["text"]))
+        return Record(name, cluster, "", str(line["text"]))
     answer = str(line["answer"])
-    return Record(str(line["id"]), str(line.get("cluster", line["id"])), str(line["prompt"]),
-                  answer if answer[:1].isspace() else " " + answer)  # fmt: skip
+    return Record(name, cluster, str(line["prompt"]), answer if answer[:1].isspace() else " " + answer)
 
 
 def checked(records: Sequence[Record], name: str) -> tuple[Record, ...]:
@@ -90,6 +91,12 @@ def checked(records: Sequence[Record], name: str) -> tuple[Record, ...]:
     if twice:
         raise UsageError(f"The training data '{name}' has {len(twice)} ids that name more than one record, first "
                          f"'{twice[0]}': give every record its own id, so that a request can name it.")  # fmt: skip
+    for record in records:
+        try:
+            "".join(asdict(record).values()).encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"Record {record.id!r} of '{name}' holds half of a character (a lone surrogate), which no "
+                             "file can: mend its text.") from None  # fmt: skip
     return tuple(records)
 
 
