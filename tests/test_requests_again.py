@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import contract_tools
@@ -10,12 +12,16 @@ import pytest
 from test_requests_run import FakeLoop, _answer, fake, quick  # noqa: F401
 
 from repforget.errors import UsageError
+from repforget.guarantee import unearned
 from repforget.knowledge_files import load_knowledge
 from repforget.models.load import load
-from repforget.requests import asking, matching
+from repforget.report.tables import share
+from repforget.requests import asking, matching, page
+from repforget.requests._picture import matrix
 from repforget.requests.again import again
+from repforget.requests.audit import audit
 from repforget.requests.ledger import Ledger
-from repforget.requests.run import composed
+from repforget.requests.run import composed, in_force, sequence
 from repforget.requests.states import requests
 
 
@@ -72,3 +78,43 @@ def test_what_cannot_be_checked_again_is_said(book: Ledger, fake: FakeLoop, tmp_
     _answer(book, asked(book, "37"))
     with pytest.raises(UsageError, match="Request 1 names nothing in the probe"):
         again(book, load_knowledge("bios-people"))
+
+
+def test_the_command_prints_the_matrix_and_its_exit_code_says_what_came_back(
+    book: Ledger, fake: FakeLoop, cli: Callable[..., tuple[int, str, str]], tmp_path: Path  # noqa: F811
+) -> None:
+    assert _answer(book, asked(book, "36"), asked(book, "37")) == ["pass", "pass"]
+    options = ("--ledger", str(book.path), "--svg", str(tmp_path / "matrix.svg"))
+    code, out, _ = cli("request", "check", *options)
+    (event,) = [e for e in book.events(1) if e.kind == "reverified"]
+    assert code == {"pass": 0, "fail": 10, "inconclusive": 11}[event.body["outcome"]]
+    assert "what must stay" in out and "Most came back of" in out and f"head: {book.head}" in out
+    assert (tmp_path / "matrix.svg").read_text().startswith("<svg")
+    again_code, out, _ = cli("request", "check", *options[:2], "--json")
+    found = json.loads(out)
+    assert again_code == code and found["outcomes"] == [event.body["outcome"]] and found["head"] == book.head
+    assert np.array(found["left"]).shape == (3, 2) and found["re_emerged"][0]["point"] == event.body["came_back"]
+    for text in (page.html(audit(book)), page.markdown(audit(book))):
+        assert text.count("after request 2: ") == 2 and share(event.body['came_back']) in text
+        assert unearned(text) == ()
+    code, _, said = cli("request", "check", *options[:2], "--knowledge", "bios-peple")
+    assert code == 2 and "did you mean 'bios-people'" in said
+
+
+def test_states_come_in_the_order_of_the_last_answers(book: Ledger, fake: FakeLoop) -> None:  # noqa: F811
+    first, second = asked(book, "36"), asked(book, "37")
+    fake.outcomes = ["inconclusive", "pass", "pass"]
+    assert _answer(book, first, second) == ["inconclusive", "pass"] and _answer(book, first) == ["pass"]
+    last = list(sequence(book))
+    assert [number for number, _ in last] == [second, first]
+    assert last[-1][1].digest == composed(book, first).digest and len(in_force(book)) == 3
+
+
+def test_pictures_and_tables_name_requests_by_their_numbers(book: Ledger, fake: FakeLoop) -> None:  # noqa: F811
+    asked(book, "38")
+    assert _answer(book, asked(book, "36"), asked(book, "37")) == ["pass", "pass"]
+    found = again(book, load_knowledge(str(book.facts["source"])))
+    drawn = matrix(found)
+    assert ">3</text>" in drawn and ">1</text>" not in drawn
+    assert [row[0] for row in found.rows()] == ["none", "request 2", "request 3"]
+    assert unearned(" ".join(found.sentences())) == ()

@@ -148,6 +148,44 @@ def run(
 
 
 @app.command()
+def check(
+    ledger: LedgerFile = LEDGER,
+    knowledge: Annotated[str | None, typer.Option("--knowledge", help="The probe to ask from; without it that of the "
+                         "ledger.")] = None,
+    before: Annotated[str | None, typer.Option("--before", help="The model as it was served before any request; needed "
+                      "for a sharded training.")] = None,
+    floor: Annotated[str | None, typer.Option("--floor", help="A model that never knew; without it, guessing by how "
+                     "common an answer is.")] = None,
+    picture: Annotated[Path | None, typer.Option("--svg", help="Also write the matrix as a picture.")] = None,
+    as_json: o.AsJson = False,
+) -> None:  # fmt: skip
+    """Check earlier requests again: did knowledge come back after later ones?
+
+    Every request is asked about in the model after each answer, by behaviour alone, and the result is recorded. Exit
+    code 10 where knowledge of a request came back, 11 where that could not be decided.
+    """
+    from repforget.knowledge_files import load_knowledge
+    from repforget.requests._picture import matrix
+    from repforget.requests.again import again
+    from repforget.requests.ledger import Ledger
+    from repforget.store import write_atomic
+
+    with Ledger(ledger) as book, display(as_json) as (progress, _):
+        probe = load_knowledge(knowledge or str(book.facts["source"]))
+        found = again(book, probe, before=before, floor=floor, progress=progress)
+        head = book.head
+    if picture is not None:
+        write_atomic(picture, matrix(found).encode())
+    if as_json:
+        print_json({**vars(found), "re_emerged": [vars(back) for back in found.re_emerged], "slope": vars(found.slope),
+                    "outcomes": found.outcomes, "sentences": found.sentences(), "head": head})  # fmt: skip
+    else:
+        print_table(("after", *found.names, "what must stay"), found.rows(), numbers=range(1, len(found.names) + 2))
+        typer.echo("\n".join((*found.sentences(), f"head: {head}")))
+    raise typer.Exit(max((CODES[outcome] for outcome in found.outcomes), key=list(CODES.values()).index))
+
+
+@app.command()
 def audit(
     ledger: LedgerFile = LEDGER,
     out: Annotated[Path, typer.Option("--out", help="Folder for audit.html and audit.md.")] = Path("audit"),

@@ -11,7 +11,7 @@ from repforget.progress import Progress, track
 from repforget.records import ItemScores
 from repforget.requests import matching
 from repforget.requests.ledger import Ledger
-from repforget.requests.stability import MARGIN, Look, Stability, look, stability
+from repforget.requests.stability import Look, Stability, look, stability
 from repforget.requests.stack import sequence
 from repforget.requests.states import requests
 from repforget.verify import _asking as ask
@@ -75,8 +75,6 @@ def _prior(knowledge: Knowledge, like: Look, asked: dict[str, tuple[Item, ...]])
 
 
 def _record(ledger: Ledger, numbers: Sequence[int], found: Stability) -> None:
-    for place, number in enumerate(numbers[:-1]):
-        back = found.re_emerged[place]
-        outcome = "fail" if back.low > MARGIN else "pass" if back.high < MARGIN else "inconclusive"
+    for number, back, outcome in zip(numbers[:-1], found.re_emerged, found.outcomes, strict=False):
         ledger.record("reverified", number, {"outcome": outcome, "after": numbers[-1], "came_back": back.point,
                                              "low": back.low, "high": back.high})  # fmt: skip

@@ -251,7 +251,18 @@ def _measure(claim: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _again(events: Sequence[Event]) -> list[str]:
     return [f"Checked again on {_time(moment(event.at))}, after request {event.body.get('after', '?')}: "
-            f"{event.body['outcome']}." for event in events if event.kind == "reverified"]  # fmt: skip
+            f"{event.body['outcome']}. {_came_back(event.body)}" for event in events
+            if event.kind == "reverified"]  # fmt: skip
+
+
+def _came_back(body: Mapping[str, Any]) -> str:
+    """What was found when a request was checked again, in words."""
+    if "came_back" in body:
+        return (f"Of what the model knew before any request {share(body['came_back'])} came back since this one was "
+                f"answered (limits {share(body['low'])} to {share(body['high'])}); it was asked and not attacked.")
+    if body.get("together"):
+        return "The edit made then replaces the one for this request, and this is its verdict for all that it covers."
+    return ""
 
 
 def _environment(body: Mapping[str, Any] | None) -> Rows:

@@ -55,6 +55,17 @@ class Stability:
         """The request of which most may have come back, by the upper limit."""
         return int(np.argmax([interval.high for interval in self.re_emerged]))
 
+    @property
+    def outcomes(self) -> tuple[str, ...]:
+        """For each request but the last: fail where more than the margin surely came back, pass where less did."""
+        return tuple("fail" if back.low > MARGIN else "pass" if back.high < MARGIN else "inconclusive"
+                     for back in self.re_emerged[:-1])  # fmt: skip
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The matrix as a table: a row per state, the share left of each request, and of what must stay."""
+        return [(state, *(f"{share:.2f}" for share in (*row, kept)))
+                for state, row, kept in zip(("none", *self.names), self.left, self.kept, strict=True)]  # fmt: skip
+
     def sentences(self) -> tuple[str, ...]:
         """What a reader needs to know, without the words that only a theorem allows."""
         own = np.array([self.left[k + 1, k] for k in range(len(self.names))])

@@ -64,9 +64,9 @@ def composed(ledger: Ledger, request: int) -> Edit:
 
 
 def sequence(ledger: Ledger) -> Iterator[tuple[int, Edit]]:
-    """(number, :func:`composed` edit) of every request with an edit in force, in the order of their answers."""
-    answered = (event.request for event in ledger.events(kinds=("verdict",)) if event.body["in_force"])
-    for number in dict.fromkeys(answered):
+    """(number, :func:`composed` edit) of every request with an edit in force, in the order of their last answers."""
+    answered = [event.request for event in ledger.events(kinds=("verdict",)) if event.body["in_force"]]
+    for number in reversed(dict.fromkeys(reversed(answered))):
         if in_force(ledger, number):
             yield number, composed(ledger, number)
 
