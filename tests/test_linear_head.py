@@ -54,7 +54,7 @@ def made(kind: str, rows: Table | None = None) -> Head:
 def test_a_request_by_id_or_cluster_is_training_without_those_rows(kind: str) -> None:
     rows = table()
     head = made(kind)
-    found = remove(head, rows, ["c3", "r100", "r12"])  # r12 is of c3
+    found = remove(head, rows, ["r100", "r12"], ["c3"])  # r12 is of c3
     gone = [12, 13, 14, 15, 100]
     again = made(kind, rows.only(np.delete(np.arange(240), gone)))
     moved = np.linalg.norm(head.weights - again.weights)
@@ -64,13 +64,13 @@ def test_a_request_by_id_or_cluster_is_training_without_those_rows(kind: str) ->
     claim = guarantee(found)
     assert claim.kind == ("certified" if kind == "promise" else "exact")
     if kind == "promise":
-        exact = remove(head, rows, ["c3", "r100"], retrain=True)
+        exact = remove(head, rows, ["r100"], ["c3"], retrain=True)
         assert np.abs(exact.weights - again.weights).max() < 1e-10
         assert exact.model.residual < found.model.residual  # type: ignore[union-attr]
         assert claim.numbers["epsilon spent"] == pytest.approx(BUDGET.spent_epsilon(found.model.residual))  # type: ignore[union-attr]
     else:
         assert missed <= claim.numbers["distance bound"]
-    with pytest.raises(UsageError, match=r"'r12' is neither a row nor a cluster.*taken out already"):
+    with pytest.raises(UsageError, match=r"'r12' is no row of.*taken out already"):
         remove(found, rows, ["r12"])
     assert (found.predict(rows.x) == rows.y).mean() > 0.7
 
@@ -79,6 +79,26 @@ def test_a_request_by_id_or_cluster_is_training_without_those_rows(kind: str) ->
 def test_every_sentence_is_earned(kind: str) -> None:
     claim = guarantee(remove(made(kind), table(), ["r1"]))
     assert unearned(" ".join(text for line in claim.lines() for text in line), [claim]) == ()
+
+
+@pytest.mark.parametrize("kind", ["ridge", "logistic", "softmax"])
+def test_a_class_of_which_nothing_is_left_is_no_secret(kind: str, tmp_path: Path) -> None:
+    rows = table()
+    head = remove(made(kind), rows, rows.ids[rows.y == "bay"][1:])
+    assert "'bay'" not in " ".join(guarantee(head).assumptions) and min(head.counts) == 1
+    head = load_head(save_head(remove(head, rows, rows.ids[rows.y == "bay"][:1]), tmp_path / "head"))
+    assert head.counts[1] == 0 and sum(head.counts) == head.n
+    assert any("Class 'bay' was a class without the rows" in text for text in guarantee(head).assumptions)
+
+
+def test_a_row_and_the_cluster_of_others_may_have_one_name() -> None:
+    numbers = np.arange(240)
+    rows = dataclasses.replace(table(), ids=numbers.astype(np.str_), clusters=(numbers // 4).astype(np.str_))
+    head = made("ridge", rows)
+    assert [remove(head, rows, ["3"]).n, remove(head, rows, (), ["3"]).n, remove(head, rows, ["3"], ["3"]).n] == [
+        239, 236, 235]  # fmt: skip
+    with pytest.raises(UsageError, match="'100' is no cluster of 'rows'.*--cluster"):
+        remove(head, rows, ["3"], ["100"])
 
 
 def test_names_and_rows_that_do_not_fit_are_refused() -> None:
@@ -91,7 +111,7 @@ def test_names_and_rows_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UsageError, match="not in 'rows'"):
         remove(head, rows.only(np.arange(10)), ["r20"])
     with pytest.raises(UsageError, match="All 240 rows"):
-        remove(head, rows, [f"c{k}" for k in range(60)])
+        remove(head, rows, clusters=[f"c{k}" for k in range(60)])
     with pytest.raises(UsageError, match="No row is named"):
         remove(head, rows, [])
     with pytest.raises(UsageError, match="more than one row"):
@@ -115,8 +135,8 @@ def test_a_promise_that_cannot_be_kept_is_not_made() -> None:
     rows = table()
     tight = fit_head(rows, "logistic", 1e-3, radius=4.0, budget=Budget(0.01, 1e-3, 0.1))
     with pytest.raises(ResourceError, match="retrain"):
-        remove(tight, rows, ["c1", "c2"])
-    assert remove(tight, rows, ["c1", "c2"], retrain=True).n == 232
+        remove(tight, rows, (), ["c1", "c2"])
+    assert remove(tight, rows, (), ["c1", "c2"], retrain=True).n == 232
 
 
 def test_rows_are_brought_to_norm_one_each_by_itself() -> None:
@@ -127,6 +147,18 @@ def test_rows_are_brought_to_norm_one_each_by_itself() -> None:
     assert lengths.max() <= 1 + 1e-12
     assert np.allclose(prepared(x, 10.0, False), [[0.3, 0.4], [0.6, 0.8], [0.03, 0.04]])
     assert np.array_equal(prepared(x[:1], 10.0, True), prepared(x, 10.0, True)[:1])
+
+
+def test_noise_is_the_systems_own_and_normal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from scipy.stats import kstest
+
+    from repforget.linear import budget, draw_noise
+
+    assert kstest(draw_noise(3.0, (4000, 5)).ravel() / 3, "norm").pvalue > 1e-6
+    for ends in (b"\x00", b"\xff"):
+        with monkeypatch.context() as patch:
+            patch.setattr(budget.secrets, "token_bytes", lambda n, ends=ends: n * ends)
+            assert np.isfinite(draw_noise(1.0, (2, 3))).all()
 
 
 def test_noise_differs_between_heads_and_follows_a_seed() -> None:
@@ -145,7 +177,7 @@ def test_saved_and_read_it_is_the_same_and_private(kind: str, tmp_path: Path) ->
     found = load_head(folder)
     assert np.array_equal(found.weights, head.weights)
     assert guarantee(found) == guarantee(head) and found.log == head.log
-    assert remove(found, table(), ["c9"]).n == 235
+    assert remove(found, table(), (), ["c9"]).n == 235
     assert folder.stat().st_mode & 0o077 == 0
     assert b"r17" not in b"".join(path.read_bytes() for path in folder.iterdir()), "ids are hashed"
     assert not set(map(bytes, made(kind).index.ids)) & set(map(bytes, head.index.ids)), "each head with its own key"
@@ -154,7 +186,7 @@ def test_saved_and_read_it_is_the_same_and_private(kind: str, tmp_path: Path) ->
 def test_a_kill_at_any_moment_leaves_one_whole_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stop before each call that touches the disk; what is found afterwards is the old head or the new one."""
     old = made("ridge")
-    new = remove(old, table(), ["c3"])
+    new = remove(old, table(), (), ["c3"])
     real: dict[Any, Any] = {(os, "replace"): os.replace, (os, "fsync"): os.fsync, (Path, "unlink"): Path.unlink}
     seen = set()
     for stop in range(40):
@@ -183,6 +215,9 @@ def test_a_kill_at_any_moment_leaves_one_whole_head(tmp_path: Path, monkeypatch:
         found = load_head(folder).n
         assert found in (240, 236)
         seen.add(found)
+        with opened(folder) as again:
+            assert again.n == found
+        assert len(list(folder.iterdir())) == 3, "the next request takes away what the killed one left"
         assert load_head(save_head(new, folder)).n == 236
         assert len(list(folder.glob("head-*.safetensors"))) == 1, "the weights from before are gone"
         if ended:
@@ -246,7 +281,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     code, out, _ = run(capsys, "head", "fit", head, "--features", rows, "--l2", 0.1, "--radius", 4,
                        "--private-noise", 5, "--epsilon", 1, "--delta", 1e-3)  # fmt: skip
     assert code == 0 and "240 rows" in out and "more single rows fit" in out and unearned(out) == ()
-    code, out, _ = run(capsys, "head", "remove", head, "--ids", "r1,r2", "--cluster", "c30")
+    code, out, _ = run(capsys, "head", "remove", head, "--ids", "r1", "--ids", "r2", "--cluster", "c30")
     assert code == 0 and "234 rows" in out and "theorem 3" in out
     assert unearned(out, [guarantee(load_head(head))]) == ()
     code, out, _ = run(capsys, "head", "remove", head, "--ids", "r7", "--retrain", "--json")
@@ -264,6 +299,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (("head", "fit", tmp_path / "h", "--features", rows, "--epsilon", 1), "together"),
         (("head", "fit", tmp_path / "h"), "--features"),
         (("head", "fit", head, "--features", rows), "There is a head"),
+        (("head", "fit", head, "--model", "none", "--site", "resid_post.0", "--rows", rows), "There is a head"),
         (("head", "fit", tmp_path / "h", "--features", rows, "--loss", "logistics"), "did you mean 'logistic'"),
     ):
         code, _, err = run(capsys, *arguments)

@@ -262,6 +262,16 @@ def test_in_one_dimension_the_promise_holds_for_the_densities_themselves() -> No
     assert np.maximum(wrong - math.exp(0.5) * theirs, 0).sum() > 0.05, "the test would not notice a breach"
 
 
+def test_the_residual_covers_the_rounding_of_large_noise() -> None:
+    """Rows so short that the gradient is noise and penalty alone; measured in longer floats."""
+    for seed in range(40):
+        x, y = rows(30, 6, seed=seed)
+        head = fit_logistic(x * 1e-6, y, 1e-2, draw_noise(1e3, (6, 1), seed=seed))
+        wide, w = (x * 1e-6).astype(np.longdouble), head.weights.astype(np.longdouble)
+        gradient = wide.T @ (-y / (1 + np.exp(y * (wide @ w)))) + np.longdouble(head.lam) * 30 * w + head.noise
+        assert float(np.sqrt((gradient**2).sum())) <= head.residual
+
+
 def test_rows_longer_than_one_have_no_bound() -> None:
     x, y = rows(50, 4)
     head = fit_logistic(2 * x, y, LAM)

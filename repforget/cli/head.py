@@ -22,7 +22,6 @@ Features = Annotated[Path | None, typer.Option("--features", help="An .npz or .s
 NOISE = "Standard deviation of the secret noise in the objective, for a promise with --epsilon and --delta."
 RADIUS = "Divide rows by this and cut longer ones to norm 1; choose it without looking at the rows."
 SAVED = "With --model: the file the features are kept in (default: beside the folder, OUT.rows.npz)."
-SECRET = "Of the noise, and as secret as it; without one the system's entropy is used."
 
 
 @app.callback()
@@ -49,7 +48,6 @@ def fit(
     noise: Annotated[float | None, typer.Option("--private-noise", help=NOISE)] = None,
     epsilon: Annotated[float | None, typer.Option(help="How far the head may be told from a retrained one.")] = None,
     delta: Annotated[float | None, typer.Option(help="At most one over the number of rows.")] = None,
-    seed: Annotated[int | None, typer.Option(help=SECRET)] = None,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     as_json: o.AsJson = False,
@@ -58,7 +56,7 @@ def fit(
 
     The rows come from a file, or are what a model has at a site for the statements of a probe. The folder is private.
     """
-    from repforget.linear import Budget, fit_head, read_table, save_head, write_table
+    from repforget.linear import Budget, fit_head, read_table, refuse, save_head, write_table
 
     given = {"--private-noise": noise, "--epsilon": epsilon, "--delta": delta}
     missing = [name for name, value in given.items() if value is None]
@@ -67,6 +65,7 @@ def fit(
     budget = Budget(epsilon, delta, noise) if not missing else None  # type: ignore[arg-type]
     if (features is None) == (model is None) or (model is not None and site is None):
         raise typer.BadParameter("give --features FILE, or --model with --site", param_hint="--features")
+    refuse(out, fresh=True)  # before the rows of a head that is there are written over
     if features is None:
         from repforget.edit.exact._features import probe_rows
         from repforget.knowledge_files import load_knowledge
@@ -78,8 +77,8 @@ def fit(
             found = probe_rows(loaded, load_knowledge(knowledge), place, sets=sets or ("forget", "retain"),
                                label=label, relation=relation, progress=progress)  # type: ignore[arg-type] # fmt: skip
         features = write_table(found, rows or out.with_name(out.name + ".rows.npz"))
-    table = read_table(features)
-    head = fit_head(table, loss, l2, radius=radius, intercept=intercept, budget=budget, seed=seed)  # type: ignore[arg-type]
+    table = read_table(features.absolute())
+    head = fit_head(table, loss, l2, radius=radius, intercept=intercept, budget=budget)  # type: ignore[arg-type]
     save_head(head, out, fresh=True)
     _print(head, out, as_json, {"features": str(features)})
 
@@ -87,7 +86,7 @@ def fit(
 @app.command()
 def remove(
     folder: Folder,
-    ids: Annotated[list[str] | None, typer.Option("--ids", help="Rows to take out, by id; a,b or repeated.")] = None,
+    ids: Annotated[list[str] | None, typer.Option("--ids", help="Row to take out, by its id; repeatable.")] = None,
     cluster: Annotated[list[str] | None, typer.Option(help="All rows of this cluster; repeatable.")] = None,
     features: Features = None,
     retrain: Annotated[bool, typer.Option("--retrain", help="To convergence on all remaining rows, which restores a "
@@ -101,11 +100,10 @@ def remove(
     from repforget.linear import guarantee, opened, read_table, save_head
     from repforget.linear import remove as without
 
-    names = [name.strip() for entry in ids or () for name in entry.split(",") if name.strip()]
     with opened(folder) as head:
-        new = without(head, read_table(features or head.source), [*names, *(cluster or ())], retrain=retrain)
+        new = without(head, read_table(features or head.source), ids or (), cluster or (), retrain=retrain)
         save_head(new, folder)
-    _print(new, folder, as_json, {"taken_out": new.log[-1]}, guarantee(new))
+    _print(new, folder, as_json, {"taken_out": new.log[-1], "still_in": str(features or head.source)}, guarantee(new))
     if not as_json:
         typer.echo(f"'{features or head.source}' still holds these rows: take them out there as well")
 

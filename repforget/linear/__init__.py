@@ -2,7 +2,7 @@
 
 from repforget.linear.budget import Budget, draw_noise, removals_left
 from repforget.linear.claims import guarantee
-from repforget.linear.files import load_head, opened, save_head, write_weights
+from repforget.linear.files import load_head, opened, refuse, save_head, write_weights
 from repforget.linear.head import Head, fit_head, remove
 from repforget.linear.logistic import Bounds, Logistic, change_logistic, fit_logistic, refit
 from repforget.linear.ridge import Ridge, change_ridge, distance, fit_ridge, refreshed
@@ -12,5 +12,6 @@ from repforget.linear.softmax import Softmax, fit_softmax
 __all__ = [
     "Bounds", "Budget", "Head", "Logistic", "Ridge", "Softmax", "Table", "change_logistic", "change_ridge", "distance",
     "draw_noise", "fit_head", "fit_logistic", "fit_ridge", "fit_softmax", "guarantee", "load_head", "opened",
-    "read_table", "refit", "refreshed", "remove", "removals_left", "save_head", "write_table", "write_weights",
+    "read_table", "refit", "refreshed", "refuse", "remove", "removals_left", "save_head", "write_table",
+    "write_weights",
 ]  # fmt: skip

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import secrets
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import ndtri
 
 from repforget.errors import ResourceError, UsageError
 from repforget.linear._arrays import Array
@@ -59,8 +61,15 @@ def for_rows(budget: Budget, n: int) -> Budget:
 
 
 def draw_noise(sigma: float, shape: tuple[int, int], seed: int | None = None) -> Array:
-    """Noise [d, k] from N(0, sigma^2), from the system's entropy unless a ``seed`` (then as secret as the noise)."""
-    noise: Array = np.random.default_rng(seed).normal(0.0, sigma, shape)
+    """Noise [d, k] from N(0, sigma^2), every number from 52 bits of the system's own randomness.
+
+    A ``seed`` is for experiments alone: whoever guesses it can subtract the noise.
+    """
+    if seed is not None:
+        drawn: Array = np.random.default_rng(seed).normal(0.0, sigma, shape)
+        return drawn
+    bits = np.frombuffer(secrets.token_bytes(8 * shape[0] * shape[1]), dtype=np.uint64) >> np.uint64(12)
+    noise: Array = sigma * ndtri((bits + 0.5) / 2.0**52).reshape(shape)
     return noise
 
 

@@ -21,7 +21,7 @@ from repforget.linear.logistic import Logistic
 from repforget.linear.ridge import Ridge
 from repforget.linear.rows import Index
 from repforget.linear.softmax import Softmax
-from repforget.store import Store, json_bytes, refusing, write_atomic
+from repforget.store import Store, json_bytes, read_json, refusing, write_atomic
 
 JSON, FORMAT = "head.json", 1
 MODELS: Mapping[str, type[Any]] = {"ridge": Ridge, "logistic": Logistic, "softmax": Softmax}
@@ -37,11 +37,7 @@ def save_head(head: Head, folder: str | Path, *, fresh: bool = False) -> Path:
     from safetensors.numpy import save as to_bytes
 
     folder = Path(folder)
-    if folder.exists() and not (folder / JSON).is_file() and (folder.is_file() or _others(folder)):
-        raise ArtifactError(f"'{folder}' exists and is not a head: choose an empty or new folder.")
-    if fresh and (folder / JSON).is_file():
-        raise ArtifactError(f"There is a head at '{folder}' already, from which rows may have been taken out: choose "
-                            "another folder, or take it away first.")  # fmt: skip
+    refuse(folder, fresh)
     numbers, arrays = _parts(head.model)
     arrays |= {f"index.{name}": getattr(head.index, name) for name in ("ids", "clusters", "contents")}
     tensors = to_bytes({name: np.ascontiguousarray(value) for name, value in arrays.items()})
@@ -49,6 +45,7 @@ def save_head(head: Head, folder: str | Path, *, fresh: bool = False) -> Path:
     body = {
         "format": FORMAT, "loss": head.loss, "numbers": numbers, "classes": head.classes, "radius": head.radius,
         "intercept": head.intercept, "salt": head.index.salt.hex(), "source": head.source, "log": head.log,
+        "counts": head.counts,
         "budget": None if head.budget is None else asdict(head.budget),
         "tensors": name, "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
     }  # fmt: skip
@@ -57,10 +54,24 @@ def save_head(head: Head, folder: str | Path, *, fresh: bool = False) -> Path:
         folder.chmod(0o700)
     write_atomic(folder / name, tensors)
     write_atomic(folder / JSON, json_bytes(body))
+    _sweep(folder, name)
+    return folder
+
+
+def refuse(folder: Path, fresh: bool) -> None:
+    """ArtifactError where a head may not be written to ``folder``."""
+    if folder.exists() and not (folder / JSON).is_file() and (folder.is_file() or _others(folder)):
+        raise ArtifactError(f"'{folder}' exists and is not a head: choose an empty or new folder.")
+    if fresh and (folder / JSON).is_file():
+        raise ArtifactError(f"There is a head at '{folder}' already, from which rows may have been taken out: choose "
+                            "another folder, or take it away first.")  # fmt: skip
+
+
+def _sweep(folder: Path, name: str) -> None:
+    """Take away tensors other than those of this name: of a head before, in which rows are that went since."""
     for old in folder.glob("head-*.safetensors"):
         if old.name != name:
             old.unlink()
-    return folder
 
 
 def load_head(folder: str | Path) -> Head:
@@ -89,12 +100,17 @@ def load_head(folder: str | Path) -> Head:
 
 @contextmanager
 def opened(folder: str | Path) -> Iterator[Head]:
-    """The head of a folder, which no other command may change meanwhile: two requests at once lose neither."""
+    """The head of a folder, which no other command may change meanwhile: two requests at once lose neither.
+
+    What a request left that was killed after it was done is taken away.
+    """
     folder = Path(folder)
     if not (folder / JSON).is_file():
         raise ArtifactError(f"There is no head at '{folder}': '{JSON}' is missing.")
     with Store(folder).locked():
-        yield load_head(folder)
+        head = load_head(folder)
+        _sweep(folder, str(read_json(folder / JSON)["tensors"]))
+        yield head
 
 
 def _others(folder: Path) -> list[Path]:
@@ -116,6 +132,7 @@ def _head(body: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Head:
         body["loss"], MODELS[body["loss"]](**numbers, **own), tuple(body["classes"]), body["radius"],
         body["intercept"], Index(bytes.fromhex(body["salt"]), **held),
         None if body["budget"] is None else Budget(**body["budget"]), tuple(body["log"]), body["source"],
+        tuple(body["counts"]),
     )  # fmt: skip
 
 

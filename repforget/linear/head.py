@@ -28,8 +28,8 @@ class Head:
     """A fitted head: ``loss``, its sums and weights (``model``), and what is needed to answer a request.
 
     ``classes`` are in the order of the columns (two classes have one column, whose positive side is the second);
-    empty where ridge predicts numbers.  ``log`` has one entry per removal.  Everything but the weights is private:
-    the noise of a ``budget`` above all.
+    empty where ridge predicts numbers; ``counts`` are the rows each has left.  ``log`` has one entry per removal.
+    Everything but the weights is private: the noise of a ``budget`` above all.
     """
 
     loss: Loss
@@ -41,6 +41,7 @@ class Head:
     budget: Budget | None = None
     log: tuple[Mapping[str, Any], ...] = ()
     source: str = ""
+    counts: tuple[int, ...] = ()
 
     @property
     def weights(self) -> Array:
@@ -101,7 +102,7 @@ def fit_head(
     else:
         model = fit_softmax(x, _numbers(y), len(classes), lam)
     index = Index.of(secrets.token_bytes(16), table, x, y)
-    return Head(loss, model, classes, radius, intercept, index, budget, source=table.name)
+    return Head(loss, model, classes, radius, intercept, index, budget, source=table.name, counts=_counts(y, classes))
 
 
 def encoded(y: NDArray[Any], classes: tuple[str, ...]) -> Array:
@@ -121,15 +122,21 @@ def _numbers(y: Array) -> NDArray[np.intp]:
     return (y[:, 0] > 0).astype(np.intp) if y.shape[1] == 1 else y.argmax(1)
 
 
-def remove(head: Head, table: Table, names: Iterable[str], *, retrain: bool = False) -> Head:
-    """Take the rows that ``names`` (ids or clusters) mean out of the head; the last entry of ``log`` says how.
+def _counts(y: Array, classes: tuple[str, ...]) -> tuple[int, ...]:
+    return tuple(int(n) for n in np.bincount(_numbers(y), minlength=len(classes))) if classes else ()
+
+
+def remove(
+    head: Head, table: Table, ids: Iterable[str] = (), clusters: Iterable[str] = (), *, retrain: bool = False
+) -> Head:
+    """Take the rows of these ids and of these clusters out of the head; the last entry of ``log`` says how.
 
     ridge: Woodbury, reading these rows alone.  logistic with a budget: one Newton step from the head's own sums,
     reading these rows alone; ResourceError where the budget does not cover it.  Otherwise, and with ``retrain``:
     Newton steps to convergence on all remaining rows, which ``table`` must then hold.
     Raises UsageError for a name that was never trained on and for a row that differs from the one trained on.
     """
-    places = head.index.chosen(names, head.source)
+    places = head.index.chosen(ids, clusters, head.source)
     gone = _rows(head, places, table)
     left = head.index.without(places)
     if not len(left):
@@ -152,7 +159,8 @@ def remove(head: Head, table: Table, names: Iterable[str], *, retrain: bool = Fa
         if head.budget is not None and isinstance(model, Logistic):
             within(head.budget, model, len(places))
         entry |= {"by": "newton to convergence", "residual": model.residual}
-    return replace(head, model=model, index=left, log=(*head.log, entry))
+    counts = tuple(n - m for n, m in zip(head.counts, _counts(gone[1], head.classes), strict=True))
+    return replace(head, model=model, index=left, log=(*head.log, entry), counts=counts)
 
 
 def _rows(head: Head, places: NDArray[np.intp], table: Table) -> tuple[Array, Array]:

@@ -113,7 +113,8 @@ def refit(head: Logistic, x: NDArray[Any], y: NDArray[Any], tolerance: float = 1
     size = sum(float(np.linalg.norm(x[b].astype(np.float64, copy=False))) ** 2 for b in blocks(len(x)))
     lengths = np.sqrt(size * len(x) * y.shape[1])  # at least the sum of the norms of all parts of the gradient
     in_logits = size * x.shape[1] * EPS * float(np.linalg.norm(weights))
-    residual = float(np.linalg.norm([norm for _, norm in columns]) + rounding(len(x)) * lengths + in_logits)
+    in_sum = 4 * EPS * float(head.lam * len(x) * np.linalg.norm(weights) + np.linalg.norm(head.noise))
+    residual = float(np.linalg.norm([norm for _, norm in columns]) + rounding(len(x)) * lengths + in_logits + in_sum)
     found = Logistic(weights, head.noise, weights, gram(x), np.zeros(0), len(x), head.lam, residual,
                      rounding(len(x)) * size)  # fmt: skip
     if weights.size * len(weights) > LARGEST and not head.noise.any():

@@ -118,20 +118,24 @@ class Index:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def chosen(self, names: Iterable[str], where: str) -> NDArray[np.intp]:
-        """Places of the rows that ``names`` (ids or clusters) mean; UsageError for a name never trained on."""
-        wanted = list(dict.fromkeys(names))
-        if not wanted:
+    def chosen(self, ids: Iterable[str], clusters: Iterable[str], where: str) -> NDArray[np.intp]:
+        """Places of the rows of these ids and of these clusters; UsageError for a name never trained on as such.
+
+        The two are told apart, since a row and the cluster of others may both be called "3".
+        """
+        meant = np.zeros(len(self), dtype=bool)
+        wanted = {"row": list(dict.fromkeys(ids)), "cluster": list(dict.fromkeys(clusters))}
+        if not any(wanted.values()):
             raise UsageError("No row is named: give ids or clusters of rows to take out.")
-        hashes = _flat(_hashed(self.salt, wanted))
-        own = [_flat(self.ids), _flat(self.clusters)]
-        known = np.isin(hashes, np.concatenate(own))
-        if not known.all():
-            unknown = [name for name, there in zip(wanted, known, strict=True) if not there]
-            raise UsageError(f"'{unknown[0]}' is neither a row nor a cluster of '{where}' ({len(unknown)} of "
-                             f"{len(wanted)} names are not): it was never trained on, or is taken out "
-                             "already.")  # fmt: skip
-        return np.flatnonzero(np.isin(own[0], hashes) | np.isin(own[1], hashes))
+        for (what, names), own in zip(wanted.items(), (self.ids, self.clusters), strict=True):
+            hashes = _flat(_hashed(self.salt, names))
+            unknown = [name for name, there in zip(names, np.isin(hashes, _flat(own)), strict=True) if not there]
+            if unknown:
+                raise UsageError(f"'{unknown[0]}' is no {what} of '{where}' ({len(unknown)} of {len(names)} names are "
+                                 "not): it was never trained on, or is taken out already; rows are named by --ids, all "
+                                 "rows of a cluster by --cluster.")  # fmt: skip
+            meant |= np.isin(_flat(own), hashes)
+        return np.flatnonzero(meant)
 
     def rows_of(self, places: NDArray[np.intp], table: Table) -> NDArray[np.intp]:
         """For each place the number of its row in ``table``; UsageError where one is missing there."""
