@@ -175,6 +175,15 @@ def test_later_checks_and_a_clock_that_ran_backwards_are_told(book: Ledger) -> N
         assert "after request 4: fail." in text and "backwards by" in text and "the order of the rows counts" in text
 
 
+def test_the_sentence_about_the_chain_promises_no_more_than_it_shows(book: Ledger) -> None:
+    _asked(book)
+    head = book.head
+    assert "no row was changed" not in audit(book).sentence and "only a head kept elsewhere" in audit(book).sentence
+    _asked(book)
+    assert "rows up to 2 are those of which the head was kept" in audit(book, head).sentence
+    assert "rows up to 2" in page.html(audit(book, head)) and "rows up to 2" in page.markdown(audit(book, head))
+
+
 def test_a_broken_chain_is_said_first_and_the_rest_all_the_same(book: Ledger) -> None:
     _answered(book, _asked(book), "pass")
     base = sqlite3.connect(book.path)

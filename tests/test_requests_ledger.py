@@ -137,7 +137,52 @@ def test_a_cut_tail_shows_only_to_whoever_kept_the_head(filled: Ledger) -> None:
 
 def test_a_missing_rule_is_a_fault(filled: Ledger) -> None:
     sqlite3.connect(filled.path).execute("DROP TRIGGER no_loss")
-    assert filled.faults() == ("the rule 'no_loss' that keeps rows as they are is missing or changed",)
+    assert filled.faults() == ("the rule 'no_loss' of the ledger is missing or changed",)
+
+
+def test_a_part_of_the_file_that_does_not_belong_there_is_a_fault(filled: Ledger) -> None:
+    base = sqlite3.connect(filled.path)
+    base.executescript("CREATE TABLE copies (body); CREATE TRIGGER spy AFTER INSERT ON events BEGIN "
+                       "INSERT INTO copies VALUES (NEW.body); END; DROP INDEX by_request; ANALYZE")  # fmt: skip
+    assert filled.faults() == ("the part 'by_request' of the ledger is missing or changed",
+                               "'copies' in the file is no part of a ledger", "'spy' in the file is no part of a ledger")
+
+
+def test_a_row_that_is_swallowed_is_never_acknowledged(filled: Ledger) -> None:
+    sqlite3.connect(filled.path).execute(
+        "CREATE TRIGGER mute BEFORE INSERT ON events BEGIN SELECT RAISE(IGNORE); END")  # fmt: skip
+    head = filled.head
+    with pytest.raises(LedgerError, match="takes no rows"):
+        filled.record("started", 1, {})
+    assert filled.head == head and "'mute' in the file" in filled.faults()[0]
+
+
+@pytest.mark.parametrize("given", ["", "6", "6:abc", "abc", "6:" + "0" * 63 + "g"])
+def test_what_is_no_head_is_not_taken_for_a_missing_row(filled: Ledger, given: str) -> None:
+    with pytest.raises(UsageError, match="is no head of a ledger"):
+        filled.faults(given)
+
+
+def test_a_chain_that_is_written_anew_shows_only_to_whoever_kept_a_head(filled: Ledger) -> None:
+    from repforget.requests.ledger import _hash
+
+    kept, before = filled.head, ""
+    rows = sqlite3.connect(filled.path).execute("SELECT * FROM events ORDER BY seq").fetchall()
+    for seq, *content, own_before, _ in rows:
+        content[-1] = content[-1].replace("erasure", "safety")
+        link = before or own_before
+        before = _hash((seq, *content, link))
+        _tamper(filled.path, f"UPDATE events SET body = '{content[-1]}', before = '{link}', hash = '{before}' "
+                f"WHERE seq = {seq}")  # fmt: skip
+    assert filled.faults() == () and filled.head != kept and "written again" in filled.faults(kept)[0]
+
+
+@pytest.mark.parametrize("harm", ["DELETE FROM events WHERE seq = 3", "UPDATE events SET body = '{}' WHERE seq = 3",
+                                  "UPDATE events SET kind = 'started' WHERE seq = 3"])  # fmt: skip
+def test_rows_that_do_not_fit_each_other_are_one_sentence(filled: Ledger, harm: str) -> None:
+    _tamper(filled.path, harm)
+    with pytest.raises(LedgerError, match=r"Row \d of the ledger .* does not fit"):
+        requests(filled)
 
 
 def test_nothing_is_added_behind_a_changed_row(filled: Ledger) -> None:

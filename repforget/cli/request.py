@@ -190,7 +190,7 @@ def audit(
     ledger: LedgerFile = LEDGER,
     out: Annotated[Path, typer.Option("--out", help="Folder for audit.html and audit.md.")] = Path("audit"),
     expect_head: Annotated[str | None, typer.Option("--expect-head", help="A head kept from earlier: shows whether "
-                           "rows at the end are gone.")] = None,
+                           "rows up to it are gone or were written anew.")] = None,
     show_names: Annotated[bool, typer.Option("--show-names", help="Also show who asked, for which records, and own "
                           "words; hidden otherwise.")] = False,
     as_json: o.AsJson = False,

@@ -35,6 +35,14 @@ NOT_SHOWN_EXACT = (
     "outside the model."
 )
 NOTHING_SHOWN = "Nothing was done to the model for this request, so that nothing was shown."
+UNSEEN = (
+    "Every row fits the one before it, and none is missing between them. That alone does not show rows cut off at the "
+    "end, an older copy of the file or one that was written anew: only a head kept elsewhere does."
+)
+SEEN = (
+    "Its rows up to {} are those of which the head was kept; of later ones it shows no more than that they fit each "
+    "other."
+)
 STANDING = {
     "pass": "Answered: the edit passed its verification.",
     "exact": "Answered: the model equals one that was never trained on the records.",
@@ -68,7 +76,8 @@ class Section:
 
 @dataclass(frozen=True)
 class Audit:
-    """The state of a ledger at one time; ``faults`` are those of its chain, ``head`` its end."""
+    """The state of a ledger at one time; ``faults`` are those of its chain, ``head`` its end, ``kept`` the head that
+    was expected."""
 
     model: str
     made: datetime
@@ -76,6 +85,7 @@ class Audit:
     faults: tuple[str, ...]
     sections: tuple[Section, ...]
     counts: Rows = field(default=())
+    kept: str | None = None
 
     @property
     def rows(self) -> int:
@@ -84,7 +94,8 @@ class Audit:
     @property
     def sentence(self) -> str:
         if not self.faults:
-            return f"The chain of {self.rows} rows is whole: no row was changed, and none is missing before the last."
+            return f"The chain of {self.rows} rows is whole. " + (UNSEEN if self.kept is None else SEEN.format(
+                self.kept.partition(":")[0]))  # fmt: skip
         more = f" (and {len(self.faults) - 1} more)" if len(self.faults) > 1 else ""
         return f"The chain is BROKEN: {self.faults[0]}{more}. What follows is what the rows say now."
 
@@ -107,7 +118,7 @@ def audit(ledger: Ledger, expect_head: str | None = None) -> Audit:
         if not faults:
             raise
         return Audit("unknown", now, ledger.head, (*faults, f"requests cannot be read ({error})"), ())
-    return Audit(model, now, ledger.head, faults, sections, _counts(found, now))
+    return Audit(model, now, ledger.head, faults, sections, _counts(found, now), expect_head)
 
 
 def _counts(found: Sequence[Request], now: datetime) -> Rows:

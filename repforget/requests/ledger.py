@@ -2,7 +2,8 @@
 
 Rows are events, never states; what a request's state is follows from its events (:mod:`repforget.requests.states`).
 The hash over a row covers its content and the hash before it, so that a changed, missing or exchanged row is named by
-its number.  A tail that is cut off can be seen only by whoever kept the ``head``.
+its number.  No key is in it: who may write the file can cut its tail, put an older copy in its place or compute all
+hashes anew, and only whoever kept a ``head`` elsewhere sees it.
 
 Journal mode DELETE keeps the ledger one file: with WAL, rows that were acknowledged lie in a second file that a copy
 may miss.  ``synchronous=EXTRA`` (FULL, and the folder synced when the journal goes) makes a commit outlive a power
@@ -15,6 +16,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import secrets
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,12 +40,15 @@ KINDS = ("opened", "asked", "started", "edit", "shown", "verdict", "environment"
 COLUMNS = "seq, request, kind, at, clock, body, before, hash"
 TABLE = """CREATE TABLE events (seq INTEGER PRIMARY KEY, request INTEGER NOT NULL, kind TEXT NOT NULL, at TEXT NOT NULL,
 clock TEXT NOT NULL, body TEXT NOT NULL, before TEXT NOT NULL, hash TEXT NOT NULL)"""
+INDEX = "CREATE INDEX by_request ON events (request, seq)"
 RULES = {
     "no_change": "CREATE TRIGGER no_change BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'rows stay'); END",
     "no_loss": "CREATE TRIGGER no_loss BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, 'rows stay'); END",
     "at_the_end": "CREATE TRIGGER at_the_end BEFORE INSERT ON events WHEN NEW.seq <> (SELECT ifnull(max(seq), 0) + 1 "
                   "FROM events) BEGIN SELECT RAISE(ABORT, 'rows are added at the end'); END",
 }  # fmt: skip
+PARTS = {"events": TABLE, "by_request": INDEX, **RULES}  # all that a ledger consists of
+_HEAD = re.compile(r"\d+:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -122,8 +127,8 @@ class Ledger:
             os.close(os.open(fresh, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))
             base = sqlite3.connect(fresh, isolation_level=None)
             base.executescript(";".join(("PRAGMA synchronous=EXTRA", "BEGIN", f"PRAGMA application_id={APPLICATION}",
-                                         f"PRAGMA user_version={SCHEMA}", TABLE,
-                                         "CREATE INDEX by_request ON events (request, seq)", "")))  # fmt: skip
+                                         f"PRAGMA user_version={SCHEMA}", TABLE, INDEX,
+                                         "")))  # fmt: skip
             for rule in RULES.values():
                 base.execute(rule)
             _add(base, "opened", 0, {**facts, "salt": secrets.token_hex(16)}, clock())
@@ -201,12 +206,17 @@ class Ledger:
         """What is wrong with the chain, one clause each, first to last; nothing where it is whole.
 
         ``expect_head`` is an earlier :attr:`head`; it must be in the chain.  Cost: one hash per row.  It does not show
-        that what was written was true, nor a tail that is cut off where no head was kept.
+        that what was written was true, nor, where no head was kept, a tail that is cut off or a chain that is written
+        anew.  UsageError for a text that is no head.
         """
+        if expect_head is not None and not _HEAD.fullmatch(expect_head):
+            raise UsageError(f"'{expect_head}' is no head of a ledger: give the number of rows, a colon and 64 digits of "
+                             "a hash, as 'repforget request show' and 'audit' print it.")  # fmt: skip
         found: list[str] = []
-        rules = dict(self._rows_of("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'"))
-        found += [f"the rule '{name}' that keeps rows as they are is missing or changed"
-                  for name, rule in RULES.items() if rules.get(name) != rule]  # fmt: skip
+        parts = dict(self._rows_of("SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_stat%'"))
+        found += [f"the {'rule' if name in RULES else 'part'} '{name}' of the ledger is missing or changed"
+                  for name, part in PARTS.items() if parts.get(name) != part]  # fmt: skip
+        found += [f"'{name}' in the file is no part of a ledger" for name in sorted(parts.keys() - PARTS.keys())]
         found += [f"the file: {text}" for (text,) in self._rows_of("PRAGMA integrity_check(3)") if text != "ok"]
         before, expected, hashes = START, 1, set[str]()
         for seq, *content, own_before, own_hash in self._rows("1", ()):
@@ -300,7 +310,9 @@ def _add(base: sqlite3.Connection, kind: str, request: int, body: Mapping[str, A
     seq, before, clock = (1, START, "") if last is None else (last[0] + 1, last[-1], _backwards(last[3], now))
     row = (seq, request, kind, stamp(now), clock, _text(body), before)
     event = Event(*row[:5], json.loads(row[5]), before, _hash(row))
-    base.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*row, event.hash))
+    if base.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*row, event.hash)).rowcount != 1:
+        raise LedgerError("The file of the ledger takes no rows, so that another hand has changed it: 'repforget request "
+                          "audit' names what does not belong to it.")  # fmt: skip
     return event
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
-from repforget.errors import UsageError
+from repforget.errors import LedgerError, UsageError
 from repforget.requests.ledger import Event, Ledger, moment
 
 # open: nobody has tried; tried: an attempt ended without success (it may be run again); done: judged a pass, or equal
@@ -64,10 +63,14 @@ def requests(ledger: Ledger, only: int | None = None) -> tuple[Request, ...]:
     """
     found: dict[int, dict[str, Any]] = {}  # fields: a record for every event would cost more than the reading
     for event in ledger.events(only, kinds=ASKED_KINDS):
-        if event.kind == "asked":
-            found[event.request] = _asked(event)
-        else:
-            _after(found[event.request], event)
+        try:
+            if event.kind == "asked":
+                found[event.request] = _asked(event)
+            else:
+                _after(found[event.request], event)
+        except (KeyError, TypeError, ValueError):
+            raise LedgerError(f"Row {event.seq} of the ledger '{ledger.path}' does not fit those before it, so that "
+                              "another hand has written: 'repforget request audit' says which rows differ.") from None
     if only is not None and not found:
         newest = ledger.newest
         raise UsageError(f"There is no request {only} in '{ledger.path}': "
@@ -111,8 +114,3 @@ def until(text: str, now: datetime) -> datetime:
     except ValueError:
         raise UsageError(f"'{text}' is no deadline: write 30d, 72h, 2w or a date such as 2030-12-31.") from None
     return day + timedelta(days=1, microseconds=-1)
-
-
-def waiting(found: Iterable[Request]) -> tuple[Request, ...]:
-    """Those that still need an answer."""
-    return tuple(request for request in found if request.state in WAITING)
