@@ -144,8 +144,9 @@ def test_a_part_of_the_file_that_does_not_belong_there_is_a_fault(filled: Ledger
     base = sqlite3.connect(filled.path)
     base.executescript("CREATE TABLE copies (body); CREATE TRIGGER spy AFTER INSERT ON events BEGIN "
                        "INSERT INTO copies VALUES (NEW.body); END; DROP INDEX by_request; ANALYZE")  # fmt: skip
-    assert filled.faults() == ("the part 'by_request' of the ledger is missing or changed",
-                               "'copies' in the file is no part of a ledger", "'spy' in the file is no part of a ledger")
+    missing, *others = filled.faults()
+    assert missing == "the part 'by_request' of the ledger is missing or changed"
+    assert others == [f"'{name}' in the file is no part of a ledger" for name in ("copies", "spy")]
 
 
 def test_a_row_that_is_swallowed_is_never_acknowledged(filled: Ledger) -> None:

@@ -210,8 +210,8 @@ class Ledger:
         anew.  UsageError for a text that is no head.
         """
         if expect_head is not None and not _HEAD.fullmatch(expect_head):
-            raise UsageError(f"'{expect_head}' is no head of a ledger: give the number of rows, a colon and 64 digits of "
-                             "a hash, as 'repforget request show' and 'audit' print it.")  # fmt: skip
+            raise UsageError(f"'{expect_head}' is no head of a ledger: give the number of rows, a colon and 64 digits "
+                             "of a hash, as 'repforget request show' and 'audit' print it.")  # fmt: skip
         found: list[str] = []
         parts = dict(self._rows_of("SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_stat%'"))
         found += [f"the {'rule' if name in RULES else 'part'} '{name}' of the ledger is missing or changed"
@@ -311,8 +311,8 @@ def _add(base: sqlite3.Connection, kind: str, request: int, body: Mapping[str, A
     row = (seq, request, kind, stamp(now), clock, _text(body), before)
     event = Event(*row[:5], json.loads(row[5]), before, _hash(row))
     if base.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*row, event.hash)).rowcount != 1:
-        raise LedgerError("The file of the ledger takes no rows, so that another hand has changed it: 'repforget request "
-                          "audit' names what does not belong to it.")  # fmt: skip
+        raise LedgerError("The file of the ledger takes no rows, so that another hand has changed it: 'repforget "
+                          "request audit' names what does not belong to it.")  # fmt: skip
     return event
 
 
