@@ -223,7 +223,8 @@ def _write_report(
 
 
 def _manifest(session: Session, folder: Path) -> Mapping[str, Any]:
-    """The manifest of a saved edit, with the size of the change: relative to the weight, absolute at a site."""
+    """The manifest of a saved edit, with the size of the change (relative to the weight, absolute at a site) and what
+    rounding leaves of every changed weight."""
     from repforget.artifact import load_edit, size, target
 
     edit = load_edit(folder)
@@ -233,4 +234,6 @@ def _manifest(session: Session, folder: Path) -> Mapping[str, Any]:
         name = target(operation)
         whole = float(weights[name].detach().float().norm()) if name in weights else 1.0
         norms[name] = (norms.get(name, 0.0) ** 2 + (size(operation) / whole) ** 2) ** 0.5
-    return {**asdict(edit.manifest), "norms": norms}
+    undo = edit.fold(session.model)
+    undo()
+    return {**asdict(edit.manifest), "norms": norms, "rounding": undo.parity.cosines}

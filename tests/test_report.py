@@ -103,6 +103,16 @@ def test_records_with_little_in_them_still_make_a_report(tmp_path: Path, edit: d
     assert "No control was run." in Page(render.html(nothing)).text and render.markdown(nothing, ())
 
 
+def test_a_report_says_what_rounding_leaves_of_the_change() -> None:
+    manifest = {**synthetic_run.manifest(), "rounding": {"a": {"own": 1.0, "nf4": 0.5}, "b": {"own": 1.0, "nf4": 0.1}}}
+    assert tables.rounding_rows(manifest) == [
+        ("left in nf4", "0.300 of the change (cosine, mean of 2 weights; least 0.100 in b)")
+    ]
+    run = dataclasses.replace(synthetic_run.run(), edits=(manifest,))
+    assert "least 0.100 in b" in Page(render.html(run)).text
+    assert tables.rounding_rows(synthetic_run.manifest()) == []
+
+
 def test_nothing_is_fetched_and_no_handler_is_inline(page: Page) -> None:
     whole = render.html(synthetic_run.run())
     names = {name for name, _ in page.attributes}

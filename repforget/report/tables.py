@@ -160,8 +160,22 @@ def touched_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def manifest_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The remaining facts of a manifest, key and value."""
-    hidden = ("sites", "weights", "norms", "format_version", "notes", "guarantee")
-    return [(key.replace("_", " "), short(value)) for key, value in manifest.items() if key not in hidden]
+    hidden = ("sites", "weights", "norms", "format_version", "notes", "guarantee", "rounding")
+    rows = [(key.replace("_", " "), short(value)) for key, value in manifest.items() if key not in hidden]
+    return [*rows, *rounding_rows(manifest)]
+
+
+def rounding_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What storing the changed weights in fewer bits leaves of the change: mean cosine with it, and the least."""
+    kept: Mapping[str, Mapping[str, float]] = manifest.get("rounding", {})
+    rows = []
+    for form in ("bfloat16", "float16", "int8", "nf4"):
+        found = {name: left[form] for name, left in kept.items() if form in left}
+        if found:
+            least = min(found, key=lambda name: found[name])
+            rows.append((f"left in {form}", f"{sum(found.values()) / len(found):.3f} of the change (cosine, mean of "
+                                            f"{len(found)} weights; least {found[least]:.3f} in {least})"))  # fmt: skip
+    return rows
 
 
 def guarantee_rows(manifest: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
