@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from repforget.recipe import Choice, Recipe
 from repforget.records import Site
 from repforget.report.data import save
 from repforget.requests import asking, matching
+from repforget.requests.audit import audit
 from repforget.requests.ledger import Ledger
 from repforget.requests.run import Order, answer, composed, in_force, order_of, sequence, workplace
 from repforget.requests.states import requests
@@ -311,6 +314,63 @@ def test_interrupted_it_is_still_open_and_leaves_no_text_behind(book: Ledger, fa
     assert [a.outcome for a in answer(book, [1], Order(), echo=said.append)] == ["pass"]
     assert "request 1: continued" in said
     assert fake.recipes[0].digest == fake.recipes[1].digest  # the same run folder, where the loop resumes
+
+
+def test_an_edit_for_all_that_fails_says_nothing_about_those_before(book: Ledger, fake: FakeLoop) -> None:
+    _ask(book, *_clusters(0, 8)), _ask(book, *_clusters(8, 12))
+    assert _answer(book, 1) == ["pass"]
+    fake.outcomes = ["fail"]
+    assert _answer(book, 2, mode="union") == ["fail"]
+    assert [placed.covers for placed in in_force(book)] == [(1,)]  # its edit is still the one in force
+    assert requests(book, 1)[0].rechecked == "" and requests(book, 1)[0].state == "done"
+
+
+def test_what_came_back_is_to_be_answered_again(book: Ledger, fake: FakeLoop) -> None:
+    _ask(book, *_clusters(0, 8)), _ask(book, *_clusters(8, 16))
+    assert _answer(book, 1, 2) == ["pass", "pass"]
+    book.record("reverified", 1, {"outcome": "fail", "after": 2, "came_back": 0.4, "low": 0.3, "high": 0.5})
+    assert requests(book, 1)[0].state == "tried"
+    section = audit(book).sections[0]
+    assert section.good == "fail" and "No longer answered" in section.standing
+    assert "40.0 % came back since" in section.again[0]
+    _ask(book, *_clusters(0, 8))  # asked for once more it is no longer refused as covered
+    assert _answer(book, 1, 3) == ["pass", "refused"]
+    assert requests(book, 1)[0].state == "done" and requests(book, 1)[0].rechecked == ""
+
+
+def test_a_later_edit_for_all_that_could_not_be_decided_leaves_a_doubt(book: Ledger, fake: FakeLoop) -> None:
+    _ask(book, *_clusters(0, 8)), _ask(book, *_clusters(8, 12))
+    fake.outcomes = ["pass", "inconclusive"]
+    _answer(book, 1), _answer(book, 2, mode="union")
+    section = audit(book).sections[0]
+    assert section.good == "inconclusive" and "could not be decided whether that still holds" in section.standing
+
+
+def test_a_source_that_is_gone_fails_its_own_requests_alone(book: Ledger, fake: FakeLoop, probe: Path,
+                                                            tmp_path: Path) -> None:  # fmt: skip
+    copy = matching.write_probe(load_knowledge(probe), tmp_path / "copy")
+    _ask(book, *_clusters(0, 8), source=str(copy)), _ask(book, *_clusters(8, 16))
+    shutil.rmtree(copy)
+    assert _answer(book, 1, 2) == ["failed", "pass"]
+    assert "cannot be read" in requests(book, 1)[0].reason
+
+
+def test_no_model_is_changed_by_a_broken_chain(book: Ledger, fake: FakeLoop) -> None:
+    _ask(book, *_clusters(0, 8)), _ask(book, *_clusters(8, 16))
+    base = sqlite3.connect(book.path)
+    base.execute("DROP TRIGGER no_change")
+    base.execute("UPDATE events SET body = replace(body, 'f00', 'f19') WHERE seq = 2")
+    base.commit()
+    base.close()
+    with pytest.raises(LedgerError, match="chain of the ledger .* is broken"):
+        _answer(book, 1)
+    assert fake.recipes == []
+
+
+def test_what_a_run_keeps_is_for_its_owner_alone(book: Ledger, fake: FakeLoop) -> None:
+    _ask(book, *_clusters(0, 8))
+    _answer(book, 1)
+    assert workplace(book).stat().st_mode & 0o077 == 0
 
 
 def test_reasons_of_errors_are_kept_without_names(

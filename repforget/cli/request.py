@@ -143,7 +143,8 @@ def run(
     else:
         for each in found:
             typer.echo(f"request {each.request}: {each.outcome}. {each.sentence}")
-        typer.echo(f"{len(found)} requests answered; head: {head}")
+        answered = sum(CODES[each.outcome] == 0 for each in found)
+        typer.echo(f"requests tried: {len(found)}, of them answered or refused: {answered}; head: {head}")
     raise typer.Exit(code)
 
 

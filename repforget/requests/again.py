@@ -32,6 +32,7 @@ def again(
     than 5 % of its knowledge surely came back, pass where surely less did.  Cost: one model and one pass over all items
     per request.  UsageError where fewer than two edits are in force.
     """
+    ledger.refuse_broken()
     states = list(sequence(ledger))
     if len(states) < 2:
         raise UsageError(f"{len(states)} requests of '{ledger.path}' have an edit in force: two are needed before an "

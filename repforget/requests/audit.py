@@ -49,6 +49,8 @@ STANDING = {
     "fail": "Not answered: the edit failed its verification and is not in force.",
     "inconclusive": "Not answered: the edit is in force, and its verification could not decide.",
 }
+CAME_BACK = "No longer answered: checked again after a later request, too much of the knowledge had come back."
+UNDECIDED = " Checked again after a later request, it could not be decided whether that still holds."
 MODES = {
     "sequential": "made on the model that the edits of earlier requests left",
     "union": "one new edit of the model for everything that was asked so far",
@@ -175,8 +177,11 @@ def _standing(request: Request, now: datetime) -> tuple[str, str]:
         return "To be kept: no request to forget it was there before.", "pass"
     late = request.overdue(now)
     mark, before = "pass" if request.state == "done" else "fail" if late else "inconclusive", "Overdue. " * late
+    if request.state == "tried" and request.outcome == "pass":
+        return before + CAME_BACK, "fail"
     if request.outcome:
-        return before + STANDING[request.outcome], mark
+        doubt = UNDECIDED if request.state == "done" and request.rechecked == "inconclusive" else ""
+        return before + STANDING[request.outcome] + doubt, "inconclusive" if doubt else mark
     if request.reason:
         return f"{before}Not answered, the last attempt ended with an error: {request.reason}", mark
     return f"{before}To be answered: {'an attempt was begun' if request.attempts else 'nothing was done yet'}.", mark

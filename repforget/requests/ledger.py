@@ -234,6 +234,12 @@ class Ledger:
                          "written again")  # fmt: skip
         return tuple(found)
 
+    def refuse_broken(self) -> None:
+        """LedgerError where the chain has a fault: no model is changed by what another hand may have written."""
+        if found := self.faults():
+            raise LedgerError(f"The chain of the ledger '{self.path}' is broken ({found[0]}): restore a copy that "
+                              "'repforget request audit' finds whole.")  # fmt: skip
+
     def close(self) -> None:
         self._base.close()
 

@@ -34,7 +34,13 @@ def rows(found: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """One row per request of :func:`chosen`."""
     return [(str(r["id"]), r["state"], r["outcome"], str(len(r["names"]) or "all"), r["source"], r["basis"],
              r["asked"][:10], r["deadline"][:10],
-             "overdue" if r["overdue"] else "late" if r["late"] else r["clock"]) for r in found]  # fmt: skip
+             ", ".join(_remarks(r))) for r in found]
+
+
+def _remarks(r: Mapping[str, Any]) -> list[str]:
+    told = ("overdue" if r["overdue"] else "late" if r["late"] else "",
+            f"checked again: {r['rechecked']}" if r["rechecked"] else "", r["clock"])  # fmt: skip
+    return [remark for remark in told if remark]
 
 
 def history(ledger: Ledger, request: int) -> list[dict[str, Any]]:

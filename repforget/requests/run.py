@@ -94,14 +94,13 @@ def answer(
     """
     from repforget.requests import sharded
 
-    found = [requests(ledger, number)[0] for number in dict.fromkeys(numbers)]
-    for request in found:
-        if request.state not in WAITING:
-            raise UsageError(f"Request {request.id} needs no answer (it is '{request.state}'): 'repforget request "
-                             "list' shows those that do.")  # fmt: skip
+    _waiting(ledger, numbers)
+    workplace(ledger).mkdir(mode=0o700, parents=True, exist_ok=True)  # while a run lasts, it holds texts
     store = Store(workplace(ledger), note=echo)
     answers: list[Answer] = []
     with store.locked():
+        ledger.refuse_broken()
+        found = _waiting(ledger, numbers)  # another process may have answered them before it freed the lock
         sharded.tidy(ledger, store)
         batches = [found] if order.mode == "union" and order.training is None else [[request] for request in found]
         for batch in batches:
@@ -110,6 +109,27 @@ def answer(
             finally:
                 shutil.rmtree(store.root / "probe", ignore_errors=True)  # it holds texts
     return answers
+
+
+def _waiting(ledger: Ledger, numbers: Sequence[int]) -> list[Request]:
+    """The requests of these numbers; UsageError for one that needs no answer."""
+    found = [requests(ledger, number)[0] for number in dict.fromkeys(numbers)]
+    for request in found:
+        if request.state not in WAITING:
+            raise UsageError(f"Request {request.id} needs no answer (it is '{request.state}'): 'repforget request "
+                             "list' shows those that do.")  # fmt: skip
+    return found
+
+
+def _failed(ledger: Ledger, failed: Sequence[Request], error: RepforgetError) -> list[Answer]:
+    """Record an error, without names; whoever runs it is told all of it."""
+    try:
+        sentence = matching.hidden(str(error), matching.named(failed[0].source))
+    except RepforgetError as unread:
+        sentence = f"Its source '{failed[0].source}' cannot be read ({type(unread).__name__})."
+    numbers = [request.id for request in failed]
+    ledger.record_all([("failed", {"reason": sentence, "error": type(error).__name__})], numbers)
+    return [Answer(number, "failed", str(error)) for number in numbers]
 
 
 def _batch(
@@ -121,7 +141,11 @@ def _batch(
     answers: list[Answer] = []
     left: list[Request] = []
     for request in batch:
-        reason = _refusal(ledger, request, order)
+        try:
+            reason = _refusal(ledger, request, order)
+        except RepforgetError as error:
+            answers += _failed(ledger, [request], error)
+            continue
         if reason is None:
             left.append(request)
             continue
@@ -140,13 +164,12 @@ def _batch(
         else:
             made = sharded.take_out(ledger, left[0], known, store, progress)
     except RepforgetError as error:
-        sentence = matching.hidden(str(error), matching.named(left[0].source))
-        ledger.record_all([("failed", {"reason": sentence, "error": type(error).__name__})], numbers)
-        return answers + [Answer(number, "failed", str(error)) for number in numbers]
+        return answers + _failed(ledger, left, error)
     ledger.record_all(made.events, numbers)
     sharded.tidy(ledger, store)
-    again = {"outcome": made.outcome, "after": numbers[-1], "together": True}
-    ledger.record_all([("reverified", again)], [number for number in made.covers if number not in numbers])
+    if made.outcome not in NOT_IN_FORCE:  # else earlier requests keep the edit that they have
+        again = {"outcome": made.outcome, "after": numbers[-1], "together": True}
+        ledger.record_all([("reverified", again)], [number for number in made.covers if number not in numbers])
     return answers + [Answer(number, made.outcome, made.sentence, made.folder) for number in numbers]
 
 

@@ -10,8 +10,9 @@ from typing import Any, Literal
 from repforget.errors import LedgerError, UsageError
 from repforget.requests.ledger import Event, Ledger, moment
 
-# open: nobody has tried; tried: an attempt ended without success (it may be run again); done: judged a pass, or equal
-# by theorem to never having been trained on; kept: a request to keep something that nothing speaks against.
+# open: nobody has tried; tried: an attempt ended without success, or what was forgotten came back (it may be run
+# again); done: judged a pass, or equal by theorem to never having been trained on; kept: a request to keep something
+# that nothing speaks against.
 State = Literal["open", "tried", "done", "refused", "conflict", "kept"]
 WAITING = ("open", "tried")
 ASKED_KINDS = ("asked", "started", "verdict", "refused", "conflict", "failed", "reverified")  # the short rows
@@ -94,12 +95,14 @@ def _after(fields: dict[str, Any], event: Event) -> None:
         fields["attempts"] += 1
     elif event.kind == "verdict":
         done = body["outcome"] in SUCCESS
-        fields |= {"state": "done" if done else "tried", "outcome": body["outcome"], "reason": "",
+        fields |= {"state": "done" if done else "tried", "outcome": body["outcome"], "reason": "", "rechecked": "",
                    "answered": moment(event.at) if done else None}  # fmt: skip
     elif event.kind == "failed":
         fields |= {"state": "tried", "outcome": "", "reason": body["reason"]}
     elif event.kind == "reverified":
         fields["rechecked"] = body["outcome"]
+        if (fields["outcome"], body["outcome"]) == ("pass", "fail"):  # what was measured then holds no longer
+            fields |= {"state": "tried", "answered": None}
     else:
         fields |= {"state": event.kind, "reason": body["reason"], "answered": moment(event.at)}
 
