@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 import sqlite3
@@ -249,6 +250,14 @@ def test_the_commands_from_the_asking_to_the_audit(cli: Cli, tmp_path: Path) -> 
     assert code == 0 and "is whole" in out and (tmp_path / "audit" / "audit.html").is_file()
     code, out, _ = cli("request", "audit", "--expect-head", "9:" + "0" * 64, "--json")
     assert code == 1 and "not in the chain" in json.loads(out)["faults"][0]
+
+
+def test_what_identifies_may_come_from_standard_input(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Eva Paris\nMilo Garrow\np004\n"))
+    assert cli("request", "add", "--who", "-", "--what", "-")[:2] == (0, "request 1: open\n")
+    cli("request", "add", "--who", "Eva Paris", "--what", "Milo Garrow", "--what", "p004")
+    first, second = json.loads(cli("request", "list", "--json")[1])
+    assert (first["who"], first["names"]) == (second["who"], second["names"]) and len(first["names"]) == 2
 
 
 def test_what_is_wrong_with_a_command_is_one_sentence(cli: Cli) -> None:

@@ -152,6 +152,21 @@ def test_nothing_personal_is_in_the_file_unless_it_is_wanted(book: Ledger, fake:
     assert requests(book, 4)[0].who == "Eva Paris"
 
 
+@pytest.mark.parametrize("cluster", ["Ada Lind", "ada_lind", "ada-lind-03", "AdaLind", "lind.ada", "person/LIND"])
+def test_references_that_tell_a_name_in_any_spelling_are_pseudonyms(book: Ledger, cluster: str) -> None:
+    item = Item(id="p03-live", cluster=cluster, subject="Ada Lind", prompt="Where does Ada Lind live ?", answer="Oslo")
+    record = matching.Named("p03-live", ("p03-live", cluster), (item.prompt, item.answer))  # a training has no subjects
+    for known in (matching.of_items([item]), (record,)):
+        (cluster_kept, id_kept) = matching.references((cluster, "p03-live"), known, book.pseudonym)
+        assert cluster_kept.startswith("#") and id_kept == "p03-live"
+        assert matching.matched((cluster_kept, id_kept), matching.index(known, book.pseudonym)) == (("p03-live",), 0)
+
+
+def test_names_of_the_source_are_blotted_out_of_the_basis(book: Ledger) -> None:
+    _ask(book, "f03", basis=f"{PEOPLE[3]} wants Secretville3 gone")
+    assert requests(book)[0].basis == "[hidden] wants [hidden] gone"
+
+
 def test_a_request_that_means_nothing_is_recorded_and_refused(book: Ledger, fake: FakeLoop) -> None:
     made, told = asking.ask(book, ["f0l", "f01"])
     assert (made.state, fake.recipes) == ("refused", []) and "1 of its 2 names mean nothing" in made.reason
@@ -185,7 +200,7 @@ def test_to_keep_what_an_earlier_request_covers_is_a_conflict_with_its_number(bo
 
 def test_a_whole_probe_covers_all_that_it_is_to_forget(book: Ledger, fake: FakeLoop) -> None:
     assert _answer(book, _ask(book)) == ["pass"]
-    assert fake.forgotten == [{*_clusters(0, 20), *PEOPLE[20:]}]
+    assert fake.forgotten == [{*_clusters(0, 20), *map(book.pseudonym, PEOPLE[20:])}]  # a run keeps no name
     assert asking.ask(book, ["f11-live"], keep=True)[0].state == "conflict"
 
 

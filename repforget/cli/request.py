@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -33,10 +34,11 @@ def _group() -> None:
 def add(
     ledger: LedgerFile = LEDGER,
     what: Annotated[list[str] | None, typer.Option("--what", help="Record ids or clusters; repeatable, or with "
-                    "commas. None: all that the probe is to forget.")] = None,
+                    "commas; '-' reads them from standard input. None: all that the probe is to forget.")] = None,
     knowledge: Annotated[str | None, typer.Option("--knowledge", help="The probe that the names come from.")] = None,
     training: Annotated[Path | None, typer.Option("--training", help="Or the sharded training they come from.")] = None,
-    who: Annotated[str, typer.Option("--who", help="Whoever asks; kept as a salted hash.")] = "",
+    who: Annotated[str, typer.Option("--who", help="Whoever asks; kept as a salted hash. '-' reads a line from "
+                                    "standard input, which no list of processes shows.")] = "",
     plain_who: Annotated[bool, typer.Option("--plain-who", help="Keep --who as it is, readable.")] = False,
     basis: Annotated[str, typer.Option("--basis", help="erasure, consent withdrawn, objection, unlawful processing, "
                      "copyright, court order, safety, or own words (nothing personal).")] = "erasure",
@@ -57,6 +59,10 @@ def add(
     if training is None and knowledge is None and not what:
         raise UsageError("A request says what is to be forgotten: give --what NAMES, or --knowledge PROBE for all of "
                          "a probe.")  # fmt: skip
+    if who == "-":
+        who = sys.stdin.readline().strip()
+    if what == ["-"]:
+        what = [line.strip() for line in sys.stdin]
     source = knowledge if training is None else f"{SCHEME}{training}"
     with asking.opened(ledger, model, source or asking.SOURCE) as book:
         names = asking.split(what or (), source or str(book.facts["source"]))

@@ -10,7 +10,7 @@ from repforget.knowledge_files import load_knowledge
 from repforget.requests import matching
 from repforget.requests.ledger import Ledger, stamp
 from repforget.requests.sharded import SCHEME
-from repforget.requests.states import DEADLINE, Request, requests, until
+from repforget.requests.states import BASES, DEADLINE, Request, requests, until
 
 MODEL, SOURCE = "organism:bios", "bios-people"
 
@@ -43,7 +43,8 @@ def ask(
     """Record a request to forget (or to ``keep``) and return it as it stands then, with a hint where a name is unknown.
 
     ``names`` are ids or clusters of records in ``source`` (a probe, or "training:FOLDER"); none means the whole forget
-    set of a probe.  ``who`` becomes a salted hash unless ``named``.  What means nothing is recorded and refused at
+    set of a probe.  ``who`` becomes a salted hash unless ``named``; names and texts of the source are blotted out of
+    ``basis``.  What means nothing is recorded and refused at
     once; to keep what an earlier request covers is recorded as a conflict with that request's number.
     """
     source = source or str(ledger.facts["source"])
@@ -54,8 +55,10 @@ def ask(
     ids, unknown = matching.matched(kept, matching.index(known, ledger.pseudonym))
     if not kept:
         ids = tuple(item.id for item in load_knowledge(source).forget)
+    basis = basis.strip()
+    basis = basis if basis in BASES else matching.hidden(basis, known)
     body = {"who": who if named or not who else ledger.pseudonym(who), "names": kept, "source": source,
-            "basis": basis.strip(), "deadline": stamp(until(deadline, ledger.clock())), "keep": keep}  # fmt: skip
+            "basis": basis, "deadline": stamp(until(deadline, ledger.clock())), "keep": keep}  # fmt: skip
     events: list[tuple[str, dict[str, object]]] = [("asked", body)]
     told = ""
     if unknown:

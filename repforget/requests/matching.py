@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from repforget.requests.states import Request
 from repforget.store import write_atomic
 
 HIDDEN = "[hidden]"
+_WORD = re.compile(r"[^\W\d_]+")
+_HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")
 Index = Mapping[str, Sequence[str]]
 SETS = ("forget", "retain", "neighbours")
 
@@ -50,12 +53,21 @@ def everything(knowledge: Knowledge) -> tuple[Item, ...]:
 
 
 def references(names: Sequence[str], known: Sequence[Named], pseudonym: Callable[[str], str]) -> tuple[str, ...]:
-    """The names as the ledger keeps them: one that is told in the text it stands for (a person's name, as a cluster
-    may be) as a pseudonym, any other as it is."""
-    telling = {name for entry in known for name in entry.names
-               if any(name.casefold() in text.casefold() for text in entry.texts)}  # fmt: skip
-    everyone = {name for entry in known for name in entry.names}
-    return tuple(dict.fromkeys(name if name in everyone - telling else pseudonym(name) for name in names))
+    """The names as the ledger keeps them: one that tells who is meant (a person's name, as a cluster may be) as a
+    pseudonym, any other as it is."""
+    silent = {name for entry in known for name in entry.names} - _telling(known)
+    return tuple(dict.fromkeys(name if name in silent else pseudonym(name) for name in names))
+
+
+def _telling(known: Iterable[Named]) -> set[str]:
+    """Names that stand in a text of what they mean, or share a word with it that is written with a capital."""
+    found = set[str]()
+    for entry in known:
+        text = "\n".join(entry.texts)
+        words = {word.casefold() for word in _WORD.findall(text) if word[0].isupper() and len(word) > 2}
+        found |= {name for name in entry.names if name.casefold() in text.casefold()
+                  or not words.isdisjoint(word.casefold() for word in _WORD.findall(_HUMP.sub(" ", name)))}
+    return found
 
 
 def index(known: Sequence[Named], pseudonym: Callable[[str], str]) -> Index:
@@ -124,6 +136,20 @@ def carved(knowledge: Knowledge, forget: Sequence[Item], gone: Iterable[str] = (
 
     near = [item for item in left(knowledge.neighbours) if item.cluster not in clusters]
     return Knowledge.build(knowledge.name, forget, [*left(knowledge.retain), *left(knowledge.forget)], near,
+                           knowledge.general, knowledge.seed)  # fmt: skip
+
+
+def unnamed(knowledge: Knowledge, pseudonym: Callable[[str], str]) -> Knowledge:
+    """The same probe, with pseudonyms for ids and clusters that tell who is meant: results of a run keep them."""
+    telling = _telling(of_items(everything(knowledge)))
+
+    def own(name: str) -> str:
+        return pseudonym(name) if name in telling else name
+
+    def hide(items: Sequence[Item]) -> list[Item]:
+        return [replace(item, id=own(item.id), cluster=own(item.cluster)) for item in items]
+
+    return Knowledge.build(knowledge.name, hide(knowledge.forget), hide(knowledge.retain), hide(knowledge.neighbours),
                            knowledge.general, knowledge.seed)  # fmt: skip
 
 

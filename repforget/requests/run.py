@@ -225,7 +225,7 @@ def _through_the_loop(
                              "together with others (--mode union), or take it out of a sharded training "
                              "(--training).")  # fmt: skip
     carved = matching.carved(knowledge, list(wanted.values()), covered)
-    probe = matching.write_probe(carved, store.root / "probe")
+    probe = matching.write_probe(matching.unnamed(carved, ledger.pseudonym), store.root / "probe")
     strangers = {item.id for item in knowledge.forget}  # whom the twins never knew; they know everybody else
     twins = recipe.twins if set(wanted) <= strangers else ()
     recipe = recipe.changed(model=_model_in_force(ledger, below, store, recipe), knowledge=str(probe), twins=twins)
