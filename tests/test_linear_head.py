@@ -235,6 +235,8 @@ def test_damage_and_strangers_are_told(tmp_path: Path) -> None:
     tensors.unlink()
     with pytest.raises(ArtifactError, match="is missing"):
         load_head(folder)
+    with pytest.raises(ArtifactError, match="There is no head at"):
+        load_head(folder / "head.json")
     (folder / "head.json").write_text("{}")
     with pytest.raises(ArtifactError, match="cannot be read"):
         load_head(folder)

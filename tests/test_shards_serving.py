@@ -15,7 +15,7 @@ from torch import Tensor
 
 from repforget.artifact import load_edit
 from repforget.edit._dispatch import edit as run_editor
-from repforget.errors import ArtifactError, NoEffectError, UsageError
+from repforget.errors import ArtifactError, NoEffectError, ResourceError, UsageError
 from repforget.knowledge import EditData
 from repforget.models.capture import Batch, forward
 from repforget.models.load import LoadedModel, load
@@ -244,6 +244,25 @@ def test_the_served_model_becomes_the_one_trained_without_them(
     assert set(edit.manifest.weights) <= touched
     with pytest.raises(UsageError, match="never trained on"):
         run_editor(model, NOBODY, "shard_removal", folder=str(training.root), names=["w40"])
+
+
+def test_no_request_can_come_between_reading_the_folder_and_training(
+    base: LoadedModel, full: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Else the records it takes out would be trained on again, and lie in the folder once more."""
+    from repforget.edit.exact import shard_removal as room
+
+    training = shard_tools.copied(full, tmp_path / "t")
+    model = exported(training, base, tmp_path / "served")
+
+    def slow(*_: object, **__: object) -> LoadedModel:
+        with pytest.raises(ResourceError, match="in use"), opened(training.root).store.locked():
+            pass
+        return base
+
+    monkeypatch.setattr(room, "load", slow)
+    edit = run_editor(model, NOBODY, "shard_removal", folder=str(training.root), names=["w40"])
+    assert edit.manifest.guarantee is not None
 
 
 def test_on_the_base_the_edit_is_all_that_is_left(base: LoadedModel, full: Training, tmp_path: Path) -> None:

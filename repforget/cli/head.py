@@ -181,7 +181,7 @@ def _print(
     if as_json:
         print_json(facts | more | ({"guarantee": asdict(claim)} if claim else {}))
         return
-    line = f"{head.loss} head in {folder}: {head.n} rows of {width} features, {columns} columns"
+    line = f"{head.loss} head in {folder}: {head.n} rows, weights {width} x {columns}"
     typer.echo(line + (f", {len(head.classes)} classes" if head.classes else ""))
     if head.budget is not None:
         spent = facts["budget"]["spent"]

@@ -105,6 +105,9 @@ def remove(
         print_json(_outcome(outcome))
         return
     print_table(("", ""), outcome.guarantee.lines())
+    if not (outcome.records or outcome.erased or outcome.trained):
+        typer.echo("these records had been taken out before; there was nothing left to do")
+        return
     typer.echo(f"records taken out: {outcome.records}, from shards: {outcome.shards}; slices trained again: "
                f"{outcome.trained} in {outcome.steps} steps, {outcome.share:.3f} of a whole training; erased: the "
                f"records and {outcome.erased} checkpoints that saw them")  # fmt: skip
@@ -238,4 +241,5 @@ def _show(training: Training, as_json: bool, scores: list[tuple[tuple[int, int],
                f"records, {len(training.gone)} taken out; one request costs {float(expected_share(s)):.3f} of a "
                "training on average")  # fmt: skip
     if stale:
-        typer.echo("A request was interrupted: repeat 'repforget shards remove' with its names.")
+        typer.echo(f"{stale} checkpoints more are of a request that was interrupted, or of 'shard_removal': repeat "
+                   "'repforget shards remove' with its names.")  # fmt: skip

@@ -90,7 +90,7 @@ def load_head(folder: str | Path) -> Head:
             raise ArtifactError(f"'{folder / body['tensors']}' does not match '{JSON}': it is damaged, so take the "
                                 "head from a backup or fit it again.")  # fmt: skip
         return _head(body, from_bytes(raw))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ArtifactError(f"There is no head at '{folder}': '{Path(error.filename).name}' is "
                             "missing.") from None  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

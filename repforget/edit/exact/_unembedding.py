@@ -102,6 +102,7 @@ def claim(found: Softmax, gone: int) -> Guarantee:
         "exact", f"The unembedding is within {bound:.2g} (Frobenius norm) of the one that training without the {gone} "
         "records taken out ends at.", "record", "Strong convexity: |W - W*| <= |gradient at W| / penalty",
         ("The base model was never trained on the records.",
+         "Records that only an earlier edit left out are in again.",
          "Penalty and base were chosen without the records, and only the unembedding was trained.",
          "Weights are added in float32 and above; a base in 16 bits rounds the sum again."),
         {"distance bound": bound, "gradient norm": found.residual, "penalty": found.lam, "float32 rounding": stored,

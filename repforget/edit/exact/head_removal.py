@@ -27,7 +27,7 @@ def head_removal(
     repeated to convergence).  The edit is made for the base and takes the place of the training's own edit.
 
     It does not show that the base does not know the records otherwise, nor change the training's folder, which still
-    holds them.
+    holds them: a later edit has to name them again, or has them in again.
 
     Args:
         folder: what ``repforget head train-unembedding`` wrote.

@@ -36,7 +36,8 @@ def shard_removal(
     base itself, the edit is the whole of the shards without the records, to be served beside it.
 
     The slices that are trained again are kept in the folder, where ``repforget shards remove`` finds them: that
-    command takes the records out of the folder, this editor only out of the model.  In the last bits the edited model
+    command takes the records out of the folder, this editor only out of the model: until then a later edit has to name
+    them again.  In the last bits the edited model
     keeps the rounding of the one before; only a new export is free of it.  Nothing is shown about other data that
     taught the model the same.
 
@@ -49,9 +50,16 @@ def shard_removal(
     that is neither the base nor the base with the shards.  Cost: training of the affected shards from the affected
     slice on; memory: base and model.
     """
-    training = opened(folder)
+    with opened(folder).store.locked():  # opened again, now that no request can take records out meanwhile
+        return _edit(model, data, opened(folder), names, base, progress)
+
+
+def _edit(
+    model: LoadedModel, data: EditData, training: Training, names: list[str] | None, base: str,
+    progress: Progress | None,
+) -> Edit:  # fmt: skip
     wanted = list(dict.fromkeys(f.cluster for f in data.forget)) if names is None else names
-    going = chosen(training.records, wanted, folder)
+    going = chosen(training.records, wanted, str(training.root))
     after = replace(training, records=without(training, going))
     as_base = model.fingerprint == training.base["fingerprint"]
     plain = model if as_base else load(training.base["model"] if base == "auto" else base, device=str(model.device),
@@ -60,11 +68,10 @@ def shard_removal(
     if not as_base:
         _check_served(training, plain, model)
     s = training.settings
-    with training.store.locked():
-        if s.order == "sisa":
-            build(after, plain, progress)
-        shards = sorted({place(s, r)[0] for r in going})
-        old, new = shard_factors(training), shard_factors(after)
+    if s.order == "sisa":
+        build(after, plain, progress)
+    shards = sorted({place(s, r)[0] for r in going})
+    old, new = shard_factors(training), shard_factors(after)
     fresh = operations(merged_factors([(s.weight, f) for f in new.values()]), s.scale)
     change = merged_factors([(sign * s.weight, each[k]) for k in shards for sign, each in ((1, new), (-1, old))])
     found = fresh if as_base else operations(change, s.scale)
