@@ -36,6 +36,7 @@ Inject = Annotated[
     typer.Option("--inject", help="Drill: CLIENT:ROUND:KIND, of die, late, nan, inf, shape, error."),
 ]
 Address = Annotated[str, typer.Option("--address", help="HOST:PORT; port 0 takes a free one.")]
+MaxRecords = Annotated[int, typer.Option("--max-records", min=1, help="A client that claims more is refused.")]
 Wait = Annotated[float, typer.Option("--wait", min=0.0, help="Seconds to wait for the other side.")]
 Authority = Annotated[Path | None, typer.Option("--authority", help="PEM of the certificate authority.")]
 
@@ -66,13 +67,14 @@ def simulate(
     weights: Weights = None,
     min_clients: MinClients = 1,
     timeout: Timeout = 600.0,
+    max_records: MaxRecords = 1_000_000,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes of one core each.")] = 2,
     engine: Annotated[str, typer.Option("--engine", help="ray, or here: one client after the other.")] = "ray",
     inject: Inject = None,
     seed: o.Seed = 0,
     as_json: o.AsJson = False,
 ) -> None:
-    """Train with all clients on this machine, in flwr's simulation.
+    """Train with all clients on this machine, in flwr's simulation.  The same command continues a killed one.
 
     Writes the global change as an edit, the record of all rounds, and who took part and who failed.
     """
@@ -86,7 +88,7 @@ def simulate(
         raise UsageError(f"There is no engine '{engine}': {nearest(engine, ('ray', 'here'))}")
     context.obj.folder = out
     plan = _plan(model, strategy, epochs, batch_size, lr, optimizer, rank, alpha, weights, seed, rounds, min_clients,
-                 timeout, server_lr)  # fmt: skip
+                 timeout, server_lr, max_records)  # fmt: skip
     sources = of_probe(knowledge, clients, set=sets, seed=seed) if data is None else of_folder(data)
     faults = [Fault.parse(text) for text in inject or ()]
     base = load(model, device="cpu")
@@ -115,6 +117,7 @@ def serve(
     weights: Weights = None,
     min_clients: MinClients = 1,
     timeout: Timeout = 600.0,
+    max_records: MaxRecords = 1_000_000,
     wait: Wait = 600.0,
     authority: Authority = None,
     certificate: Annotated[Path | None, typer.Option("--certificate", help="PEM of the server's certificate.")] = None,
@@ -126,14 +129,15 @@ def serve(
 ) -> None:
     """Serve rounds to clients that join over the network; the server sees no record.
 
-    Without certificates only this machine is served.  TLS hides the traffic; it does not say who a client is.
+    Without certificates only this machine is served.  TLS hides the traffic; it does not say who a client is, and the
+    average follows who says that it has most records.  The same command continues a killed server.
     """
     from repforget.federated.serve import serve as listen
     from repforget.models.load import load
 
     context.obj.folder = out
     plan = _plan(model, strategy, epochs, batch_size, lr, optimizer, rank, alpha, weights, seed, rounds, min_clients,
-                 timeout, server_lr)  # fmt: skip
+                 timeout, server_lr, max_records)  # fmt: skip
     base = load(model, device=device, dtype=dtype)
     with display(as_json) as (progress, echo):
         listen(base, plan, out, address=address, clients=clients, wait=wait, note=echo, progress=progress,
@@ -192,14 +196,15 @@ def forget(
 ) -> None:
     """Make the result of a finished training without one of its clients.
 
-    Only 'retrain' is exact.  The client's updates leave the record of the training.
+    Only 'retrain' is exact.  The client goes out of the training's history, report and list of clients; the edit that
+    was trained with it stays in --run, and so do sums over all clients.  The same command continues an interrupted one.
     """
     from repforget.federated.leave import leave
     from repforget.federated.run import Setup
     from repforget.models.load import load
     from repforget.store import read_json
 
-    context.obj.interrupted = f"Interrupted: nothing of '{client}' was changed in '{run}'."
+    context.obj.interrupted = f"Interrupted: what is finished is kept in '{out}'; the same command continues."
     base = load(Setup.read(run).plan.model, device=device, dtype=dtype)
     with display(as_json) as (progress, echo):
         edit = leave(base, run, client, method, out, interval=interval, local_share=local_share,  # type: ignore[arg-type]
@@ -207,7 +212,8 @@ def forget(
     cost = read_json(out / "forget.json")
     held = edit.manifest.guarantee
     if as_json:
-        print_json({**cost, "edit": str(out / "edit"), "guarantee": None if held is None else dict(held.lines())})
+        lines = None if held is None else dict(held.lines())
+        print_json({**cost, "client": client, "edit": str(out / "edit"), "guarantee": lines})
         return
     print_table(("what", "value"), [("local trainings", str(cost["trainings"])),
                                     ("CPU seconds", f"{cost['cpu_seconds']:.1f}"),
@@ -219,6 +225,7 @@ def forget(
 def _plan(
     model: str, strategy: str, epochs: int, batch_size: int, lr: float, optimizer: str, rank: int, alpha: float,
     weights: list[str] | None, seed: int, rounds: int, min_clients: int, timeout: float, server_lr: float,
+    max_records: int,
 ) -> Plan:  # fmt: skip
     from repforget.federated.aggregate import Adam
     from repforget.federated.messages import Local
@@ -227,7 +234,7 @@ def _plan(
     settings: dict[str, Any] = {"rule": strategy, "optimizer": optimizer}
     local = Local(**settings, epochs=epochs, batch_size=batch_size, lr=lr, rank=rank, alpha=alpha, seed=seed,
                   weights=tuple(weights or ()))  # fmt: skip
-    return Plan(model, local, rounds, min_clients, timeout, Adam(rate=server_lr))
+    return Plan(model, local, rounds, min_clients, timeout, Adam(rate=server_lr), max_records)
 
 
 def _certificates(
@@ -256,10 +263,11 @@ def _told(folder: Path, as_json: bool) -> None:
     rows = []
     for name, records in sorted(report["clients"].items()):
         answered = sum(any(took["client"] == name for took in row["took_part"]) for row in kept)
-        failed = [f"round {row['round']}: {row['failed'][name]}" for row in report["rounds"] if name in row["failed"]]
+        failed = [f"round {row['round']}: {row[kind][name]}" for row in report["rounds"]
+                  for kind in ("failed", "unusual") if name in row[kind]]  # fmt: skip
         rows.append((name, str(records), str(answered), "; ".join(failed)))
     rows += [(name, "", "0", f"refused: {reason}") for name, reason in sorted(report["refused"].items())]
-    print_table(("client", "records", f"of {len(kept)} rounds", "failed"), rows, numbers=[1, 2])
+    print_table(("client", "records", f"of {len(kept)} rounds", "failed or unusual"), rows, numbers=[1, 2])
     totals = report["totals"]
     typer.echo(f"{totals['down'] / 1e6:.1f} MB to the clients, {totals['up'] / 1e6:.1f} MB back; the edit is in "
                f"'{folder / 'edit'}'")  # fmt: skip

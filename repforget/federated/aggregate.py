@@ -145,6 +145,19 @@ def shares(updates: Sequence[Update]) -> dict[str, float]:
     return {update.client: update.records / total for update in updates}
 
 
+def lengths(update: Update) -> dict[str, float]:
+    """Frobenius norm of every weight's change; of an adapter that of its product, without multiplying it out."""
+    found = {}
+    for name, part in parts(update.tensors).items():
+        wide = [tensor.astype(np.float64) for tensor in part]
+        if len(wide) == 1:
+            found[name] = float(np.linalg.norm(wide[0]))
+        else:
+            squares = (wide[0].T @ wide[0]) * (wide[1] @ wide[1].T)  # |LR|^2 = <L'L, RR'>
+            found[name] = float(np.sqrt(max(0.0, squares.sum())))
+    return found
+
+
 def _mean(ordered: Sequence[Update]) -> dict[str, np.ndarray]:
     share = shares(ordered)
     split = [(share[update.client], parts(update.tensors)) for update in ordered]

@@ -74,7 +74,7 @@ def answer(client: Worker, packed: Packed) -> Packed:
     try:
         return pack_reply(client.work(task))
     except RepforgetError as error:
-        return pack_reply(Reply(client.name, task.round, failed=str(error)))
+        return pack_reply(Reply(client.name, task.round, failed=f"failed: {str(error).rstrip('.')}"))
 
 
 def tokenizer_digest(model: LoadedModel) -> str:
@@ -132,6 +132,12 @@ def shapes_of(model: LoadedModel, local: Local) -> dict[str, tuple[int, ...]]:
         size = min(local.rank, out, inner)
         found |= {name + LEFT: (out, size), name + RIGHT: (size, inner)}
     return found
+
+
+def weights_norm(model: LoadedModel, local: Local) -> float:
+    """Euclidean norm of all weights that are trained, as they are in the base."""
+    squares = [float(model.module.get_parameter(name).detach().double().square().sum()) for name in local.weights]
+    return float(np.sqrt(sum(squares)))
 
 
 def untouched(model: LoadedModel, local: Local) -> dict[str, np.ndarray]:

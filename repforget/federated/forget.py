@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from repforget.errors import UsageError, nearest
-from repforget.federated.aggregate import ADAM, Adam, aggregate, applied, dense, parts, shares
+from repforget.federated.aggregate import ADAM, Adam, aggregate, applied, dense, lengths, shares
 from repforget.federated.history import Round, final_state
 from repforget.federated.records import LEFT, RIGHT, Rule, Update
 from repforget.guarantee import Guarantee
@@ -113,15 +113,15 @@ def calibrated(old: Update, new: Update, *, per_tensor: bool = False) -> Update:
 
     Norms are Euclidean over all tensors, an adapter's that of its product; ``per_tensor``: each tensor by itself.
     """
-    lengths, targets = _lengths(new), _lengths(old)
+    sizes, targets = lengths(new), lengths(old)
     if per_tensor:
-        if lengths.keys() != targets.keys():
+        if sizes.keys() != targets.keys():
             raise UsageError(f"Client '{new.client}' trained other tensors than its record holds: train the same.")
-        factors = {name: targets[name] / length if length else 1.0 for name, length in lengths.items()}
+        factors = {name: targets[name] / length if length else 1.0 for name, length in sizes.items()}
     else:
-        whole = float(np.linalg.norm(list(lengths.values())))
+        whole = float(np.linalg.norm(list(sizes.values())))
         scale = float(np.linalg.norm(list(targets.values()))) / whole if whole else 1.0
-        factors = dict.fromkeys(lengths, scale)
+        factors = dict.fromkeys(sizes, scale)
     scaled = {name: tensor if name.endswith(RIGHT) and name.removesuffix(RIGHT) in factors
               else factors[name.removesuffix(LEFT)] * tensor.astype(np.float64)
               for name, tensor in new.tensors.items()}  # fmt: skip
@@ -207,24 +207,11 @@ def _trained(train: Train, client: str, weights: Weights, number: int, share: fl
 
 
 def _moves(update: Update) -> bool:
-    return any(_lengths(update).values())
+    return any(lengths(update).values())
 
 
 def _taught(held: Round, client: str) -> bool:
     return any(_moves(update) for update in held.updates if update.client == client)
-
-
-def _lengths(update: Update) -> dict[str, float]:
-    """Frobenius norm of every weight's change; of an adapter that of its product, without multiplying it out."""
-    found = {}
-    for name, part in parts(update.tensors).items():
-        wide = [tensor.astype(np.float64) for tensor in part]
-        if len(wide) == 1:
-            found[name] = float(np.linalg.norm(wide[0]))
-        else:
-            squares = (wide[0].T @ wide[0]) * (wide[1] @ wide[1].T)  # |LR|^2 = <L'L, RR'>
-            found[name] = float(np.sqrt(max(0.0, squares.sum())))
-    return found
 
 
 def _released(before: Weights, after: Weights, old: Sequence[Update], new: Sequence[Update]) -> dict[str, np.ndarray]:

@@ -2,42 +2,51 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from repforget.artifact import Edit
+from repforget.artifact import Edit, load_edit
 from repforget.errors import NumericalError, UsageError, nearest
-from repforget.federated.clients import Client, answer, shapes_of
+from repforget.federated.aggregate import aggregate, applied
+from repforget.federated.clients import Client, answer, shapes_of, weights_norm
 from repforget.federated.faults import fault_of
 from repforget.federated.forget import Forgotten, Weights, client_side, fed_eraser, retrain, rollback
 from repforget.federated.history import History, final_state
 from repforget.federated.local import unlearned
-from repforget.federated.messages import Task, pack_task, size, unpack_reply
+from repforget.federated.messages import Packed, Reply, Task, pack_reply, pack_task, size, unpack_reply
 from repforget.federated.records import Update
-from repforget.federated.run import EDIT, Note, Setup, edit_of, highest_rank
-from repforget.federated.server import REPORT, Plan
+from repforget.federated.run import EDIT, Note, Setup, edit_of, highest_rank, is_mark, mark
+from repforget.federated.server import REPORT, Plan, totals_of
 from repforget.federated.sources import Source
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress
-from repforget.store import Store, read_json, write_json
+from repforget.store import LOCK, Store, read_json, write_json
 
 Method = Literal["retrain", "federaser", "rollback", "client"]
 METHODS: tuple[str, ...] = get_args(Method)
-COST = "forget.json"
+REQUEST, COST = "request.json", "forget.json"
+AGAIN = "again"  # local trainings of an interrupted request
+HEAD, TENSORS = "head.json", "tensors.safetensors"
 
 
 @dataclass
 class Again:
-    """The clients asked once more, in this process; what that costs, and each round as it was trained."""
+    """The clients asked once more, in this process; what that costs, and where in ``kept`` each answer lies.
+
+    An answer that is there already, to the same question, is read instead of being computed again.
+    """
 
     base: LoadedModel
     plan: Plan
     sources: Mapping[str, Source]
+    kept: Store
     clients: dict[str, Client] = field(default_factory=dict)
-    rounds: dict[int, tuple[Weights, list[Update]]] = field(default_factory=dict)
+    rounds: dict[int, list[Path]] = field(default_factory=dict)
     down: int = 0
     up: int = 0
     seconds: float = 0.0
@@ -62,26 +71,55 @@ class Again:
     def unlearn(self, name: str, weights: Weights, editor: str) -> Update:
         """The update by which a client takes its own records out of the global ``weights``."""
         self.client(name)
-        local, started = self.plan.local, time.process_time()
-        update = unlearned(name, self.base, local, weights, self.sources[name].records(), editor, seed=local.seed)
-        self.seconds += time.process_time() - started
-        self.down, self.up = self.down + sum(w.nbytes for w in weights.values()), self.up + update.nbytes
-        return update
+        local = self.plan.local
+
+        def work() -> Packed:
+            started = time.process_time()
+            update = unlearned(name, self.base, local, weights, self.sources[name].records(), editor, seed=local.seed)
+            return pack_reply(Reply(name, 0, update, 0.0, time.process_time() - started))
+
+        packed = pack_task(Task(0, local, weights))
+        reply, _ = self._answered({"client": name, "editor": editor, "state": _sha(packed)}, size(packed), work)
+        if reply.update is None:
+            raise NumericalError(f"Client '{name}' was asked to unlearn and sent no update: nothing was changed.")
+        return reply.update
 
     def train(self, name: str, weights: Weights, number: int, share: float) -> Update:
         """The update of one client to the global ``weights`` in the 0-based round ``number``; checked like any."""
-        client = self.client(name)
-        packed = pack_task(Task(number + 1, replace(self.plan.local, share=share), weights))
-        started = time.process_time()
-        back = answer(client, packed)
-        self.seconds += time.process_time() - started
-        self.down, self.up = self.down + size(packed), self.up + size(back)
-        reply = unpack_reply(back)
-        fault = fault_of(reply, number + 1, client.introduce(), shapes_of(self.base, self.plan.local))
+        client, local = self.client(name), self.plan.local
+        packed = pack_task(Task(number + 1, replace(local, share=share), weights))
+        key = {"client": name, "records": self.sources[name].sha256, "task": _sha(packed)}
+        reply, place = self._answered(key, size(packed), lambda: answer(client, packed))
+        fault = fault_of(reply, number + 1, client.introduce(), shapes_of(self.base, local),
+                         weights_norm(self.base, local))  # fmt: skip
         if fault is not None or reply.update is None:
             raise NumericalError(f"Client '{name}' was asked to train again and {fault}: nothing was changed.")
-        self.rounds.setdefault(number, (weights, []))[1].append(reply.update)
+        self.rounds.setdefault(number, []).append(place)
         return reply.update
+
+    def updates(self, number: int) -> list[Update]:
+        """What was trained in a round, read again: no more than one round is ever in memory."""
+        replies = (_read(place) for place in self.rounds.get(number, []))
+        return [reply.update for reply in replies if reply.update is not None]
+
+    def _answered(self, key: Mapping[str, Any], down: int, work: Callable[[], Packed]) -> tuple[Reply, Path]:
+        def build(folder: Path) -> None:
+            head, tensors = work()
+            (folder / HEAD).write_text(head, encoding="utf-8")
+            (folder / TENSORS).write_bytes(tensors)
+
+        place = self.kept.stage("answer", {**key, "base": self.base.fingerprint}, build)
+        reply = _read(place)
+        self.seconds, self.down, self.up = self.seconds + reply.seconds, self.down + down, self.up + reply.up
+        return reply, place
+
+
+def _read(place: Path) -> Reply:
+    return unpack_reply(((place / HEAD).read_text(encoding="utf-8"), (place / TENSORS).read_bytes()))
+
+
+def _sha(packed: Packed) -> str:
+    return hashlib.sha256(packed[0].encode() + packed[1]).hexdigest()
 
 
 def leave(
@@ -93,41 +131,92 @@ def leave(
 
     "retrain" asks all others for all rounds again and is exact; "federaser" asks them for ``local_share`` of the
     epochs in every ``interval``-th round; "rollback" asks nobody; "client" lets the client unlearn its records by
-    ``editor`` and the others train on for two rounds.  Then the client's updates leave the record in ``folder``, unless
-    ``keep_record``, and nobody trains on there.  The edit of the training with the client stays where it is.  Writes
-    ``edit/`` and ``forget.json`` (cost in CPU seconds and bytes), under "retrain" a whole training that can be
-    forgotten from again.
+    ``editor`` and the others train on for two rounds.  Writes ``edit/`` and ``forget.json`` (cost in CPU seconds and
+    bytes), under "retrain" a whole training that can be forgotten from again.  The same call continues an interrupted
+    one: local trainings that were finished are not done again.
 
-    Raises UsageError for a client that never took part, for another base model, and where clients are needed that are
-    not here.  Costs and what each way leaves behind: :mod:`repforget.federated.forget`.
+    Then, unless ``keep_record``, nobody trains on in ``folder``, and the client goes out of its history, its report
+    (name, records, losses) and its list of clients.  What stays there: a salted digest of its name, the edit that was
+    trained with it, and the sums of bytes and seconds over all clients.  Its own file of records is not touched.
+
+    Raises UsageError for a client that never took part, for another base model, for an ``out`` that holds something
+    else, and where clients are needed that are not here.  Costs and what each way leaves behind:
+    :mod:`repforget.federated.forget`.
     """
     if method not in METHODS:
         raise UsageError(f"There is no way to forget '{method}': {nearest(method, METHODS)}")
-    with Store(folder).locked(), Store(out).locked():
+    if out.resolve() == folder.resolve():
+        raise UsageError(f"The result cannot go into the folder of the training, '{folder}': give a new one with "
+                         "--out.")  # fmt: skip
+    request = {"run": str(folder.resolve()), "method": method, "interval": interval, "local_share": local_share,
+               "editor": editor}  # fmt: skip
+    with Store(folder).locked():
         setup = Setup.read(folder)
         report = read_json(folder / REPORT)
         _check_base(base, report["base"], folder)
         history = History.open(folder / "history")
-        again = Again(base, setup.plan, setup.sources)
-        started = time.process_time()
-        done = _forgotten(method, history, client, again, (interval, local_share, editor), progress)
-        edit = edit_of(base, setup.plan, done.weights, f"federated_{done.method}",
-                       {"clients": len(history.clients()) - 1}, bound=_bound(setup.plan, method, history),
-                       notes=done.notes, guarantee=done.guarantee)  # fmt: skip
-        edit.save(out / EDIT)
-        write_json(out / COST, {"client": client, "method": method, "trainings": done.trainings, "notes": done.notes,
-                                "cpu_seconds": time.process_time() - started, "client_cpu_seconds": again.seconds,
-                                "down": again.down, "up": again.up})  # fmt: skip
-        for line in done.notes:
-            note(line)
-        if method == "retrain":
-            _as_training(setup, report, again, done, len(history), out)
-        if not keep_record:
-            rounds = history.erase(client)
-            _gone(setup, client, folder)
-            note(f"the updates of '{client}' in {rounds} rounds have left '{folder / 'history'}'; "
-                 f"'{folder / EDIT}' was trained with them and is still there")  # fmt: skip
-    return edit
+        mine = _answers(request, client, out)
+        finished = mine and (out / COST).exists()
+        if not finished:
+            _here(history, client, setup, folder)
+        with Store(out).locked():
+            if not mine:
+                shutil.rmtree(out / AGAIN, ignore_errors=True)
+                write_json(out / REQUEST, {**request, "client": mark(client)})
+            if not finished:
+                how = (method, (interval, local_share, editor))
+                _made(base, setup, report, history, client, how, out, progress)
+            shutil.rmtree(out / AGAIN, ignore_errors=True)
+            for line in read_json(out / COST)["notes"]:
+                note(line)
+            if not keep_record and client in {**history.clients(), **report["clients"], **setup.sources}:
+                _gone(setup, report, history, client, folder)
+                note(f"the updates of '{client}' have left '{folder / 'history'}'; '{folder / EDIT}' was trained with "
+                     "them and is still there")  # fmt: skip
+    return load_edit(out / EDIT)
+
+
+def _answers(request: Mapping[str, Any], client: str, out: Path) -> bool:
+    """Whether ``out`` was made for this very request; False where it holds no result, UsageError where another's."""
+    if (out / REQUEST).exists():
+        held = read_json(out / REQUEST)
+        if is_mark(str(held.pop("client")), client) and held == request:
+            return True
+    if not out.is_dir() or {path.name for path in out.iterdir()} <= {LOCK, REQUEST, AGAIN}:
+        return False
+    raise UsageError(f"'{out}' holds something other than the answer to this request: give a new folder with --out.")
+
+
+def _here(history: History, client: str, setup: Setup, folder: Path) -> None:
+    """Refuse a client that is not in the record."""
+    known = history.clients()
+    if client in known:
+        return
+    if setup.has_left(client):
+        raise UsageError(f"Client '{client}' was already forgotten in '{folder}': the result is in the --out of that "
+                         "time.")  # fmt: skip
+    raise UsageError(f"Client '{client}' never took part in the training in '{folder}', so that there is nothing to "
+                     f"forget: {nearest(client, known)}")  # fmt: skip
+
+
+def _made(
+    base: LoadedModel, setup: Setup, report: Mapping[str, Any], history: History, client: str,
+    how: tuple[Method, tuple[int, float, str]], out: Path, progress: Progress | None,
+) -> None:  # fmt: skip
+    """Run the way and write its result into ``out``; ``forget.json`` comes last and says that it is complete."""
+    again = Again(base, setup.plan, setup.sources, Store(out / AGAIN))
+    started = time.process_time()
+    method, details = how
+    done = _forgotten(method, history, client, again, details, progress)
+    if method == "retrain":
+        _as_training(setup, report, again, history, client, out)
+    edit = edit_of(base, setup.plan, done.weights, f"federated_{done.method}",
+                   {"clients": len(history.clients()) - 1}, bound=_bound(setup.plan, method, history),
+                   notes=done.notes, guarantee=done.guarantee)  # fmt: skip
+    edit.save(out / EDIT)
+    write_json(out / COST, {"method": method, "trainings": done.trainings, "notes": done.notes,
+                            "cpu_seconds": time.process_time() - started, "client_cpu_seconds": again.seconds,
+                            "down": again.down, "up": again.up})  # fmt: skip
 
 
 def _forgotten(
@@ -158,26 +247,48 @@ def _bound(plan: Plan, method: Method, history: History) -> int:
 
 
 def _as_training(
-    setup: Setup, report: Mapping[str, Any], again: Again, done: Forgotten, rounds: int, out: Path
+    setup: Setup, report: Mapping[str, Any], again: Again, history: History, client: str, out: Path
 ) -> None:  # fmt: skip
-    """Write what was trained again as a training of its own."""
-    held: list[tuple[Weights, list[Update]]] = []
-    after = done.weights
-    for number in reversed(range(rounds)):  # a round of the client alone is one without updates
-        held.append(again.rounds.get(number, (after, [])))
-        after = held[-1][0]
-    record = History(out / "history", setup.plan.local.rule, setup.plan.adam)
-    for weights, updates in reversed(held[: rounds - len(record)]):
-        record.append(weights, updates)
-    sources = {name: source for name, source in setup.sources.items() if name != done.client}
-    Setup(setup.plan, sources).write(out)
-    clients = {name: records for name, records in report["clients"].items() if name != done.client}
-    write_json(out / REPORT, {**report, "clients": clients, "rounds": [], "totals": {}})
+    """Write what was trained again as a training of its own; a round of the client alone is one without updates."""
+    rule, adam = setup.plan.local.rule, setup.plan.adam
+    record = History(out / "history", rule, adam)
+    weights: Weights = history[0].before
+    moments: dict[str, Any] = {}
+    for number in range(len(history)):
+        updates = again.updates(number)
+        if number >= len(record):
+            record.append(weights, updates)
+        if updates:
+            weights = applied(weights, aggregate(updates, rule, adam=adam, state=moments))
+    Setup(setup.plan, {name: source for name, source in setup.sources.items() if name != client}).write(out)
+    write_json(out / REPORT, {**_without(report, client), "rounds": [], "totals": totals_of([])})
 
 
-def _gone(setup: Setup, client: str, folder: Path) -> None:
+def _gone(setup: Setup, report: Mapping[str, Any], history: History, client: str, folder: Path) -> None:
+    """Take the client out of ``folder``: first that nobody trains on there, then its updates, then the report.
+
+    Killed at any point, it is done again by the same request.
+    """
+    left = setup.left if setup.has_left(client) else (*setup.left, mark(client))
+    replace(setup, left=left).write(folder)
+    if client in history.clients():
+        history.erase(client)
+    write_json(folder / REPORT, _without(report, client))
     sources = {name: source for name, source in setup.sources.items() if name != client}
-    replace(setup, sources=sources, left=(*setup.left, client)).write(folder)
+    replace(setup, sources=sources, left=left).write(folder)
+
+
+def _without(report: Mapping[str, Any], client: str) -> dict[str, Any]:
+    """The report without the client's name, records, losses and seconds."""
+    rounds = []
+    for row in report["rounds"]:
+        own = sum(took["seconds"] for took in row["took_part"] if took["client"] == client)
+        kept: dict[str, Any] = {name: {k: v for k, v in row[name].items() if k != client}
+                                for name in ("failed", "unusual")}  # fmt: skip
+        kept["took_part"] = [took for took in row["took_part"] if took["client"] != client]
+        rounds.append({**row, **kept, "client_seconds": row["client_seconds"] - own})
+    named = {name: {k: v for k, v in report[name].items() if k != client} for name in ("clients", "refused")}
+    return {**report, **named, "rounds": rounds, "totals": totals_of(rounds)}
 
 
 def _check_base(base: LoadedModel, wanted: str, folder: Path) -> None:

@@ -16,6 +16,18 @@ from repforget.training.stepper import AnyOptimizer
 
 Packed = tuple[str, bytes]
 FAILED = "failed"  # in the head of a reply that carries no update: why
+LONGEST = 100  # characters of a client's name
+MOST = 10**9  # records that a client may claim, whatever a plan allows
+# what JSON, numbers and tensors of a stranger can raise
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+
+
+def shown(text: object, most: int = 300) -> str:
+    """What a stranger sent as one line of at most ``most`` characters, with everything escaped that does not print."""
+    if not isinstance(text, str):
+        return f"<{type(text).__name__}>"
+    line = " ".join(text[:most].split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,17 @@ class Introduction:
     records: int
     base: str
     tokenizer: str
+
+    @property
+    def fault(self) -> str | None:
+        """Why this is no introduction, whatever came over the wire; None where it is one."""
+        if not isinstance(self.client, str) or not (0 < len(self.client) <= LONGEST and self.client.isprintable()):
+            return f"has a name that is not 1 to {LONGEST} printable characters"
+        if type(self.records) is not int:
+            return "does not say by a whole number how many records it has"
+        if not (isinstance(self.base, str) and isinstance(self.tokenizer, str)):
+            return "does not say which model it has"
+        return "has no records" if self.records < 1 else None
 
 
 @dataclass(frozen=True)
@@ -117,13 +140,26 @@ def unpack_reply(packed: Packed, down: int = 0) -> Reply:
     up = size(packed)
     try:
         head = json.loads(packed[0])
-        who, when, seconds = str(head["client"]), int(head["round"]), float(head["seconds"])
+        who, when, seconds = shown(head["client"]), _whole(head["round"]), _amount(head["seconds"])
         if FAILED in head:
-            return Reply(who, when, seconds=seconds, failed=str(head[FAILED]), down=down, up=up)
-        update = Update(who, int(head["records"]), _arrays(packed[1]))
-        return Reply(who, when, update, float(head["loss"]), seconds, down=down, up=up)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"A reply cannot be read ({type(error).__name__}: {error}).") from None
+            return Reply(who, when, seconds=seconds, failed=shown(head[FAILED]), down=down, up=up)
+        update = Update(who, _whole(head["records"]), _arrays(packed[1]))
+        return Reply(who, when, update, _amount(head["loss"]), seconds, down=down, up=up)
+    except UNREADABLE as error:
+        raise UsageError(f"sent a reply that cannot be read ({type(error).__name__}: {shown(str(error))})") from None
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError("a whole number is expected")
+    return value
+
+
+def _amount(value: Any) -> float:
+    """A finite number of at least 0: a loss in nats, or seconds."""
+    if not (isinstance(value, (int, float)) and 0 <= float(value) < 1e12):
+        raise ValueError("a finite number of at least 0 is expected")
+    return float(value)
 
 
 def _tensors(values: Mapping[str, np.ndarray]) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,7 +38,10 @@ class Setup:
 
     plan: Plan
     sources: Mapping[str, Source]
-    left: tuple[str, ...] = ()  # clients that were forgotten here
+    left: tuple[str, ...] = ()  # marks of the clients that were forgotten here
+
+    def has_left(self, client: str) -> bool:
+        return any(is_mark(mark, client) for mark in self.left)
 
     @classmethod
     def read(cls, folder: Path) -> Setup:
@@ -60,8 +65,8 @@ class Setup:
         if (folder / RUN).exists():
             old = Setup.read(folder)
             if old.left:
-                raise UsageError(f"Client '{old.left[0]}' was forgotten in '{folder}', so that its training is over: "
-                                 "train on in a new folder.")  # fmt: skip
+                raise UsageError(f"A client was forgotten in '{folder}', so that its training is over: train on in a "
+                                 "new folder.")  # fmt: skip
             held, asked = old.plan, self.plan
             fields = {"model": (held.model, asked.model), "strategy": (held.local.rule, asked.local.rule),
                       "local training": (held.local, asked.local), "server": (held.adam, asked.adam),
@@ -74,6 +79,17 @@ class Setup:
                 raise UsageError(f"'{folder}' holds a training of {old.plan.rounds} rounds and {self.plan.rounds} were "
                                  "asked for: choose another folder with --out.")  # fmt: skip
         self.write(folder)
+
+
+def mark(client: str) -> str:
+    """A salted digest of a name: whoever knows or guesses the name can tell that it is meant, nobody can read it."""
+    salt = secrets.token_hex(8)
+    return f"{salt}:{hashlib.sha256(f'{salt}{client}'.encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
+def is_mark(text: str, client: str) -> bool:
+    salt, _, found = text.partition(":")
+    return found == hashlib.sha256(f"{salt}{client}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def ready(model: LoadedModel, plan: Plan) -> Plan:

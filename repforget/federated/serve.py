@@ -21,7 +21,7 @@ from typing import Any
 from repforget.artifact import Edit
 from repforget.errors import MissingExtraError, ResourceError, UsageError
 from repforget.federated.clients import Worker, answer
-from repforget.federated.messages import Introduction, Packed, Reply, Task, pack_task, size
+from repforget.federated.messages import UNREADABLE, Introduction, Packed, Reply, Task, pack_task, shown, size
 from repforget.federated.run import Setup, finish, ready
 from repforget.federated.server import Plan, federate
 from repforget.federated.simulate import late, quiet, read_reply
@@ -82,10 +82,10 @@ def grpc_parts() -> Any:
         from flwr.server.client_manager import SimpleClientManager
         from flwr.server.superlink.fleet.grpc_bidi.grpc_bridge import GrpcBridgeClosed
         from flwr.server.superlink.fleet.grpc_bidi.grpc_server import start_grpc_server
-        from grpc import RpcError  # type: ignore[import-untyped]
+        from grpc import RpcError
     except ImportError as error:
         raise MissingExtraError(f"Serving clients needs flwr 1.41 with its gRPC service ({error}): pip install "
-                                "'repforget[federated]' 'flwr==1.41.*'.") from None  # fmt: skip
+                                "'repforget[federated]'.") from None  # fmt: skip
     logging.getLogger("flwr").setLevel(logging.CRITICAL + 1)  # importing flwr sets it
     return SimpleNamespace(RpcError=RpcError, Client=Client, start_client=start_client, messages=messages,
                            Manager=SimpleClientManager, Closed=GrpcBridgeClosed, start=start_grpc_server)  # fmt: skip
@@ -116,28 +116,31 @@ class Remote:
     def _greet(self) -> None:
         here = dict(self.manager.all())
         self.known = {cid: pair for cid, pair in self.known.items() if cid in here}
-        for cid, proxy in here.items():
-            if cid in self.known:
-                continue
-            member = self._introduced(proxy)
+        new = {cid: proxy for cid, proxy in here.items() if cid not in self.known}
+        if not new:
+            return
+        with ThreadPoolExecutor(len(new)) as pool:  # one that is silent keeps no other waiting
+            told = list(pool.map(self._introduced, new.values()))
+        for (cid, proxy), member in zip(new.items(), told, strict=True):
             if member is None:
-                continue
-            if any(member.client == other.client for other, _ in self.known.values()):
-                self.note(f"refused: a second client '{member.client}'")
+                self.note("refused: a client that did not introduce itself")
+                self._hang_up(proxy, REFUSED, "did not introduce itself")
+            elif any(member.client == other.client for other, _ in self.known.values()):
+                self.note(f"refused: a second client '{shown(member.client)}'")
                 self._hang_up(proxy, REFUSED, "bears the name of a client that is already here")
-                continue
-            self.known[cid] = (member, proxy)
+            else:
+                self.known[cid] = (member, proxy)
 
     def _introduced(self, proxy: Any) -> Introduction | None:
         try:
             told = proxy.get_properties(self.flwr.messages.GetPropertiesIns({}), GREETING, None)
             return Introduction(**json.loads(str(told.properties["member"])))
-        except (self.flwr.Closed, KeyError, TypeError, ValueError):
+        except (self.flwr.Closed, *UNREADABLE):
             return None
 
-    def refuse(self, client: str, reason: str) -> None:
-        for cid, (member, proxy) in list(self.known.items()):
-            if member.client == client:
+    def refuse(self, member: Introduction, reason: str) -> None:
+        for cid, (known, proxy) in list(self.known.items()):
+            if known is member:
                 del self.known[cid]
                 self._hang_up(proxy, REFUSED, reason)
 
@@ -157,6 +160,8 @@ class Remote:
         except self.flwr.Closed:
             gone = "died before it answered" if time.monotonic() - started < timeout else late(timeout)
             return Reply(name, round, failed=gone, down=size(packed))
+        except UNREADABLE:
+            return Reply(name, round, failed="sent a message that cannot be read", down=size(packed))
         tensors = b"".join(back.parameters.tensors)
         return read_reply(name, round, (str(back.metrics.get("head", "")), tensors), size(packed))
 
@@ -169,8 +174,9 @@ class Remote:
         try:
             proxy.get_properties(self.flwr.messages.GetPropertiesIns({why: text}), PAUSE * 25, None)
             proxy.reconnect(self.flwr.messages.ReconnectIns(None), PAUSE * 25, None)
-        except self.flwr.Closed:
-            self.manager.unregister(proxy)  # it has gone by itself
+        except (self.flwr.Closed, *UNREADABLE):
+            pass  # it has gone by itself, or does not understand
+        self.manager.unregister(proxy)
 
 
 def serve(
@@ -234,7 +240,7 @@ def join(
                                     "or give another address.") from None  # fmt: skip
             time.sleep(PAUSE * 5)
     if REFUSED in said:
-        raise UsageError(f"The server refuses '{worker.name}': it {said[REFUSED]}.")
+        raise UsageError(f"The server refuses '{worker.name}': it {shown(said[REFUSED])}.")
     return len(said["rounds"])
 
 
@@ -260,20 +266,17 @@ def _flwr_client(flwr: Any, worker: Worker, note: Callable[[str], None]) -> tupl
     said: dict[str, Any] = {"rounds": []}
     fine = messages.Status(messages.Code.OK, "")
 
-    class Joined(flwr.Client):  # type: ignore[misc]
-        """The interface that flwr calls."""
+    def get_properties(self: Any, ins: Any) -> Any:
+        said.update(ins.config)
+        own = json.dumps(vars(worker.introduce()))
+        return messages.GetPropertiesRes(fine, {"member": own})
 
-        def get_properties(self, ins: Any) -> Any:
-            said.update(ins.config)
-            own = json.dumps(vars(worker.introduce()))
-            return messages.GetPropertiesRes(fine, {"member": own})
+    def fit(self: Any, ins: Any) -> Any:
+        head, tensors = answer(worker, (str(ins.config["head"]), b"".join(ins.parameters.tensors)))
+        number = json.loads(head)["round"]
+        said["rounds"].append(number)
+        note(f"round {number}: {json.loads(head).get('failed', 'answered')}")
+        parameters = messages.Parameters([tensors] if tensors else [], "safetensors")
+        return messages.FitRes(fine, parameters, 1, {"head": head})
 
-        def fit(self, ins: Any) -> Any:
-            head, tensors = answer(worker, (str(ins.config["head"]), b"".join(ins.parameters.tensors)))
-            number = json.loads(head)["round"]
-            said["rounds"].append(number)
-            note(f"round {number}: {json.loads(head).get('failed', 'answered')}")
-            parameters = messages.Parameters([tensors] if tensors else [], "safetensors")
-            return messages.FitRes(fine, parameters, 1, {"head": head})
-
-    return Joined(), said
+    return type("Joined", (flwr.Client,), {"get_properties": get_properties, "fit": fit})(), said

@@ -12,10 +12,10 @@ import numpy as np
 
 from repforget.errors import NumericalError, ResourceError
 from repforget.federated.aggregate import ADAM, Adam, aggregate, applied
-from repforget.federated.clients import State, shapes_of, tokenizer_digest, untouched
-from repforget.federated.faults import admitted, fault_of
+from repforget.federated.clients import State, shapes_of, tokenizer_digest, untouched, weights_norm
+from repforget.federated.faults import admitted, fault_of, unusual
 from repforget.federated.history import History
-from repforget.federated.messages import Introduction, Local, Reply, Task
+from repforget.federated.messages import Introduction, Local, Reply, Task, shown
 from repforget.federated.records import Update
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress, track
@@ -36,14 +36,17 @@ class Fleet(Protocol):
         """Give ``task`` to the named clients; one reply for each, in any order, failed ones with their reason."""
         ...
 
-    def refuse(self, client: str, reason: str) -> None:
-        """Tell a client that it may not take part."""
+    def refuse(self, member: Introduction, reason: str) -> None:
+        """Tell one of the members that it may not take part."""
         ...
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained and how; ``min_clients`` and ``timeout`` (seconds for one round) say what a round needs."""
+    """What is trained and how; ``min_clients`` and ``timeout`` (seconds for one round) say what a round needs.
+
+    A client that says it has more than ``max_records`` is refused: the average would be its own.
+    """
 
     model: str
     local: Local
@@ -51,6 +54,7 @@ class Plan:
     min_clients: int = 1
     timeout: float = 600.0
     adam: Adam = ADAM
+    max_records: int = 1_000_000
 
 
 @dataclass
@@ -71,12 +75,16 @@ class Report:
 
     def add(self, row: Mapping[str, Any]) -> None:
         self.body["rounds"].append(row)
-        totals = {key: sum(r[key] for r in self.body["rounds"]) for key in ("down", "up", "seconds", "client_seconds")}
-        self.body["totals"] = totals
+        self.body["totals"] = totals_of(self.body["rounds"])
         self.write()
 
     def write(self) -> None:
         write_json(self.path, self.body)
+
+
+def totals_of(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Bytes to and from clients, seconds of the server's clock and of the clients' CPU, over all rows."""
+    return {key: sum(row[key] for row in rounds) for key in ("down", "up", "seconds", "client_seconds")}
 
 
 def federate(
@@ -93,14 +101,15 @@ def federate(
     history = History(folder / "history", plan.local.rule, plan.adam)
     report = Report.open(folder, plan, base, len(history))
     state, moments = resumed(history, untouched(base, plan.local))
-    door = Door(fleet, base.fingerprint, tokenizer_digest(base), shapes_of(base, plan.local), report, note)
+    door = Door(fleet, base.fingerprint, tokenizer_digest(base), shapes_of(base, plan.local),
+                weights_norm(base, plan.local), plan.max_records, report, note)  # fmt: skip
     for number in track(progress, range(len(history) + 1, plan.rounds + 1), "rounds"):
         updates, row = _round(door, plan, Task(number, plan.local, state))
         after = applied(state, aggregate(updates, plan.local.rule, adam=plan.adam, state=moments))
         if not all(np.isfinite(value).all() for value in after.values()):
             raise NumericalError(f"Round {number} drove the global weights out of range: lower the learning rate.")
+        report.add({**row, "kept": True})  # first: what it says of a round that was never written is dropped again
         history.append(state, updates)
-        report.add({**row, "kept": True})
         state = after
     return state
 
@@ -113,18 +122,21 @@ class Door:
     base: str
     tokenizer: str
     shapes: Mapping[str, tuple[int, ...]]
+    norm: float
+    most: int
     report: Report
     note: Callable[[str], None]
 
     def members(self) -> dict[str, Introduction]:
         """Those here now with this base and tokenizer, by name; the others are told, and named in the report."""
-        welcome, refused = admitted(self.fleet.members(), self.base, self.tokenizer)
+        welcome, refused = admitted(self.fleet.members(), self.base, self.tokenizer, self.most)
         known = self.report.body["refused"]
-        for client, reason in refused.items():
+        for member, reason in refused:
+            client = shown(member.client)
             if known.get(client) != reason:
                 self.note(f"refused: client '{client}' {reason}")
             known[client] = reason
-            self.fleet.refuse(client, reason)
+            self.fleet.refuse(member, reason)
         self.report.body["clients"] |= {name: member.records for name, member in welcome.items()}
         return welcome
 
@@ -134,7 +146,7 @@ class Door:
         good: list[Update] = []
         failed: dict[str, str] = {}
         for reply in replies:
-            reason = fault_of(reply, task.round, members[reply.client], self.shapes)
+            reason = fault_of(reply, task.round, members[reply.client], self.shapes, self.norm)
             if reason is None and reply.update is not None:
                 good.append(reply.update)
             else:
@@ -152,6 +164,8 @@ def _round(door: Door, plan: Plan, task: Task) -> tuple[list[Update], dict[str, 
         replies, good, failed = door.ask(task, members) if len(members) >= plan.min_clients else ([], [], {})
         row = _row(task.round, attempt, replies, good, failed, time.monotonic() - started)
         if len(good) >= plan.min_clients:
+            for client, what in row["unusual"].items():
+                door.note(f"round {task.round}: client '{client}' {what}; it is used all the same")
             return good, row
         door.report.add({**row, "kept": False})
         door.note(f"round {task.round}: {len(good)} of at least {plan.min_clients} clients, attempt {attempt} of "
@@ -182,7 +196,7 @@ def _row(
     used = {update.client for update in good}
     took = [{"client": r.client, "records": r.update.records, "loss": r.loss, "seconds": r.seconds}
             for r in sorted(replies, key=lambda r: r.client) if r.client in used and r.update is not None]  # fmt: skip
-    return {"round": number, "attempt": attempt, "took_part": took, "failed": dict(failed),
+    return {"round": number, "attempt": attempt, "took_part": took, "failed": dict(failed), "unusual": unusual(good),
             "down": sum(r.down for r in replies), "up": sum(r.up for r in replies), "seconds": seconds,
             "client_seconds": sum(r.seconds for r in replies)}  # fmt: skip
 

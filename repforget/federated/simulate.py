@@ -38,7 +38,7 @@ class Here:
     def members(self) -> list[Introduction]:
         return [client.introduce() for client in self.clients.values()]
 
-    def refuse(self, client: str, reason: str) -> None:
+    def refuse(self, member: Introduction, reason: str) -> None:
         """Nobody is behind it who could be told."""
 
     def ask(self, task: Task, clients: Sequence[str]) -> Iterator[Reply]:
@@ -82,7 +82,6 @@ def client_app(model: str, sources: Mapping[str, Source], faults: Sequence[Fault
 
     app, names = ClientApp(), sorted(sources)
 
-    @app.train()  # type: ignore[untyped-decorator]
     def train(message: Any, context: Any) -> Any:
         name = names[int(context.node_config["partition-id"])]
         worker = Faulty(_client(model, name, sources[name]), tuple(faults), timeout)
@@ -90,12 +89,13 @@ def client_app(model: str, sources: Mapping[str, Source], faults: Sequence[Fault
         head, tensors = answer(worker, (str(body["head"]), bytes(body["tensors"])))
         return Message(RecordDict({"reply": ConfigRecord({"head": head, "tensors": tensors})}), reply_to=message)
 
-    @app.query()  # type: ignore[untyped-decorator]
     def query(message: Any, context: Any) -> Any:
         name = names[int(context.node_config["partition-id"])]
         own = vars(_client(model, name, sources[name]).introduce())
         return Message(RecordDict({"member": ConfigRecord({**own})}), reply_to=message)
 
+    app.train()(train)
+    app.query()(query)
     return app
 
 
@@ -134,7 +134,7 @@ class Ray:
     def members(self) -> list[Introduction]:
         return self.known
 
-    def refuse(self, client: str, reason: str) -> None:
+    def refuse(self, member: Introduction, reason: str) -> None:
         """A node of a simulation shares the server's model and cannot be refused for another."""
 
     def ask(self, task: Task, clients: Sequence[str]) -> Iterator[Reply]:
@@ -188,10 +188,13 @@ def late(seconds: float) -> str:
 
 
 def read_reply(name: str, round: int, packed: Packed, down: int) -> Reply:
+    """The reply of ``name``; one that cannot be read, or bears another's name, is a failure of ``name``."""
     try:
-        return unpack_reply(packed, down)
+        reply = unpack_reply(packed, down)
+        failed = None if reply.client == name else f"answered as '{reply.client}'"
     except UsageError as error:
-        return Reply(name, round, failed=str(error), down=down, up=size(packed))
+        failed = str(error)
+    return Reply(name, round, failed=failed, down=down, up=size(packed)) if failed else reply
 
 
 def on_ray(
@@ -216,9 +219,10 @@ def on_ray(
     server, stop = ServerApp(), threading.Event()
     kept: list[T] = []
 
-    @server.main()  # type: ignore[untyped-decorator]
     def main(grid: Any, context: Any) -> None:
         kept.append(act(Ray.join(grid, timeout, stop, len(sources))))
+
+    server.main()(main)
 
     # A process that a client has killed is started again, and what it was doing is tried once more: without that the
     # next clients to be given to it would fail too.
@@ -229,7 +233,7 @@ def on_ray(
         warnings.simplefilter("ignore")
         try:
             run_simulation(server, client_app(model, sources, faults, timeout), len(sources),
-                           backend_config={"client_resources": resources, "init_args": started})  # type: ignore[dict-item]  # fmt: skip
+                           backend_config={"client_resources": resources, "init_args": started})  # fmt: skip
         except InterruptedError:
             raise KeyboardInterrupt from None
     return kept[0]
