@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,9 +20,9 @@ from repforget.artifact import Edit
 from repforget.edit.train.influence_removal import influence_removal
 from repforget.errors import KnowledgeError, NumericalError, SiteError, UnknownNameError, UsageError
 from repforget.guarantee import unearned
-from repforget.influence import curvature, linear_maps, rank
+from repforget.influence import curvature, linear_maps, rank, scores
 from repforget.influence.ask import Ask, asked, cache_folder, forget_set, some, trained_on
-from repforget.influence.audit import Ranking, cluster_lines, sentences
+from repforget.influence.audit import Ranking, _controls, cluster_lines, sentences
 from repforget.knowledge import Item, Knowledge
 from repforget.knowledge_files import load_knowledge
 from repforget.models.load import LoadedModel, fingerprint, wrap
@@ -98,8 +99,9 @@ def test_copies_under_another_name_are_found_and_nothing_where_there_are_none(kn
     known = records()
     copies = [Record(f"copy-{r.id}", "somebody", r.prompt, r.answer) for r in known if r.cluster == "Ada"]
     found = ranked(knows, [*known, *copies])
-    assert {found.records[k].id for k in found.found} == {r.id for r in copies}
-    assert found.order[:2] == found.found and not any(found.inside[k] for k in found.order)
+    assert {found.records[k].id for k in found.order[:2]} == {r.id for r in copies}
+    assert found.order[:2] == found.found[:2] and len(found.found) <= 3
+    assert not any(found.inside[k] for k in found.order)
     clean = ranked(knows, known)
     assert len(clean.found) <= 1
     assert found.outside > clean.outside + 0.2 and found.outside > found.band[1]
@@ -108,6 +110,39 @@ def test_copies_under_another_name_are_found_and_nothing_where_there_are_none(kn
     assert np.array_equal(found.values, again.values) and found.to_json() == again.to_json()
     other = ranked(knows, [*known, *copies], seed=1)
     assert np.array_equal(found.values, other.values) and other.limit != found.limit, "the seed draws the controls"
+
+
+def test_nothing_is_found_behind_what_was_never_said(knows: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad answer has a large gradient and large scores on everything: the limit grows with it."""
+    known = records()
+    train, names = encoded(knows, known), linear_maps(knows)
+    made = curvature(knows, train, names)
+    nonsense = [encoded(knows, [Record("q", "q", *said)]) for said in (
+        ("the red cat", " baker"), ("Rome works as", " Tom"), ("a dog lives in", " the"))]  # fmt: skip
+    for query in nonsense:
+        assert len(rank(knows, known, train, query, names, made).found) <= 1
+    monkeypatch.setattr("repforget.influence.audit.scores_and_lengths", lambda *given, **more: (
+        found := scores(*given, **more), np.ones(len(found))))  # fmt: skip
+    assert min(len(rank(knows, known, train, query, names, made).found) for query in nonsense) >= 4
+
+
+def test_random_sets_are_made_as_the_queries_are_and_a_large_forget_set_says_so(knows: LoadedModel) -> None:
+    known = records()
+    ours = np.array([r.cluster in ("Ada", "Tom") for r in known])
+    for shape, of_each in (([2], [2]), ([1, 1, 1], [1, 1, 1]), ([3], [1, 2])):
+        _, controls = _controls(known, ours, shape, 20, 0)
+        assert len(controls) > 4 and not any(ours[k] for control in controls for k in control)
+        for control in controls:
+            assert sorted(Counter(known[k].cluster for k in control).values()) == of_each
+    train, names = encoded(knows, known), linear_maps(knows)[:2]
+    big = [k for k, r in enumerate(known) if r.cluster not in ("Ada", "Tom", "Eva")]
+    found = rank(knows, known, train, [train[k] for k in big], names, None, inside=[known[k].id for k in big],
+                 clusters=[known[k].cluster for k in big])  # fmt: skip
+    assert (found.drawn, found.asked, found.draws) == (2, 10, 3) and found.chance == 0.25
+    assert any("too few others" in s for s in sentences(found)) and any("25 % of cases" in s for s in sentences(found))
+    many = rank(knows, known, train, train[:1], names, None)
+    assert many.draws <= 16 and many.chance == pytest.approx(1 / (many.draws + 1))
+    assert not any("too few others" in s for s in sentences(many))
 
 
 def test_what_it_says_uses_no_word_that_only_a_theorem_allows(knows: LoadedModel) -> None:
@@ -124,7 +159,7 @@ def test_a_ranking_without_others_or_controls_is_refused(knows: LoadedModel) -> 
     known = records(1)
     with pytest.raises(UsageError, match="no other"):
         ranked(knows, known)
-    with pytest.raises(UsageError, match="only one cluster"):
+    with pytest.raises(UsageError, match="two clusters"):
         ranked(knows, records(2))
     train, names = encoded(knows, records()), linear_maps(knows)[:1]
     with pytest.raises(UsageError, match="no band"):

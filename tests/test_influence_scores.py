@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from repforget.errors import NumericalError, UsageError
 from repforget.influence import curvature, linear_maps, scores, self_scores
 from repforget.influence.factors import Factors, per_record
 from repforget.influence.passes import drawn_labels, uniform
-from repforget.models.load import LoadedModel, fingerprint
+from repforget.models.load import LoadedModel, fingerprint, wrap
 from repforget.training import Example
 
 WIDE = torch.float64
@@ -152,6 +153,12 @@ def test_without_curvature_it_is_the_product_of_gradients(model: LoadedModel) ->
     g, q = (torch.stack([plain(model, e, names) for e in some]) for some in (train, queries))
     labels = sum(sum(e.labelled) for e in train)
     np.testing.assert_allclose(scores(model, queries, train, names), (q @ g.T).numpy() / labels, rtol=1e-6, atol=1e-9)
+
+
+def test_rows_that_an_architecture_joins_are_told_apart(tokenizer: Any) -> None:
+    """OPT reads [b * s, width] in its MLP."""
+    model = wrap(tiny_models.build("opt").double(), tokenizer, "opt")
+    test_without_curvature_it_is_the_product_of_gradients(model)
 
 
 def test_damping_without_end_is_the_product_of_gradients(model: LoadedModel) -> None:

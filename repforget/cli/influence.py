@@ -31,7 +31,7 @@ Clusters = Annotated[Path | None, typer.Option("--clusters", help="File for the 
 Top = Annotated[int, typer.Option("--top", min=1, help="How many records are printed.")]
 Damping = Annotated[float, typer.Option("--damping", help="Share of the mean eigenvalue added to the curvature.")]
 Fit = Annotated[int, typer.Option("--fit", min=1, help="Most records the curvature is fitted on, drawn by seed.")]
-Draws = Annotated[int, typer.Option("--draws", min=2, help="Random query sets of equal size, the control.")]
+Draws = Annotated[int, typer.Option("--draws", min=2, help="Random query sets, the control (19 or more for 95 %).")]
 Cache = Annotated[str, typer.Option("--cache", help="Folder in which factors are kept; 'none' keeps none.")]
 
 
@@ -128,11 +128,13 @@ def _ranked(
 ) -> Ranking:  # fmt: skip
     from repforget.influence import curvature, linear_maps, rank
     from repforget.influence.ask import cache_folder, some
+    from repforget.influence.score import check
     from repforget.models.load import load
     from repforget.records import Localization
     from repforget.store import read_json
     from repforget.training import encoded
 
+    check(damping)
     located = Localization.from_json(read_json(where)) if where is not None else None
     loaded: LoadedModel = load(model, device=device, dtype=dtype)
     names, folder = linear_maps(loaded, located), cache_folder(cache)
@@ -144,8 +146,8 @@ def _ranked(
         entries = sum(loaded.module.get_parameter(name).numel() for name in names)
         echo(f"{len(names)} linear maps; factors {made.bytes / 1e6:.1f} MB, query gradients "
              f"{(draws + 1) * entries * 4 / 1e6:.1f} MB; {kept}")  # fmt: skip
-        return rank(loaded, records, train, asked, names, made, inside=inside, damping=damping, draws=draws, seed=seed,
-                    progress=progress)  # fmt: skip
+        return rank(loaded, records, train, asked, names, made, inside=inside, clusters=[q.cluster for q in queries],
+                    damping=damping, draws=draws, seed=seed, progress=progress)  # fmt: skip
 
 
 def _show(found: Ranking, top: int, out: Path | None, clusters: Path | None, texts: bool, as_json: bool) -> None:

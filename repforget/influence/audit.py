@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 
 from repforget.errors import UsageError
 from repforget.influence.ekfac import Curvature
-from repforget.influence.score import scores
+from repforget.influence.score import scores_and_lengths
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress
 from repforget.training import Example, Record
@@ -25,10 +27,10 @@ LEVEL = 0.95
 class Ranking:
     """Influence [n] of every record on the mean of the queries, in nats, and the controls.
 
-    ``inside`` marks the records the question is about (a forget set; none for a plain search); ``limit`` is what, for
-    queries drawn at random, the strongest record outside *their* clusters reaches in 95 % of the draws; ``outside`` is
+    ``inside`` marks the records the question is about (a forget set; none for a plain search); ``limit`` is what the
+    strongest record outside reaches for queries drawn at random with a share ``chance`` of such draws; ``outside`` is
     the share of the total positive influence that comes from records outside, ``band`` the central 95 % of that share
-    for random queries.
+    for the ``draws`` random sets, of at least ``drawn`` records each beside ``asked`` queries.
     """
 
     records: tuple[Record, ...]
@@ -36,8 +38,11 @@ class Ranking:
     inside: NDArray[np.bool_]
     outside: float
     limit: float
+    chance: float
     band: tuple[float, float]
     draws: int
+    drawn: int
+    asked: int
 
     @property
     def order(self) -> list[int]:
@@ -59,21 +64,24 @@ class Ranking:
     def to_json(self, top: int | None = None) -> dict[str, Any]:
         rows = [{"id": self.records[k].id, "cluster": self.records[k].cluster, "score": float(self.values[k]),
                  "above_limit": bool(self.values[k] > self.limit)} for k in self.order[:top]]  # fmt: skip
-        return {"records": rows, "found": len(self.found), "limit": self.limit, "outside": self.outside,
-                "band": list(self.band), "draws": self.draws, "inside": int(self.inside.sum()),
-                "of": len(self.records)}  # fmt: skip
+        return {"records": rows, "found": len(self.found), "limit": self.limit, "chance": self.chance,
+                "outside": self.outside, "band": list(self.band), "draws": self.draws, "drawn": self.drawn,
+                "asked": self.asked, "inside": int(self.inside.sum()), "of": len(self.records)}  # fmt: skip
 
 
 def rank(
     model: LoadedModel, records: Sequence[Record], train: Sequence[Example], queries: Sequence[Example],
-    names: Sequence[str], curvature: Curvature | None, *, inside: Collection[str] = (), damping: float = 0.1,
-    draws: int = 20, seed: int = 0, progress: Progress | None = None,
+    names: Sequence[str], curvature: Curvature | None, *, inside: Collection[str] = (), clusters: Sequence[str] = (),
+    damping: float = 0.1, draws: int = 20, seed: int = 0, progress: Progress | None = None,
 ) -> Ranking:  # fmt: skip
     """Rank ``records`` (tokens ``train``) by their mean influence on ``queries``; ``inside`` are ids of a forget set.
 
-    The control asks the same of ``draws`` random sets of as many training records, whole clusters outside the forget
-    set as far as that goes, each set with its own clusters as the inside.  A record above the limit is one that random
-    queries hardly ever find: with the level 95 % per search, not per record.  UsageError where nothing is left outside.
+    The control asks the same of ``draws`` random sets of training records outside the forget set, as many from as many
+    clusters as the queries are about (``clusters``, one each; without them one), as far as half of the clusters reach;
+    each set has its own clusters as the inside.  Influence grows with the gradient of the query, which is large where
+    the model answers badly: sets are compared over the lengths of their gradients, and ``limit`` is on the scale of
+    the queries.  What is asked otherwise than it was trained differs from the controls in more than that.  UsageError
+    where nothing is left outside.
 
     Cost: gradients of the queries and of the controls' records, then one pass over ``train`` per memory of ``draws``
     gradients.  A high influence shows that a record pushes the model towards these answers in the linear picture, not
@@ -84,47 +92,60 @@ def rank(
         raise UsageError("Every training record belongs to the forget set: there is no other that could carry it.")
     if draws < 2:
         raise UsageError(f"{draws} random query sets make no band: give at least two.")
-    picked, controls = _controls(records, ours, len(queries), draws, seed)
+    shape = sorted(Counter(clusters or ("",) * len(queries)).values(), reverse=True)
+    picked, controls = _controls(records, ours, shape, draws, seed)
     asked = [*queries, *(train[k] for k in picked)]
     own = {k: len(queries) + place for place, k in enumerate(picked)}
     groups = [list(range(len(queries))), *([own[k] for k in control] for control in controls)]
-    values = scores(model, asked, train, names, curvature, damping=damping, groups=groups, progress=progress)
+    values, lengths = scores_and_lengths(model, asked, train, names, curvature, damping=damping, groups=groups,
+                                         progress=progress)  # fmt: skip
     tops, shares = [], []
-    for row, control in zip(values[1:], controls, strict=True):
+    for row, length, control in zip(values[1:], lengths[1:], controls, strict=True):
         theirs = {records[k].cluster for k in control}
-        within = np.array([record.cluster in theirs for record in records]) | ours
-        tops.append(float(row[~within].max()))
-        shares.append(_share(row, within))
+        within = np.array([record.cluster in theirs for record in records])
+        tops.append(float(row[~(within | ours)].max()) / length)
+        # less is outside a control than outside the forget set, which it leaves out: counted as if it were as much
+        shares.append(_share(row[~ours], within[~ours], (~ours).sum() / (~(within | ours)).sum()))
     low, high = np.quantile(shares, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Ranking(tuple(records), values[0], ours, _share(values[0], ours), float(np.quantile(tops, LEVEL)),
-                   (float(low), float(high)), draws)  # fmt: skip
+    place = min(len(tops), math.ceil(LEVEL * (len(tops) + 1)))  # one more draw is above it in `chance` of all cases
+    limit = float(sorted(tops)[place - 1] * lengths[0])
+    return Ranking(tuple(records), values[0], ours, _share(values[0], ours), limit, 1 - place / (len(tops) + 1),
+                   (float(low), float(high)), len(controls), min(map(len, controls)), len(queries))  # fmt: skip
 
 
 def _controls(
-    records: Sequence[Record], ours: NDArray[np.bool_], size: int, draws: int, seed: int
+    records: Sequence[Record], ours: NDArray[np.bool_], shape: Sequence[int], draws: int, seed: int
 ) -> tuple[list[int], list[list[int]]]:
-    """Indices of all records drawn, and of each control set: whole clusters, the last of them cut to ``size``."""
+    """Indices of all records drawn, and of each control set: ``shape`` [clusters] many of random clusters, and more
+    clusters where these have fewer.  A set that is drawn twice counts once."""
     clusters: dict[str, list[int]] = {}
     for k, record in enumerate(records):
         if not ours[k]:
             clusters.setdefault(record.cluster, []).append(k)
     if len(clusters) < 2:
-        raise UsageError("Outside the forget set there is only one cluster, too few for random query sets: give more "
-                         "training data.")  # fmt: skip
+        raise UsageError("Random query sets need records of two clusters (outside the forget set), and there are fewer:"
+                         " give more training data.")  # fmt: skip
     draw = random.Random(f"influence-{seed}")
     most = max(1, len(clusters) // 2)  # a set leaves as many clusters outside
-    found = []
+    found: dict[tuple[int, ...], None] = {}
     for _ in range(draws):
-        names = draw.sample(sorted(clusters), most)
-        found.append([k for name in names for k in draw.sample(clusters[name], len(clusters[name]))][:size])
-    return sorted({k for control in found for k in control}), found
+        left, control = sum(shape), list[int]()
+        for place, name in enumerate(draw.sample(sorted(clusters), most)):
+            wanted = min(left, shape[place] if place < len(shape) else left, len(clusters[name]))
+            control += draw.sample(clusters[name], wanted)
+            left -= wanted
+        found[tuple(sorted(control))] = None
+    if len(found) < 2:
+        raise UsageError("All random query sets came out alike: give more training data, or more draws.")
+    return sorted({k for control in found for k in control}), [list(control) for control in found]
 
 
-def _share(values: NDArray[np.float64], within: NDArray[np.bool_]) -> float:
-    """Share of the positive influence that comes from outside; NaN where there is none at all."""
+def _share(values: NDArray[np.float64], within: NDArray[np.bool_], weight: float = 1.0) -> float:
+    """Share of the positive influence that comes from outside, weighted; NaN where there is none at all."""
     positive = values.clip(min=0)
-    total = float(positive.sum())
-    return float(positive[~within].sum()) / total if total else float("nan")
+    outside = weight * float(positive[~within].sum())
+    total = outside + float(positive[within].sum())
+    return outside / total if total else float("nan")
 
 
 def cluster_lines(values: Mapping[str, float]) -> str:
@@ -138,10 +159,15 @@ def sentences(found: Ranking) -> tuple[str, ...]:
     shares = f"random query sets have {found.band[0]:.2f} to {found.band[1]:.2f} outside their own clusters"
     share = () if not found.inside.any() else (
         f"Of the positive influence {found.outside:.2f} comes from outside the forget set; {shares}.",)  # fmt: skip
+    small = () if found.drawn >= found.asked else (
+        f"Random query sets have as few as {found.drawn} records while {found.asked} are asked about: there are too "
+        "few others for a fair comparison.",)  # fmt: skip
     return (
-        f"{len(found.found)} of {len(found.order)} {whose} are above the limit {found.limit:.4g}, which the strongest "
-        f"foreign record reaches for 5 % of {found.draws} random query sets of equal size.",
+        f"{len(found.found)} of {len(found.order)} {whose} are above the limit {found.limit:.4g}. For a random query "
+        f"set the strongest foreign record comes so high in {100 * found.chance:.0f} % of cases ({found.draws} sets "
+        "were drawn, each compared by the length of its gradient).",
         *share,
+        *small,
         "Influence is what an answer's log-probability (nats) would lose without the record in a linear picture of "
         "training: it orders records, its size is not what retraining without them would show.",
     )  # fmt: skip

@@ -19,7 +19,7 @@ from repforget.progress import Progress
 from repforget.store import Store
 from repforget.training import Example
 
-VERSION = "ekfac-1"  # of what is kept
+VERSION = "ekfac-2"  # of what is kept
 FILE = "factors.safetensors"
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from repforget.errors import NumericalError, UsageError
+from repforget.errors import NumericalError, SiteError, UsageError
 from repforget.influence.factors import watched
 from repforget.models._hooking import run_forward
 from repforget.models.gather import Batch
@@ -70,9 +70,18 @@ def _read(
         if not bool(torch.isfinite(losses).all()):
             raise NumericalError("The loss of an example is not finite: check the model, or load it in float32.")
         gradients = torch.autograd.grad(losses.sum(), [output for _, output in seen.values()])
-    pairs = {name: (inputs, g) for (name, (inputs, _)), g in zip(seen.items(), gradients, strict=True)}
+    pairs = {name: (_rows(inputs, batch, name), _rows(g, batch, name))
+             for (name, (inputs, _)), g in zip(seen.items(), gradients, strict=True)}  # fmt: skip
     each = torch.zeros(len(rows), dtype=torch.float64).index_add(0, row, losses.detach().double().cpu())
     return Pass(rows, pairs, len(row), each)
+
+
+def _rows(values: Tensor, batch: Batch, name: str) -> Tensor:
+    """Values as [b, s, width]: some architectures join rows and positions in front of a map (OPT)."""
+    if values.shape[:-1].numel() != batch.ids.numel():
+        raise SiteError(f"'{name}' does not read every token once (some are routed elsewhere): influence is not read "
+                        "there; name other maps by a localization.")  # fmt: skip
+    return values.reshape(*batch.ids.shape, values.shape[-1])
 
 
 def uniform(examples: Sequence[Example], seed: int) -> Tensor:

@@ -44,6 +44,17 @@ def scores(
     (float32, one per entry of the maps).  It is local: the model is taken to be at an optimum, of an objective that is
     quadratic there, with maps that do not interact; no retraining was done, and scores of small size mean nothing.
     """
+    return scores_and_lengths(model, queries, train, names, curvature, damping=damping, groups=groups, memory=memory,
+                              progress=progress)[0]  # fmt: skip
+
+
+def scores_and_lengths(
+    model: LoadedModel, queries: Sequence[Example], train: Sequence[Example], names: Sequence[str],
+    curvature: Curvature | None = None, *, damping: float = 0.1, groups: Sequence[Sequence[int]] | None = None,
+    memory: int = MEMORY, progress: Progress | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """The :func:`scores` and per row √(∇L(q)ᵀ (H + λ)⁻¹ ∇L(q)): over it, scores of queries that the model answers
+    well and badly compare, since a bad answer has a large gradient and with it large scores on everything."""
     check(damping)
     sets = [[k] for k in range(len(queries))] if groups is None else [list(group) for group in groups]
     if not all(sets) or not sets:
@@ -51,12 +62,13 @@ def scores(
     size = sum(model.module.get_parameter(name).numel() for name in names) * (8 if model.dtype == torch.float64 else 4)
     most = max(1, memory // size)
     total = sum(map(predictions, train))
-    found = np.empty((len(sets), len(train)))
+    found, lengths = np.empty((len(sets), len(train))), np.empty(len(sets))
     for start in range(0, len(sets), most):
-        held = _preconditioned(model, queries, sets[start : start + most], names, curvature, damping, progress)
+        held, lengths[start : start + most] = _preconditioned(model, queries, sets[start : start + most], names,
+                                                              curvature, damping, progress)  # fmt: skip
         for part in passes(model, train, names, progress=progress, description="reading training gradients"):
             found[start : start + most, part.rows] = _against(part, held, curvature).cpu().numpy() / total
-    return found
+    return found, lengths
 
 
 def self_scores(
@@ -89,8 +101,9 @@ def check(damping: float) -> None:
 def _preconditioned(
     model: LoadedModel, queries: Sequence[Example], sets: Sequence[Sequence[int]], names: Sequence[str],
     curvature: Curvature | None, damping: float, progress: Progress | None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Per map the mean gradients [sets, out * in] of sets of queries over the damped eigenvalues, in the eigenbasis."""
+) -> tuple[dict[str, Tensor], Array]:  # fmt: skip
+    """Per map the mean gradients [sets, out * in] of sets of queries over the damped eigenvalues, in the eigenbasis;
+    and the length [sets] of each before that, in the metric of the inverse."""
     used = sorted({k for group in sets for k in group})
     index = {k: place for place, k in enumerate(used)}
     weights = torch.zeros(len(sets), len(used), dtype=torch.float64)
@@ -105,11 +118,17 @@ def _preconditioned(
             for rows in slices(inputs, gradients):
                 rotated = per_record(inputs[rows], gradients[rows], factors).flatten(1)
                 share = weights[:, part.rows[rows]].to(rotated)
-                held.setdefault(name, rotated.new_zeros(len(sets), rotated.shape[1])).addmm_(share, rotated)
-    if curvature:
-        for name, sums in held.items():
-            sums /= curvature.factors[name].damped(damping).flatten()
-    return held
+                if name not in held:
+                    held[name] = rotated.new_zeros(len(sets), rotated.shape[1])
+                held[name].addmm_(share, rotated)
+    squares = np.zeros(len(sets))
+    for name, sums in held.items():
+        damped = curvature.factors[name].damped(damping).flatten() if curvature else None
+        for row, mean in enumerate(sums):
+            over = mean if damped is None else mean / damped
+            squares[row] += float(mean.double() @ over.double())
+            mean.copy_(over)
+    return held, np.sqrt(squares)
 
 
 def _against(part: Pass, held: dict[str, Tensor], curvature: Curvature | None) -> Tensor:
