@@ -83,13 +83,16 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json_bytes(value))
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``data`` so that a reader sees the old file or the new one, never a part (else ResourceError)."""
+def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write ``data`` so that a reader sees the old file or the new one, never a part (else ResourceError).
+
+    ``mode`` are the permissions of a new file, less the umask, from its first byte on.
+    """
     temporary = path.with_name(f".{path.name}{_TEMPORARY}{os.getpid()}")
     with refusing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "wb") as file:
+            with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())

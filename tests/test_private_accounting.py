@@ -92,6 +92,32 @@ def test_group_privacy_and_where_it_ends() -> None:
     assert [row["vacuous"] for row in group_rows(0.5, 1e-5, (1, most, most + 1))] == [False, False, True]
 
 
+def test_the_end_of_a_group_is_found_however_far_it_is() -> None:
+    most = a.reach(1e-9, 1e-12)
+    assert a.group(1e-9, 1e-12, most)[1] < 1.0 == a.group(1e-9, 1e-12, most + 1)[1] and most > 10**9
+
+
+@pytest.mark.parametrize("kind", a.ACCOUNTANTS)
+def test_epsilon_is_never_below_zero(kind: str) -> None:
+    assert epsilon(kind, 6.0, 0.02, 30, 0.1) == 0.0  # the accountants say -0.1, which would shrink with the group
+
+
+def test_noise_that_does_not_keep_the_budget_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    a.noise_multiplier.cache_clear()
+    monkeypatch.setattr("opacus.accountants.utils.get_noise_multiplier", lambda **given: 1.0)
+    with pytest.raises(UsageError, match="No noise keeps"):
+        a.noise_multiplier(0.5, 1e-5, 1.0, 7, "rdp")
+
+
+@given(st.floats(1e-12, 1e12))
+def test_a_bound_is_printed_no_smaller_than_it_is(value: float) -> None:
+    assert value <= float(a.at_most(value)) <= value * 1.0101
+
+
+def test_printed_bounds_are_not_larger_than_they_must_be() -> None:
+    assert [a.at_most(x) for x in (0.01, 8.0, 2.001, 7.994, 1e-5)] == ["0.01", "8", "2.01", "8", "1e-05"]
+
+
 def test_the_report_names_the_unit_and_says_nothing_unearned() -> None:
     facts: dict[str, Any] = {"accountant": "prv", "noise": 1.0, "clip": 1.0, "rate": 0.1, "steps": 3, "secret": "kept"}
     held = statement(8.0, 0.01, "cluster", 64, facts)

@@ -44,6 +44,10 @@ def test_plain_then_private_into_folders(data: Path, tmp_path: Path, capsys: pyt
         (["--private", "--epsilon", "8", "--delta", "0.1", "--accountant", "gdp"], "can understate"),
         (["--private", "--epsilon", "8", "--delta", "0.1", "--unit", "person"], "cluster or record"),
         (["--knowledge", "bios-people"], "give one of them"),
+        (["--seed", "-1"], "from 0 to"),
+        (["--seed", "9" * 20], "from 0 to"),
+        (["--epochs", "inf"], "finite epochs"),
+        (["--lr", "nan"], "finite epochs"),
     ],
 )
 def test_refusals_are_sentences(
@@ -53,3 +57,13 @@ def test_refusals_are_sentences(
     said = " ".join(capsys.readouterr().err.split())
     assert says in said and "Traceback" not in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", [".", "/"])
+def test_a_folder_that_holds_other_things_is_refused(
+    out: str, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(data.parent)
+    assert guarded(["train", "--out", out, "--data", str(data)]) != 0
+    said = capsys.readouterr().err
+    assert "is not an edit" in said and "Unexpected" not in said

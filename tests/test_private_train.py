@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import tiny_models
 import torch
 
 from repforget.artifact import load_edit
-from repforget.errors import ArtifactError, UsageError
+from repforget.errors import ArtifactError, NumericalError, UsageError
 from repforget.guarantee import unearned
 from repforget.models.load import LoadedModel, fingerprint, wrap
 from repforget.private import Privacy, run, train
@@ -160,8 +161,52 @@ def test_the_state_is_for_its_owner_alone_and_refuses_another_training(tmp_path:
         run(model(), records(), out, private=BUDGET, **SMALL)
 
 
+def test_nobody_else_can_read_the_state_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[int] = []
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (modes.append(os.fstat(handle).st_mode), sync(handle))[1])
+    State(tmp_path / "s", {}).write({"w": torch.zeros(2)}, {"secret": "1"})
+    assert [mode & 0o077 for mode in modes if stat.S_ISREG(mode)] == [0]
+
+
+def test_what_a_killed_training_left_of_its_secret_goes_with_the_next_call(tmp_path: Path) -> None:
+    made = run(model(), records(), tmp_path / "t", private=BUDGET, **SMALL)
+    for left in (unfinished(tmp_path / "t"), tmp_path / f".{unfinished(tmp_path / 't').name}.tmp-17"):
+        left.write_text("killed after saving, or while writing")
+    assert run(model(), records(), tmp_path / "t", private=BUDGET, **SMALL).digest == made.digest
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+def test_a_training_that_diverged_can_be_asked_for_with_a_lower_rate(tmp_path: Path) -> None:
+    with pytest.raises(NumericalError, match="lower the learning rate"):
+        run(model(), records(), tmp_path / "t", **{**SMALL, "lr": 1e30})
+    assert not unfinished(tmp_path / "t").exists()
+    assert run(model(), records(), tmp_path / "t", **SMALL).operations
+
+
+def test_a_folder_of_something_else_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path, tmp_path / "file"):
+        with pytest.raises(ArtifactError, match="not an edit"):
+            run(model(), records(), out, **SMALL)
+        assert not unfinished(out).exists()
+
+
+def test_records_in_another_order_do_not_continue_a_training(tmp_path: Path) -> None:
+    def stopping(items: Any, description: str, total: int | None) -> Iterator[Any]:
+        yield from list(items)[:2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model(), records(), tmp_path / "t", progress=stopping, **SMALL)
+    with pytest.raises(UsageError, match="order was"):
+        run(model(), records()[::-1], tmp_path / "t", **SMALL)
+
+
 def test_a_finished_folder_of_another_request_is_refused(tmp_path: Path) -> None:
     run(model(), records(), tmp_path / "t", **SMALL)
+    with pytest.raises(UsageError, match="finished training of other data or settings .batch"):
+        run(model(), records(), tmp_path / "t", **{**SMALL, "batch": 4})
     with pytest.raises(UsageError, match="finished training of other data"):
         run(model(), records(), tmp_path / "t", **{**SMALL, "lr": 2e-2})
     with pytest.raises(UsageError, match="finished training of other data"):

@@ -44,7 +44,8 @@ STEPS: dict[str, Any] = {"rank": 4, "epochs": 30.0, "lr": 1e-2, "seed": 0}  # ea
 ARMS: dict[str, float | None] = {"plain": None, "plain, trained again without them": None, "epsilon 100": 100.0,
                                  "epsilon 8": 8.0, "epsilon 2": 2.0}  # fmt: skip
 AFTER = "plain, then noisy fine-tuning"
-NOISY: dict[str, Any] = {"epsilon": 8.0, "delta": 1e-5, "repair": 300, "repair_lr": 1e-2}
+NOISY: dict[str, Any] = {"epsilon": 8.0, "delta": 1e-5, "repair": 300, "repair_lr": 1e-2,
+                         "secret": False}  # fmt: skip
 SCORES = ("loss", "min_k", "min_k_plus_plus", "reference")
 
 

@@ -36,7 +36,7 @@ def command(
     unit: Annotated[str | None, typer.Option(help=UNIT)] = None,
     accountant: Annotated[str | None, typer.Option(help="rdp or prv.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Also write the trained model as a checkpoint.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Without it 0, or with --private a secret thrown away.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Without it 0; with --private better none: a secret.")] = None,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     as_json: o.AsJson = False,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from bisect import bisect_left
 from collections.abc import Sequence
+from decimal import ROUND_CEILING, Context
 from functools import cache
 from typing import Any, Literal, get_args
 
@@ -90,7 +92,7 @@ def spent(accountant: Any, delta: float) -> float:
         return 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on the range of orders: the bound holds at any
-        return float(accountant.get_epsilon(delta=delta))
+        return max(0.0, float(accountant.get_epsilon(delta=delta)))
 
 
 @cache
@@ -107,13 +109,16 @@ def noise_multiplier(epsilon: float, delta: float, rate: float, steps: int, kind
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return float(_opacus().accountants.utils.get_noise_multiplier(
+            noise = float(_opacus().accountants.utils.get_noise_multiplier(
                 target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps, accountant=kind,
                 epsilon_tolerance=min(0.01, epsilon / 20),
             ))  # fmt: skip
-        except ValueError as error:
+            if not spent(accountant_of(kind, [(noise, rate, steps)]), delta) <= epsilon:
+                raise ValueError("the accountant gives no number")
+        except (ValueError, RuntimeError) as error:
             raise UsageError(f"No noise keeps epsilon {epsilon:g} at delta {delta:g} over {steps} steps ({error}): "
                              "allow more, or take fewer steps.") from None  # fmt: skip
+    return noise
 
 
 def group(epsilon: float, delta: float, k: int) -> tuple[float, float]:
@@ -128,6 +133,11 @@ def group(epsilon: float, delta: float, k: int) -> tuple[float, float]:
 def reach(epsilon: float, delta: float) -> int:
     """The largest number of units about which :func:`group` still says something (delta below 1)."""
     k = 1
-    while group(epsilon, delta, k + 1)[1] < 1.0:
-        k += 1
-    return k
+    while group(epsilon, delta, 2 * k)[1] < 1.0:
+        k *= 2
+    return k + bisect_left(range(k + 1, 2 * k + 1), True, key=lambda n: group(epsilon, delta, n)[1] >= 1.0)
+
+
+def at_most(value: float) -> str:
+    """``value`` to three digits, rounded up: a bound is never printed below what holds."""
+    return f"{float(Context(prec=3, rounding=ROUND_CEILING).create_decimal(repr(float(value)))):g}"

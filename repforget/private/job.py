@@ -9,12 +9,12 @@ from typing import Any, get_args
 
 from repforget.artifact import Edit, load_edit
 from repforget.artifact.edit import plain
-from repforget.errors import UnknownNameError, UsageError, nearest
+from repforget.errors import ArtifactError, UnknownNameError, UsageError, nearest
 from repforget.knowledge_files import load_knowledge
 from repforget.models.load import LoadedModel
-from repforget.private.state import refuse_another
+from repforget.private.state import State, refuse_another
 from repforget.private.statement import group_report, group_rows
-from repforget.private.trainer import METHOD, Echo, Privacy, train
+from repforget.private.trainer import METHOD, Echo, Privacy, requested, train
 from repforget.progress import Progress
 from repforget.store import write_json
 from repforget.training import Record, read_records, records_of
@@ -56,11 +56,10 @@ def run(
     to the same bits; UsageError where it holds another.
     """
     out = Path(out)
+    kept = State(unfinished(out), {})
     if (out / "edit.json").is_file():
         made = load_edit(out)
-        asked = {"rank": rank, "epochs": epochs, "lr": lr, "data": name, "records": len(records),
-                 "seed": 0 if seed is None and private is None else seed,
-                 "private": None if private is None else plain(dataclasses.asdict(private)),
+        asked = {**plain(requested(records, rank, epochs, lr, batch, seed, private, name)),
                  "model": model.fingerprint, "digest": digest(records)}  # fmt: skip
         held = {**made.manifest.settings, "model": made.manifest.base_fingerprint, "digest": made.manifest.knowledge}
         if made.manifest.method != METHOD:
@@ -68,13 +67,15 @@ def run(
         refuse_another(asked, {n: held.get(n) for n in asked}, f"'{out}' holds a finished training")
         if not (out / RECORD).is_file():
             _write(out, made, model)
+        kept.discard()
         return made
-    kept = unfinished(out)
-    made = train(model, records, rank=rank, epochs=epochs, lr=lr, batch=batch, seed=seed, private=private, state=kept,
-                 name=name, progress=progress, echo=echo)  # fmt: skip
+    if out.is_file() or out.is_dir() and any(out.iterdir()):
+        raise ArtifactError(f"'{out}' exists and is not an edit: choose an empty or new folder.")
+    made = train(model, records, rank=rank, epochs=epochs, lr=lr, batch=batch, seed=seed, private=private,
+                 state=kept.file, name=name, progress=progress, echo=echo)  # fmt: skip
     made.save(out)
     _write(out, made, model)
-    kept.unlink(missing_ok=True)  # with it goes the seed of the noise
+    kept.discard()  # with it goes the seed of the noise
     return made
 
 
@@ -84,7 +85,8 @@ def _write(out: Path, made: Edit, model: LoadedModel) -> None:
 
 def unfinished(out: Path) -> Path:
     """The file beside ``out`` in which an unfinished training is kept."""
-    return out.with_name(f".{out.name}.unfinished")
+    named = out if out.name not in ("", "..") else out.resolve()
+    return named.parent / f".{named.name}.unfinished"
 
 
 def facts(edit: Edit) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from repforget.errors import UsageError
-from repforget.private.accounting import gaussian_distance, hockey_stick
+from repforget.private.accounting import LARGEST, gaussian_distance, hockey_stick
 
 
 def concentrated(epsilon: float, delta: float) -> float:
@@ -111,5 +111,6 @@ def output_deviation(epsilon: float, delta: float, radius: float) -> float:
 
 def budget(epsilon: float, delta: float) -> None:
     """UsageError for an epsilon or delta that says nothing."""
-    if not (epsilon > 0 and 0 < delta < 1):
-        raise UsageError(f"({epsilon:g}, {delta:g}) is no budget: give an epsilon above 0 and a delta between 0 and 1.")
+    if not (0 < epsilon <= LARGEST and 0 < delta < 1):
+        raise UsageError(f"({epsilon:g}, {delta:g}) is no budget: give an epsilon above 0, at most {LARGEST:g}, and a "
+                         "delta between 0 and 1.")  # fmt: skip

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ class State:
             return
         started = time.monotonic()
         text = json.dumps({"identity": canonical(self.identity), "record": canonical(record)})
-        write_atomic(self.file, save({n: t.contiguous() for n, t in tensors.items()}, metadata={"repforget": text}))
-        self.file.chmod(0o600)  # a private training keeps the seed of its noise here
+        body = save({n: t.contiguous() for n, t in tensors.items()}, metadata={"repforget": text})
+        write_atomic(self.file, body, mode=0o600)  # a private training keeps the seed of its noise here
         self._rest_until = time.monotonic() + (time.monotonic() - started) / SHARE
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -64,8 +65,10 @@ class State:
         return tensors, record
 
     def discard(self) -> None:
+        """Unlink the file, and what a process that was killed while writing left of it."""
         if self.file is not None:
-            self.file.unlink(missing_ok=True)
+            for left in (self.file, *self.file.parent.glob(f".{escape(self.file.name)}.tmp-*")):
+                left.unlink(missing_ok=True)
 
 
 def refuse_another(own: Mapping[str, Any], other: Mapping[str, Any], what: str) -> None:
@@ -74,5 +77,5 @@ def refuse_another(own: Mapping[str, Any], other: Mapping[str, Any], what: str) 
     names = [name for name in {**mine, **other} if mine.get(name) != other.get(name)]
     if names:
         changes = ", ".join(f"{n} was {str(other.get(n))[:40]} and is {str(mine.get(n))[:40]}" for n in names)
-        raise UsageError(f"{what} of other data or settings ({changes}): ask for the same again, or give another "
-                         "folder.")  # fmt: skip
+        raise UsageError(f"{what} of other data or settings ({changes}): ask for the same again, give another "
+                         "folder, or remove that one.")  # fmt: skip

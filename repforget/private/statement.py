@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from repforget.guarantee import Guarantee
-from repforget.private.accounting import SPENT_BY, group, reach
+from repforget.private.accounting import SPENT_BY, at_most, group, reach
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -16,14 +17,16 @@ def statement(epsilon: float, delta: float, unit: str, units: int, facts: Mappin
     what = "cluster: all records about one subject" if unit == "cluster" else "record"
     return Guarantee(
         kind="private",
-        statement=f"The training is ({epsilon:.3g}, {delta:.3g})-differentially private: the released weights are "
-                  f"about as likely whether or not any one {unit} of the {units} was among the training data.",
+        statement=f"The training is ({at_most(epsilon)}, {at_most(delta)})-differentially private: no outcome of it is "
+                  f"more than {at_most(math.exp(epsilon))} times as likely plus {at_most(delta)}, with any one {unit} "
+                  f"of the {units} in the training data as without it, or without as with.",
         unit=what,
         theorem=f"Abadi et al. 2016, arXiv 1607.00133 (DP-SGD); epsilon by {SPENT_BY[facts['accountant']]}",
         assumptions=(
             f"every record of a {unit} carries the same name, and nothing about it is in the base model or elsewhere "
             "in the data",
-            "settings were chosen without looking at the data, and the number of units may be known",
+            "settings were chosen without looking at the data; the number of units may be known, from which the chance "
+            "of a draw and the steps follow",
             "only the last weights are released: edit.json and train.json hold a digest of the data and its counts, a "
             "loss or a state of training says more, and a second training on the same data adds to epsilon",
             facts["secret"],
@@ -52,6 +55,7 @@ def group_report(epsilon: float, delta: float, unit: str, asked: int | None = No
     if chance >= 1.0:
         first = f"A forget set of {k} {plural} is not covered: the statement on {k} {plural} together is vacuous."
     else:
-        first = f"A forget set of {k} {plural} is covered at epsilon {many:.3g}, delta {chance:.2g}, without any edit."
+        first = (f"A forget set of {k} {plural} is covered at epsilon {at_most(many)}, delta {at_most(chance)}, "
+                 "without any edit.")  # fmt: skip
     return (f"{first} By the rule of group privacy it is vacuous beyond {most} {unit}{'s' if most > 1 else ''} (unit: "
             f"{unit}).")  # fmt: skip

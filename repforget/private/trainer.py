@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repforget import store
 from repforget.artifact import Edit
 from repforget.artifact.edit import plain
 from repforget.errors import NumericalError, UsageError
@@ -31,7 +32,8 @@ METHOD = "train"
 Echo = Callable[[str], None]
 SECRET = ("the seed of draws and noise came from the operating system and is kept nowhere; its generator (PCG64) is no "
           "cryptographic one")  # fmt: skip
-GIVEN = "nobody whom the statement is to hold against knows the seed that was given"
+GIVEN = ("nobody whom the statement is to hold against knows the seed that was given (edit.json and train.json hold "
+         "it), and it served nothing else")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,39 +69,55 @@ def train(
         private: DP-SGD (Abadi et al. 2016, arXiv 1607.00133): Poisson draws of units, each unit's gradient clipped as
         one, noise in every step, an empty draw included; needs opacus.
         echo: told after every epoch of a private training what is spent of the budget.
-        state: file in which an unfinished training is kept and from which the same call continues to the same bits.
+        state: file in which an unfinished training is kept and from which the same call continues to the same bits;
+        the caller removes it when the edit is saved, for it holds the secret.
 
     The manifest holds the settings, the digest of the data and, with ``private``, the guarantee and epsilon after
     every epoch.  Cost: a forward and a backward pass per record and epoch; with ``private`` about three, and a
     gradient per record in memory.  A low loss does not show that the facts generalise beyond the forms trained on.
     Raises UsageError for impossible settings, NoEffectError where nothing is learned, NumericalError on divergence.
     """
-    if not records:
-        raise UsageError("There is no record to train on: give at least one.")
-    if not (epochs > 0 and lr > 0 and batch > 0):
-        raise UsageError(f"Training needs epochs, lr and batch above 0, not {epochs:g}, {lr:g} and {batch}.")
+    settings = requested(records, rank, epochs, lr, batch, seed, private, name)
     units = units_of(records, "record" if private is None else private.unit)
-    batch = min(batch, len(units))
-    steps = math.ceil(epochs * len(units) / batch)
-    settings = {
-        "data": name, "records": len(records), "clusters": len({r.cluster for r in records}), "rank": rank,
-        "epochs": epochs, "lr": lr, "batch": batch, "steps": steps,
-        "seed": 0 if seed is None and private is None else seed,
-        "private": None if private is None else asdict(private),
-    }  # fmt: skip
-    identity = {**settings, "model": model.fingerprint, "records": digest(records)}
+    identity = {**settings, "model": model.fingerprint, "records": digest(records),
+                "order": store.digest([r.id for r in records])}  # fmt: skip
     kept = State(state, plain(identity))
     copy = copy_of(model)
     if private is not None:
         copy.module.float()  # so that what a unit adds is bounded to the last bit that is counted
     target = everything(copy.module, model.module) if rank is None else low_rank(copy.module, rank, seed or 0)
-    course = _Course(copy.module, target, encoded(model, records), units, steps, batch, lr, kept, progress, echo)
+    course = _Course(copy.module, target, encoded(model, records), units, settings["steps"], settings["batch"],
+                     lr, kept, progress, echo)  # fmt: skip
+    try:
+        facts = _plainly(course, seed or 0) if private is None else _privately(course, private, seed)
+    except NumericalError:
+        kept.discard()  # the same again would only diverge again
+        raise
     if private is None:
-        _plainly(course, seed or 0)
         return Edit.build(METHOD, settings, model, digest(records), target.operations())
-    facts = _privately(course, private, seed)
     held = statement(facts["epsilon"], private.delta, private.unit, len(units), facts)
     return Edit.build(METHOD, {**settings, "spent": facts}, model, digest(records), target.operations(), guarantee=held)
+
+
+def requested(
+    records: Sequence[Record], rank: int | None, epochs: float, lr: float, batch: int, seed: int | None,
+    private: Privacy | None, name: str,
+) -> dict[str, Any]:  # fmt: skip
+    """What a training is asked for, as its manifest keeps it; UsageError for what is impossible."""
+    if not records:
+        raise UsageError("There is no record to train on: give at least one.")
+    if not (0 < epochs < math.inf and 0 < lr < math.inf and batch > 0):
+        raise UsageError(f"Training needs finite epochs, lr and batch above 0, not {epochs:g}, {lr:g} and {batch}.")
+    if not 0 <= (seed or 0) < 2**63:
+        raise UsageError(f"The seed {seed} is out of range: give a whole number from 0 to 2^63 - 1.")
+    units = len(units_of(records, "record" if private is None else private.unit))
+    batch = min(batch, units)
+    return {
+        "data": name, "records": len(records), "clusters": len({r.cluster for r in records}), "rank": rank,
+        "epochs": epochs, "lr": lr, "batch": batch, "steps": math.ceil(epochs * units / batch),
+        "seed": 0 if seed is None and private is None else seed,
+        "private": None if private is None else asdict(private),
+    }  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,8 +148,8 @@ class _Course:
                        warmup=min(self.steps // 10, 100))  # fmt: skip
 
 
-def _plainly(course: _Course, seed: int) -> None:
-    """Ordinary training: token mean of each batch, gradients clipped to a global norm of 1."""
+def _plainly(course: _Course, seed: int) -> dict[str, Any]:
+    """Ordinary training: token mean of each batch, gradients clipped to a global norm of 1; nothing is to be said."""
     parameters = list(course.target.parameters.values())
     stepper, start = course.stepper(1.0), 0
     if (found := course.kept.read()) is not None:
@@ -142,11 +160,12 @@ def _plainly(course: _Course, seed: int) -> None:
     def step(index: int) -> Sequence[Tensor | None]:
         loss = label_loss(course.module, collate(next(stream), parameters[0].device))
         if not bool(loss.isfinite()):
-            raise NumericalError(f"The training loss is {float(loss)} at step {index + 1}: lower the learning rate.")
+            raise NumericalError(f"The training loss is {loss.item()} at step {index + 1}: lower the learning rate.")
         return torch.autograd.grad(loss, parameters, allow_unused=True)
 
     with only(course.module, parameters):
         course.run(stepper, start, step, lambda done: {"step": done})
+    return {}
 
 
 def _privately(course: _Course, private: Privacy, seed: int | None) -> dict[str, Any]:

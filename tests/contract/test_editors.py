@@ -60,7 +60,7 @@ def _trained(model: LoadedModel) -> dict[str, Any]:
     if name not in _FOLDERS:
         _FOLDERS[name] = tempfile.TemporaryDirectory()
         run(model, records_of(knowledge(), ("forget",)), Path(_FOLDERS[name].name), rank=2, epochs=1)
-    return {"training": _FOLDERS[name].name, "repair": 3}
+    return {"training": _FOLDERS[name].name, "repair": 3, "secret": False}
 
 
 def _unembedded(model: LoadedModel) -> dict[str, Any]:

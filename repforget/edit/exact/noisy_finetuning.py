@@ -18,9 +18,10 @@ from repforget.guarantee import Guarantee
 from repforget.knowledge import EditData
 from repforget.models.load import LoadedModel, copy_of
 from repforget.private import noisy as theory
+from repforget.private.accounting import at_most
 from repforget.private.adapters import put_on
 from repforget.private.job import RECORD
-from repforget.private.trainer import METHOD
+from repforget.private.trainer import GIVEN, METHOD
 from repforget.private.units import Randomness
 from repforget.progress import Progress, track
 from repforget.store import read_json
@@ -36,7 +37,7 @@ def noisy_finetuning(
     model: LoadedModel, data: EditData, *, seed: int = 0, progress: Progress | None = None, training: str,
     epsilon: float = 8.0, delta: float = 1e-5, bounded: Bounded = "gradient", start: float = 0.01,
     steps: int = 20, gradient: float = 1.0, lr: float | Literal["auto"] = "auto", decay: float = 0.0,
-    repair: int = 200, repair_lr: float = 1e-3, batch_size: int = 32, secret: bool = False,
+    repair: int = 200, repair_lr: float = 1e-3, batch_size: int = 32, secret: bool = True,
 ) -> Edit:  # fmt: skip
     """Cut what a training added to a small ball and add noise while fine-tuning on retained data.
 
@@ -45,12 +46,13 @@ def noisy_finetuning(
 
     training: folder of ``repforget train``; ``model`` is its base, or the trained model itself.
     start: radius C0 to which the coordinates are cut first.  bounded: "gradient" clips the retain gradient to
-    ``gradient`` (C1) and takes ``x <- x - lr (g + decay x) + noise``, ``lr`` auto being ``C0 / (C1 steps)``, at which
-    the noise is least; "model" cuts to ``start`` again after every step, just before the noise; "output" adds noise
-    once (the baseline; ``steps`` has no effect).  The noise follows from the budget.  repair: steps of AdamW at
-    ``repair_lr`` on retained facts afterwards, without noise: what follows a release of noisy weights costs nothing.
-    batch_size: retained facts per step.  secret: noise from the operating system, so that nobody can subtract it;
-    without it the noise follows from the seed and the statement holds for those who do not know that.
+    ``gradient`` (C1) and takes ``x <- x - lr (g + decay x) + noise``, ``lr`` auto being ``C0 / (C1 steps)``, the rate
+    at which no other number of steps needs less noise; "model" cuts to ``start`` again after every step, just before
+    the noise; "output" adds noise once (the baseline; ``steps`` has no effect).  The noise follows from the budget.
+    repair: steps of AdamW at ``repair_lr`` on retained facts afterwards, without noise: what follows a release of
+    noisy weights costs nothing.
+    batch_size: retained facts per step.  secret: noise from the operating system, so that nobody can subtract it and
+    no two calls give the same; without it the noise follows from the seed, which edit.json holds.
 
     Source: Koloskova et al. 2025, arXiv 2506.06985 (equations in :mod:`repforget.private.noisy`); Balle and Wang 2018,
     arXiv 1805.06083 for "output".  Cost: a pass forward and backward per step; memory: a copy of the model.  The
@@ -116,6 +118,9 @@ def _base(model: LoadedModel, made: Edit, folder: Path) -> tuple[LoadedModel, bo
     if model.fingerprint == made.manifest.base_fingerprint:
         return copy_of(model), False
     if model.fingerprint == read_json(folder / RECORD).get("trained_fingerprint"):
+        if any(p.dtype.itemsize < 4 for p in model.module.parameters() if p.is_floating_point()):
+            raise UsageError("The trained model is in half precision, whose rounding keeps more of the training than "
+                             "the noise covers: give the model before the training.")  # fmt: skip
         return made.inverse().applied_to(model, check=False), True
     raise UsageError(f"The training in '{folder}' is of '{made.manifest.model}' and '{model.name}' is neither that "
                      "model nor what the training made of it: give one of the two.")  # fmt: skip
@@ -166,7 +171,7 @@ def _place(module: nn.Module, made: Edit) -> _Place:
 def _balanced(op: LowRankDelta) -> tuple[Tensor, Tensor]:
     """The factors of ``u v`` with the least sum of squares."""
     left, q = torch.linalg.qr(op.u.double()), torch.linalg.qr(op.v.double().mT)
-    u, s, v = torch.linalg.svd(left.R @ q.R.mT)
+    u, s, v = torch.linalg.svd(left.R @ q.R.mT, full_matrices=False)
     root = s.sqrt()
     return (left.Q @ u * root).float(), (root[:, None] * v @ q.Q.mT).float()
 
@@ -221,7 +226,7 @@ def _repair(module: nn.Module, place: _Place, stream: Iterator[list[Example]], s
     for index in range(steps):
         loss = label_loss(module, collate(next(stream), place.values[0].device))
         if not bool(loss.isfinite()):
-            raise NumericalError(f"The loss is {float(loss)} at repair step {index + 1}: lower repair_lr, or cut the "
+            raise NumericalError(f"The loss is {loss.item()} at repair step {index + 1}: lower repair_lr, or cut the "
                                  "training to a smaller start, which needs less noise.")  # fmt: skip
         stepper.step(index, torch.autograd.grad(loss, place.values, allow_unused=True))
 
@@ -248,8 +253,8 @@ def _held(plan: _Plan, place: _Place, epsilon: float, delta: float, secret: bool
     }[plan.bounded]  # fmt: skip
     return Guarantee(
         kind="certified",
-        statement=f"The weights are ({epsilon:.3g}, {delta:.3g})-indistinguishable from what the same steps give when "
-                  "they start from weights that never saw the data of the training.",
+        statement=f"The weights are ({at_most(epsilon)}, {at_most(delta)})-indistinguishable from what the same steps "
+                  "give when they start from weights that never saw the data of the training.",
         unit="the training: all of its records together",
         theorem=how,
         assumptions=(
@@ -260,8 +265,7 @@ def _held(plan: _Plan, place: _Place, epsilon: float, delta: float, secret: bool
             "settings (start, steps, rates, budget) were chosen without looking at the trained weights",
             "neither the trained model is released nor an edit made on it, which holds the training's own change, and "
             "this is done once per training",
-            "the noise is drawn from the operating system and kept nowhere" if secret else
-            "nobody whom the statement is to hold against knows the seed (secret: true draws one that is kept nowhere)",
+            "the noise is drawn from the operating system and kept nowhere" if secret else GIVEN,
             "arithmetic of real numbers: rounding of weights and noise is not accounted for",
         ),
         numbers={"epsilon": epsilon, "delta": delta, "start": plan.start, "deviation": plan.deviation,
