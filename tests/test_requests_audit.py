@@ -167,6 +167,36 @@ def test_an_answer_after_the_deadline_is_late(book: Ledger) -> None:
     assert dict(found.counts)["answered late"] == "1" and dict(found.counts)["answered in time"] == "0"
 
 
+def test_an_edit_that_is_not_kept_is_not_said_to_be_in_the_model(book: Ledger) -> None:
+    _answered(book, _asked(book), "fail")
+    _answered(book, _asked(book), "pass")
+    failed, passed = audit(book).sections
+    assert failed.done[0].startswith("Tried, and not kept") and passed.done[0].startswith("Weights of the model")
+    for text in _texts(book):
+        assert "is no proof that none is left" in text and "which of them is in use" in text
+
+
+def test_what_speaks_against_a_request_is_told_on_both_sides(book: Ledger) -> None:
+    _asked(book, keep=True)
+    _asked(book, against=[1])
+    kept, forgotten = audit(book).sections
+    assert kept.again == ("Request 2 asks to forget some of it: a person has to decide.",)
+    assert dict(forgotten.facts)["against it"] == "request 1 asks to keep some of it: a person has to decide"
+
+
+def test_an_answer_that_was_not_checked_after_later_edits_says_so(book: Ledger) -> None:
+    first, second, third = _asked(book), _asked(book), _asked(book)
+    _answered(book, first, "pass")
+    assert audit(book).sections[0].again == ()
+    _answered(book, second, "fail")  # it changed nothing
+    assert audit(book).sections[0].again == ()
+    _answered(book, third, "pass")
+    one, _, three = audit(book).sections
+    assert "Not checked again since request 3" in one.again[0] and three.again == ()
+    book.record("reverified", first, {"outcome": "pass", "after": third})
+    assert "Not checked" not in " ".join(audit(book).sections[0].again)
+
+
 def test_later_checks_and_a_clock_that_ran_backwards_are_told(book: Ledger) -> None:
     number = _asked(book)
     _answered(book, number, "pass")

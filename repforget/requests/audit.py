@@ -27,12 +27,18 @@ MEASURED = ("measure", "before (ceiling)", "never knew (floor)", "after", "share
 NOT_SHOWN = (
     "A pass says what was tried, with which budget; it does not show that no other attack works. It says nothing about "
     "what other records left in the training data say of the same, about copies, backups and earlier versions of the "
-    "model, or about systems that store the data outside the model."
+    "model, about which of them is in use, or about systems that store the data outside the model."
 )
 NOT_SHOWN_EXACT = (
     "The theorem is about this training and these records. It says nothing about what the base model or other records "
-    "know of the same, about copies, backups and earlier versions of the model, or about systems that store the data "
-    "outside the model."
+    "know of the same, about copies, backups and earlier versions of the model, about which of them is in use, or "
+    "about systems that store the data outside the model."
+)
+HOW_TO_READ = (
+    "Answered by measurement: the attacks that were tried found no more knowledge than allowed, which is no proof that "
+    "none is left. Answered by theorem: what is stated holds if what it assumes is true. In force is an edit that is "
+    "part of the model of this ledger; which model is in use, and whether an answer is what the law asks for, is for "
+    "people to see to."
 )
 NOTHING_SHOWN = "Nothing was done to the model for this request, so that nothing was shown."
 UNSEEN = (
@@ -44,8 +50,8 @@ SEEN = (
     "other."
 )
 STANDING = {
-    "pass": "Answered: the edit passed its verification.",
-    "exact": "Answered: the model equals one that was never trained on the records.",
+    "pass": "Answered by measurement: the edit passed its verification.",
+    "exact": "Answered by theorem: if what it assumes is true, the model is as one never trained on the records.",
     "fail": "Not answered: the edit failed its verification and is not in force.",
     "inconclusive": "Not answered: the edit is in force, and its verification could not decide.",
 }
@@ -114,7 +120,8 @@ def audit(ledger: Ledger, expect_head: str | None = None) -> Audit:
         events: dict[int, list[Event]] = {}
         for event in ledger.events():
             events.setdefault(event.request, []).append(event)
-        sections = tuple(_section(request, events[request.id], now) for request in found)
+        later = _later(found, events)
+        sections = tuple(_section(request, events[request.id], now, later.get(request.id, ())) for request in found)
         model = str(ledger.facts["model"])
     except (LedgerError, KeyError, ValueError, TypeError) as error:
         if not faults:
@@ -134,7 +141,30 @@ def _counts(found: Sequence[Request], now: datetime) -> Rows:
     return tuple((name, str(n)) for name, n in counted.items())
 
 
-def _section(request: Request, events: Sequence[Event], now: datetime) -> Section:
+def _later(found: Sequence[Request], events: Mapping[int, Sequence[Event]]) -> dict[int, list[str]]:
+    """What later requests mean for earlier ones, where the rows of those do not say it."""
+    told: dict[int, list[str]] = {}
+    for request in found:
+        if not request.keep and request.state != "refused":
+            for earlier in events[request.id][0].body.get("against", ()):
+                told.setdefault(earlier, []).append(
+                    f"Request {request.id} asks to forget some of it: a person has to decide.")
+    edit: Event | None = None
+    newest: tuple[int, int, Sequence[int]] = (0, 0, ())  # of the edit made last: its row, its request, what it covers
+    for event in sorted((event for own in events.values() for event in own), key=lambda event: event.seq):
+        if event.kind == "edit":
+            edit = event
+        elif event.kind == "verdict" and event.body["in_force"] and edit is not None:
+            newest = event.seq, event.request, edit.body["covers"]
+    for request in found:
+        checked = max((e.seq for e in events[request.id] if e.kind in ("verdict", "reverified")), default=0)
+        if request.outcome == "pass" and checked < newest[0] and request.id not in newest[2]:
+            told.setdefault(request.id, []).append(
+                f"Not checked again since request {newest[1]} changed the model ('repforget request check').")
+    return told
+
+
+def _section(request: Request, events: Sequence[Event], now: datetime, later: Sequence[str]) -> Section:
     last: dict[str, Mapping[str, Any]] = {event.kind: event.body for event in events}
     verdict, edit = last.get("verdict"), last.get("edit")
     if request.state in ("refused", "conflict"):
@@ -153,7 +183,7 @@ def _section(request: Request, events: Sequence[Event], now: datetime) -> Sectio
         tuple(earned(text, held) for text in _done(request, verdict, edit, held)),
         tuple(earned(text, held) for text in shown), tuple(_measure(c) for c in claims if _counts_in(c)),
         NOTHING_SHOWN if verdict is None else NOT_SHOWN_EXACT if theorem and not claims else NOT_SHOWN,
-        () if theorem is None else theorem.lines(), tuple(earned(text, held) for text in _again(events)),
+        () if theorem is None else theorem.lines(), tuple(earned(text, held) for text in (*_again(events), *later)),
         _environment(last.get("environment")), _own(request),
     )  # fmt: skip
 
@@ -188,7 +218,8 @@ def _standing(request: Request, now: datetime) -> tuple[str, str]:
 
 
 def _facts(request: Request, events: Sequence[Event], now: datetime) -> Rows:
-    about = f"{len(request.names)} records or clusters of" if request.names else "all that is to be forgotten of"
+    count = len(request.names)
+    about = f"{count} name{'s' * (count > 1)} in" if request.names else "all that is to be forgotten of"
     kind = "the training" if request.source.startswith(SCHEME) else "the probe"
     basis = request.basis if request.basis in BASES else "in own words (hidden)"
     facts = [
@@ -196,6 +227,9 @@ def _facts(request: Request, events: Sequence[Event], now: datetime) -> Rows:
         ("basis", basis), ("about", f"{about} {kind} '{Path(request.source.removeprefix(SCHEME)).name}'"),
         ("attempts", str(request.attempts)), ("rows of the ledger", ", ".join(str(event.seq) for event in events)),
     ]  # fmt: skip
+    if not request.keep and (against := events[0].body.get("against")):
+        numbers = ", ".join(map(str, against))
+        facts.append(("against it", f"request {numbers} asks to keep some of it: a person has to decide"))
     if request.clock:
         facts.append(("clock", f"a time in these rows went {request.clock}; the order of the rows counts"))
     return tuple(facts)
@@ -232,7 +266,8 @@ def _done(
     name = str(edit["method"])
     summary = _summary(name)
     kind = "Weights" if edit["artifact"] == "weights" else "Weights and states at run time"
-    lines = [f"{kind} of the model were changed in {edit['touched']} places by the method {name}"
+    tried = "" if verdict["in_force"] else "Tried, and not kept, so that the model does not have it: "
+    lines = [f"{tried}{kind} of the model were changed in {edit['touched']} places by the method {name}"
              + (f" ({summary.rstrip('.')})." if summary and not unearned(summary, held) else "."),
              f"The edit is {MODES.get(edit['mode'], edit['mode'])}; its digest is {edit['digest'][:16]}."]  # fmt: skip
     if edit["artifact"] != "weights":

@@ -118,8 +118,8 @@ def overlapping(ledger: Ledger, wanted: Iterable[str], others: Iterable[Request]
 
 def meaningless(unknown: int, names: int, source: str) -> str:
     """Why a request is refused whose names mean nothing."""
-    return (f"{unknown} of its {names} names mean nothing in '{source}': nothing is known to have been learned under "
-            "them.")  # fmt: skip
+    return (f"{unknown} of its {names} names mean nothing in '{source}': it holds no records under them, which does "
+            "not show that the model knows nothing of them.")  # fmt: skip
 
 
 def carved(knowledge: Knowledge, forget: Sequence[Item], gone: Iterable[str] = ()) -> Knowledge:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from repforget.report.markdown import cell, table
 from repforget.report.render import asset
-from repforget.requests.audit import MEASURED, Audit, Section
+from repforget.requests.audit import HOW_TO_READ, MEASURED, Audit, Section
 from repforget.store import write_atomic
 
 NO_THEOREM = "No theorem holds for this: the words above are about what was measured."
@@ -39,7 +39,7 @@ def html(audit: Audit, show_names: bool = False) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_template()).render(
         audit=audit, show_names=show_names, style=Markup(asset("report.css")), headings=MEASURED, reading=READING,
-        no_theorem=NO_THEOREM, made=audit.made.strftime("%Y-%m-%d %H:%M UTC"),
+        no_theorem=NO_THEOREM, how_to_read=HOW_TO_READ, made=audit.made.strftime("%Y-%m-%d %H:%M UTC"),
     )  # fmt: skip
 
 
@@ -47,7 +47,8 @@ def markdown(audit: Audit, show_names: bool = False) -> str:
     """The same as Markdown."""
     lines = [f"# Requests to forget: {cell(audit.model)}", "", f"Made {audit.made:%Y-%m-%d %H:%M} UTC.", "",
              f"**{cell(audit.sentence)}**", "", *(f"- {cell(fault)}" for fault in audit.faults), "",
-             f"Head of the chain: `{audit.head}`", "", *table(("requests", "number"), audit.counts)]  # fmt: skip
+             f"Head of the chain: `{audit.head}`", "", *table(("requests", "number"), audit.counts),
+             HOW_TO_READ, ""]  # fmt: skip
     for section in audit.sections:
         lines += _lines(section, show_names)
     return "\n".join(lines) + "\n"
