@@ -232,11 +232,12 @@ def cells(name: str, row: dict[str, Any]) -> list[str]:
 
 
 def table(body: dict[str, Any]) -> str:
-    """One row per way of answering the requests."""
+    """One row per way of answering the requests, the least left first."""
     head = ("answered by", "left after its own request (largest)", "left over all later states", "most that came back",
             "what must stay, at the end", "per request (95 %)", "CPU s per request")  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---|--:|--:|--:|--:|--:|--:|"]
-    lines += ["| " + " | ".join(cells(name, row)) + " |" for name, row in body["rows"].items()]
+    lines += ["| " + " | ".join(cells(name, row)) + " |"
+              for name, row in sorted(body["rows"].items(), key=lambda each: each[1]["area"])]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
