@@ -116,6 +116,10 @@ def test_names_and_rows_that_do_not_fit_are_refused() -> None:
         remove(head, rows, [])
     with pytest.raises(UsageError, match="more than one row"):
         Table(rows.x[:2], rows.y[:2], np.array(["a", "a"]), np.array(["a", "b"]))
+    with pytest.raises(UsageError, match="2 ids and 2 clusters"):
+        Table(rows.x[:2], rows.y[:2], rows.ids[:2, None], rows.clusters[:2])
+    with pytest.raises(UsageError, match="finite real numbers"):
+        Table(rows.x[:2].astype(np.str_), rows.y[:2], rows.ids[:2], rows.clusters[:2])
     # the rows to take out are all that ridge and a bounded step read; others need what remains as well
     few = rows.only(np.arange(8))
     assert remove(head, few, ["r1"]).n == remove(made("promise"), few, ["r1"]).n == 239

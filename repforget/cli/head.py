@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,6 +86,7 @@ def fit(
 
 @app.command()
 def remove(
+    context: typer.Context,
     folder: Folder,
     ids: Annotated[list[str] | None, typer.Option("--ids", help="Row to take out, by its id; repeatable.")] = None,
     cluster: Annotated[list[str] | None, typer.Option(help="All rows of this cluster; repeatable.")] = None,
@@ -100,6 +102,7 @@ def remove(
     from repforget.linear import guarantee, opened, read_table, save_head
     from repforget.linear import remove as without
 
+    context.obj.interrupted = f"Interrupted: 'repforget head show {folder}' says whether the rows are out already."
     with opened(folder) as head:
         new = without(head, read_table(features or head.source), ids or (), cluster or (), retrain=retrain)
         save_head(new, folder)
@@ -168,8 +171,6 @@ def train_unembedding(
 def _print(
     head: Head, folder: Path, as_json: bool, more: dict[str, Any], claim: Guarantee | None = None
 ) -> None:
-    from dataclasses import asdict
-
     from repforget.linear import removals_left
 
     width, columns = head.weights.shape

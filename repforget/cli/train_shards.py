@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,7 +13,7 @@ from repforget.cli._output import print_json, print_table
 from repforget.cli._progress import display
 
 if TYPE_CHECKING:
-    from repforget.shards import Outcome, Training
+    from repforget.shards import Training
     from repforget.training import Record
 
 app = typer.Typer(help="Trainings of which records can be taken out again.", no_args_is_help=True,
@@ -102,7 +103,7 @@ def remove(
         _, outcome = take_out(training, names, lambda: load(base, device=device, dtype=training.base["dtype"]),
                               progress)  # fmt: skip
     if as_json:
-        print_json(_outcome(outcome))
+        print_json(asdict(outcome))
         return
     print_table(("", ""), outcome.guarantee.lines())
     if not (outcome.records or outcome.erased or outcome.trained):
@@ -208,12 +209,6 @@ def _records(data: Path | None, knowledge: str | None, sets: list[str] | None) -
         if name not in known:
             raise UnknownNameError(f"A probe has no set '{name}' of facts: {nearest(name, known)}")
     return records_of(load_knowledge(str(knowledge)), sets or ("forget",))
-
-
-def _outcome(outcome: Outcome) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(outcome)
 
 
 def _show(training: Training, as_json: bool, scores: list[tuple[tuple[int, int], float]]) -> None:

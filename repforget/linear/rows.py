@@ -30,15 +30,17 @@ class Table:
 
     def __post_init__(self) -> None:
         n = len(self.ids)
-        if not n == len(self.x) == len(self.y) == len(self.clusters) or not n or self.x.ndim != 2:
+        shapes = (self.x.ndim, self.ids.shape, self.clusters.shape)
+        if shapes != (2, (n,), (n,)) or not n == len(self.x) == len(self.y) or not n:
             raise UsageError(f"'{self.name}' holds features of shape {self.x.shape}, targets of shape {self.y.shape}, "
                              f"{n} ids and {len(self.clusters)} clusters: give one of each for every row, and at least "
                              "one row.")  # fmt: skip
         if len(np.unique(self.ids)) < n:
             raise UsageError(f"'{self.name}' has ids that name more than one row: give every row its own id, so that "
                              "a request can name it.")  # fmt: skip
-        if not np.isfinite(self.x).all():
-            raise UsageError(f"'{self.name}' holds NaN or infinite features: give finite numbers.")
+        if not np.issubdtype(self.x.dtype, np.number) or np.iscomplexobj(self.x) or not np.isfinite(self.x).all():
+            raise UsageError(f"'{self.name}' holds features of kind {self.x.dtype}, NaN or infinite: give finite real "
+                             "numbers.")  # fmt: skip
 
     def only(self, chosen: NDArray[Any]) -> Table:
         return Table(self.x[chosen], self.y[chosen], self.ids[chosen], self.clusters[chosen], self.name)

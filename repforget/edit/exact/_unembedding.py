@@ -21,7 +21,7 @@ from repforget.linear.softmax import Softmax, fit_softmax
 from repforget.models.load import LoadedModel
 from repforget.models.readout import logit_cap
 from repforget.models.weights import find, get_bias, get_weight, is_tied
-from repforget.progress import Progress
+from repforget.progress import Progress, track
 from repforget.store import json_bytes, write_atomic
 from repforget.training import Record
 from repforget.training.items import checked, digest
@@ -54,17 +54,12 @@ def train(model: LoadedModel, records: Sequence[Record], lam: float, progress: P
     model that caps its logits, which makes the objective another one.
     """
     records = checked(records, "the training")
-    parts = [answer_rows(model, [record]) for record in _told(records, progress)]  # each by itself: no batch shows
+    parts = [answer_rows(model, [record])  # each by itself: no batch shows
+             for record in track(progress, records, "reading features")]  # fmt: skip
     x, tokens = np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
     owner = np.repeat(np.arange(len(records)), [len(p[1]) for p in parts])
     change = solved(model, x, tokens, lam).change
     return Tuned(records, lam, model.name, model.fingerprint, x, tokens, owner, change)
-
-
-def _told(records: Sequence[Record], progress: Progress | None) -> Any:
-    from repforget.progress import track
-
-    return track(progress, records, "reading features")
 
 
 def solved(
@@ -104,6 +99,7 @@ def claim(found: Softmax, gone: int) -> Guarantee:
         ("The base model was never trained on the records.",
          "Records that only an earlier edit left out are in again.",
          "Penalty and base were chosen without the records, and only the unembedding was trained.",
+         "The features of the records that are left are those in the folder; elsewhere they may be rounded otherwise.",
          "Weights are added in float32 and above; a base in 16 bits rounds the sum again."),
         {"distance bound": bound, "gradient norm": found.residual, "penalty": found.lam, "float32 rounding": stored,
          "tokens left": found.n, "records taken out": gone},
