@@ -121,12 +121,12 @@ def test_nothing_that_identifies_is_in_it_unless_asked_for(book: Ledger) -> None
 
 
 def test_a_theorem_is_told_with_its_assumptions_and_earns_its_words(book: Ledger) -> None:
-    _answered(book, _asked(book), "exact", EXACT)
+    _answered(book, _asked(book), "exact", EXACT, notes=["2 records that are left say the same."])
     _answered(book, _asked(book), "pass")
     for text in _texts(book):
         assert EXACT.theorem in text and EXACT.assumptions[0] in text and NOT_SHOWN_EXACT in text
         assert unearned(text) == ("removed",) and unearned(text, [EXACT]) == ()
-        assert "holds by the theorem below" in text
+        assert "holds by the theorem below" in text and "2 records that are left say the same" in text
     first, second = audit(book).sections
     assert unearned(repr(dataclasses.replace(second))) == () and second.theorem == () and first.theorem
 

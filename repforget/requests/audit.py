@@ -176,7 +176,7 @@ def _section(request: Request, events: Sequence[Event], now: datetime, later: Se
     if verdict is not None and not verdict["controls_ok"]:
         shown.append("A control came out wrong, so that the measures cannot be trusted.")
     if verdict is not None and not claims:
-        shown.append("Nothing was measured: what holds, holds by the theorem below.")
+        shown += ["Nothing was measured: what holds, holds by the theorem below.", *verdict.get("notes", ())]
     standing, good = _standing(request, now)
     return Section(
         request, earned(standing, held), good, _facts(request, events, now),
