@@ -267,6 +267,9 @@ def test_the_commands_from_the_asking_to_the_audit(cli: Cli, tmp_path: Path) -> 
     assert code == 2 and json.loads(out)["state"] == "refused" and "did you mean 'Milo Garrow'" in said
     code, _, said = cli("request", "add", "--keep", "--what", "p004-award")
     assert code == 2 and "by request 1:" in said
+    assert cli("request", "add", "--keep", "--what", "p005", "--ledger", "other.sqlite")[0] == 0
+    code, out, said = cli("request", "add", "--what", "p005", "--ledger", "other.sqlite")
+    assert (code, out) == (0, "request 2: open\n") and "to be kept by request 1: a person has to decide" in said
     code, out, _ = cli("request", "list")
     assert code == 0 and out.count("p003") == 0 and "conflict" in out
     code, out, _ = cli("request", "list", "--state", "open", "--json")

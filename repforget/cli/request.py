@@ -12,7 +12,7 @@ from repforget.cli import _options as o
 from repforget.cli._output import print_json, print_table
 from repforget.cli._progress import display
 
-HELP = """Requests to forget: taken down in a ledger, answered, audited.
+HELP = """Requests to forget: taken down in a ledger, answered, checked again, audited.
 
 The ledger (an SQLite file) is only ever added to, and every row carries the hash of the one before. Nothing personal
 is in it by default: whoever asks is kept as a salted hash, what is asked for as references to records (a reference that
@@ -27,7 +27,7 @@ CODES = {"pass": 0, "exact": 0, "refused": 0, "inconclusive": 11, "fail": 10, "f
 
 @app.callback()
 def _group() -> None:
-    """Requests to forget: taken down in a ledger, answered, audited."""
+    """Requests to forget: taken down in a ledger, answered, checked again, audited."""
 
 
 @app.command()
@@ -72,9 +72,9 @@ def add(
             print_json({"request": made.id, "state": made.state, "reason": made.reason, "head": book.head})
         else:
             typer.echo(f"request {made.id}: {made.state}")
-    if made.reason:
+    if made.reason or told:
         typer.echo(" ".join(part for part in (made.reason, told) if part), err=True)
-        raise typer.Exit(2)
+    raise typer.Exit(2 if made.reason else 0)
 
 
 @app.command("list")
@@ -131,7 +131,8 @@ def run(
 ) -> None:  # fmt: skip
     """Answer requests: edit and verify, or take out of a sharded training; everything is recorded.
 
-    The same command continues after an interruption. Exit codes as of 'repforget run', the gravest of all requests.
+    The same command continues after an interruption. While it runs NAME.files holds texts of the probe, readable for
+    its owner alone; after a kill -9 until the next run. Exit codes as of 'repforget run', the gravest of all requests.
     """
     from repforget.requests import listing
     from repforget.requests.ledger import Ledger

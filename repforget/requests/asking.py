@@ -40,7 +40,8 @@ def ask(
     ledger: Ledger, names: Sequence[str] = (), *, source: str | None = None, who: str = "", named: bool = False,
     basis: str = "erasure", deadline: str = DEADLINE, keep: bool = False,
 ) -> tuple[Request, str]:  # fmt: skip
-    """Record a request to forget (or to ``keep``) and return it as it stands then, with a hint where a name is unknown.
+    """Record a request to forget (or to ``keep``) and return it as it stands then, with a hint where a name is unknown
+    or an earlier request asks to keep some of it.
 
     ``names`` are ids or clusters of records in ``source`` (a probe, or "training:FOLDER"); none means the whole forget
     set of a probe.  ``who`` becomes a salted hash unless ``named``; names and texts of the source are blotted out of
@@ -68,10 +69,12 @@ def ask(
     else:
         others = [r for r in requests(ledger) if r.keep != keep and r.state not in ("refused", "conflict")]
         against = matching.overlapping(ledger, ids, others)
+        numbers = ", ".join(map(str, against))
         if keep and against:
-            numbers = ", ".join(map(str, against))
             reason = f"Some of it is to be forgotten by request {numbers}: a person has to decide."
             events.append(("conflict", {"with": against, "reason": reason}))
+        elif against:
+            told = f"Some of it is to be kept by request {numbers}: a person has to decide."
         body["against"] = list(against)
     number = ledger.record_all(events)[0].request
     return requests(ledger, number)[0], told
