@@ -45,6 +45,7 @@ def test_from_training_to_a_request(cli: Cli, data: Path, tmp_path: Path) -> Non
     assert not any(f.exists() for f in files)
     code, said, _ = cli("shards", "remove", "folder", "Bo-0")
     assert code == 0 and "records taken out: 1, from shards: 1" in said and unearned(said, [held]) == ()
+    assert "hashes of their names stay" in said
     code, said, _ = cli("shards", "remove", "folder", "Bo-0", "Ann")
     assert code == 0 and "nothing left to do" in said and unearned(said, [held]) == ()
     code, said, _ = cli("shards", "show", "folder", "--cluster", "Ann")

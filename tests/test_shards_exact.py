@@ -251,6 +251,7 @@ def test_nothing_about_them_stays_in_the_folder(base: LoadedModel, full: Trainin
     unfinished = training.store.unfinished("slice", next(s for s in full.stages if full.path(s).name in seen).key)
     unfinished.mkdir()
     (unfinished / "epoch.safetensors").write_bytes(b"half")
+    (training.root / "error.txt").write_text("KeyError: 'w47'")
     left, outcome = take_out(training, ["w47"], lambda: base)
     said = b"".join(shard_tools.texts_in(training.root))
     assert b"w47" not in said and digest(full.records).encode() not in said

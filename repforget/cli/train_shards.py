@@ -111,7 +111,8 @@ def remove(
         return
     typer.echo(f"records taken out: {outcome.records}, from shards: {outcome.shards}; slices trained again: "
                f"{outcome.trained} in {outcome.steps} steps, {outcome.share:.3f} of a whole training; erased: the "
-               f"records and {outcome.erased} checkpoints that saw them")  # fmt: skip
+               f"records and {outcome.erased} checkpoints that saw them; hashes of their names stay, so that none is "
+               "trained on again")  # fmt: skip
     for line in outcome.notes:
         typer.echo(line)
 

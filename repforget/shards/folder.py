@@ -32,6 +32,7 @@ from repforget.training.items import checked
 VERSION = 1
 MAIN, RECORDS, LEDGER, INDEX = "shards.json", "records.jsonl", "ledger.json", "index.json"
 ADAPTER, MOMENTS, FACTS = "adapter.safetensors", "moments.safetensors", "facts.json"
+ERRORS = "error.txt"  # what the command line writes of an unexpected failure
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from repforget.errors import UsageError
 from repforget.guarantee import Guarantee
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress
-from repforget.shards.folder import LEDGER, Training, build, environments, opened, write_records
+from repforget.shards.folder import ERRORS, LEDGER, Training, build, environments, opened, write_records
 from repforget.shards.index import write_index
 from repforget.shards.plan import Stage, place
 from repforget.store import TIMINGS, read_json, write_json
@@ -26,7 +26,7 @@ THEOREMS = {
            "before it never saw it (Chowdhury et al. 2024, arXiv 2406.16257)",
 }  # fmt: skip
 ASSUMPTIONS = (
-    "the base model is frozen and was never trained on the records",
+    "weights, configuration and tokenizer of the base stay as they are, and it was never trained on the records",
     "ids and clusters name all that is to go: copies under other names, and other data that carry the same knowledge, "
     "stay",
     "equality in bits needs what training needed: the same software, device and number of threads",
@@ -117,6 +117,7 @@ def erase(training: Training) -> int:
     old = training.stale()
     for path in old:
         shutil.rmtree(path)
+    (training.root / ERRORS).unlink(missing_ok=True)  # a traceback may quote a record
     times = training.root / TIMINGS
     if times.is_file():
         kept = {training.path(stage).name for stage in training.stages}
