@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import socket
@@ -122,6 +123,76 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
+
+
+def test_a_port_in_use_is_not_shared(world: tuple[str, dict[str, Source]], tmp_path: Path) -> None:
+    from flwr.server.client_manager import SimpleClientManager
+    from flwr.server.superlink.fleet.grpc_bidi.grpc_server import start_grpc_server
+
+    base = load(world[0], device="cpu")
+    address = f"127.0.0.1:{free_port()}"
+    other = start_grpc_server(client_manager=SimpleClientManager(), server_address=address)
+    try:
+        with pytest.raises(ResourceError, match="No server can listen at '127.0.0.1:.*in use"):
+            serve(base, plan(world[0]), tmp_path / "run", address=address, wait=0.1)
+    finally:
+        other.stop(grace=0).wait()
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ResourceError, match="too few clients"):  # free again
+        serve(base, plan(world[0]), tmp_path / "run", address=address, wait=0.1)
+
+
+def authority(folder: Path, name: str = "localhost") -> tuple[Path, Path, Path]:
+    """A certificate authority, and a server's certificate and key that it has signed; all for this test."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    now = datetime.datetime.now(datetime.UTC)
+    keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(2)]
+    names = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)]) for text in ("authority", name)]
+    folder.mkdir()
+    for k, (key, subject) in enumerate(zip(keys, names, strict=True)):
+        made = (x509.CertificateBuilder().subject_name(subject).issuer_name(names[0]).public_key(key.public_key())
+                .serial_number(x509.random_serial_number()).not_valid_before(now - datetime.timedelta(1))
+                .not_valid_after(now + datetime.timedelta(1))
+                .add_extension(x509.BasicConstraints(ca=k == 0, path_length=None), critical=True)
+                .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+                .sign(keys[0], hashes.SHA256()))  # fmt: skip
+        (folder / f"{k}.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    private = keys[1].private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+                                    serialization.NoEncryption())  # fmt: skip
+    (folder / "key.pem").write_bytes(private)
+    return folder / "0.pem", folder / "1.pem", folder / "key.pem"
+
+
+def test_over_tls_only_a_client_that_knows_the_authority_takes_part(
+    world: tuple[str, dict[str, Source]], tmp_path: Path
+) -> None:
+    pytest.importorskip("cryptography")
+    model, sources = world
+    base, address = load(model, device="cpu"), f"localhost:{free_port()}"
+    mine, others = authority(tmp_path / "mine"), authority(tmp_path / "others")
+    own = Certificates(*mine)
+    came: dict[str, Any] = {}
+
+    def act() -> None:
+        came["server"] = serve(base, plan(model), tmp_path / "run", address=address, wait=60, certificates=own)
+
+    server = threading.Thread(target=act)
+    server.start()
+    for wrong in (Certificates(others[0]), None):
+        with pytest.raises(ResourceError, match="No server answers"):
+            join(client(model, sources, "bob"), address=address, wait=0.0, certificates=wrong)
+    assert join(client(model, sources, "ann"), address=address, wait=60, certificates=Certificates(mine[0])) == 2
+    server.join(60)
+    assert came["server"].artifact == "weights"
+    same(tmp_path / "run", expected(model, {"ann": sources["ann"]}, tmp_path / "here"))
+    with pytest.raises(UsageError, match="needs three files"):
+        serve(base, plan(model), tmp_path / "run", address=address, certificates=Certificates(mine[0]))
+    with pytest.raises(ResourceError, match="certificate and key belong together"):
+        serve(base, plan(model), tmp_path / "run2", address=address, wait=0.1,
+              certificates=Certificates(mine[0], mine[1], others[2]))  # fmt: skip
 
 
 def client(model: str, sources: dict[str, Source], name: str, *faults: Fault, patience: float = 0.0) -> Worker:

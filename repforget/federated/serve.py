@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -69,6 +70,19 @@ def checked_address(address: str, certificates: Certificates | None) -> str:
         raise UsageError(f"Without certificates everything that goes to '{host}' can be read on the way: give "
                          "--authority (at a server also --certificate and --key), or use 127.0.0.1.")  # fmt: skip
     return address
+
+
+def _free(address: str) -> None:
+    """ResourceError for a port in use: gRPC would share it, and clients would reach one server or the other."""
+    host, _, port = address.rpartition(":")
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as found:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just left is free
+            found.bind(where)
+    except OSError as error:
+        raise ResourceError(f"No server can listen at '{address}' ({error.strerror}): end what uses the port, or give "
+                            "another address of this machine.") from None  # fmt: skip
 
 
 def grpc_parts() -> Any:
@@ -195,13 +209,15 @@ def serve(
     secrets = None if certificates is None else certificates.read()
     if secrets is not None and len(secrets) != 3:
         raise UsageError("A server with certificates needs three files: --authority, --certificate and --key.")
+    _free(address)
     with Store(folder).locked():
         Setup(plan, {}).claim(folder)
         manager = flwr.Manager()
         try:
             server = flwr.start(client_manager=manager, server_address=address, certificates=secrets)
         except (SystemExit, RuntimeError) as error:
-            raise ResourceError(f"No server can listen at '{address}' ({error}): is the port in use?") from None
+            what = "give another address" if secrets is None else "check that certificate and key belong together"
+            raise ResourceError(f"No server can listen at '{address}' ({shown(str(error))}): {what}.") from None
         remote = Remote(flwr, manager, plan, max(clients, plan.min_clients), wait, note)
         note(f"listening at {server.bound_address}, waiting for {remote.first} clients")
         try:
