@@ -149,7 +149,7 @@ def test_no_method_brings_words_into_the_audit_that_it_has_not_earned(book: Ledg
                                                       "controls_ok": True})], number)  # fmt: skip
         done = " ".join(audit(book).sections[0].done)
         assert unearned(done) == () and each.name in done and LEFT_OUT not in done
-    assert "gone for whoever holds the weights" in done and "It also answers request 7." in done
+    assert "gone for whoever holds the weights" in done and "It also answers request 7: what was shown is about all" in done
 
 
 def test_the_summary_of_a_method_is_left_out_where_it_says_too_much(

@@ -188,3 +188,12 @@ def test_a_request_about_a_probe_is_answered_by_a_training_on_it(
     asking.ask(book, ["w43"], source=source)
     assert answer(book, [4], Order(training=training))[0].outcome == "refused"
     assert "taken out before" in requests(book, 4)[0].reason
+
+
+def test_in_union_every_request_of_a_training_is_taken_out_itself(book: Ledger, training: Path, base: str,
+                                                                  tmp_path: Path) -> None:  # fmt: skip
+    asking.ask(book, ["w41"]), asking.ask(book, ["w46"])
+    assert [a.outcome for a in answer(book, [1, 2], Order(mode="union"))] == ["exact", "exact"]
+    assert _same(composed(book, 2), _scratch(tmp_path / "both", base, "w41", "w46"))
+    left = b"".join(shard_tools.texts_in(training))
+    assert b"w41" not in left and b"w46" not in left and [p.covers for p in in_force(book)] == [(2,)]

@@ -274,7 +274,8 @@ def _done(
         lines.append("Part of it acts while the model runs: it is gone for whoever holds the weights.")
     others = [number for number in edit["covers"] if number != request.id]
     if others:
-        lines.append(f"It also answers request {', '.join(map(str, others))}.")
+        lines.append(f"It also answers request {', '.join(map(str, others))}: what was shown is about all of them "
+                     "together, and a request with few names may differ from the rest.")  # fmt: skip
     return lines
 
 

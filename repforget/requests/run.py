@@ -102,8 +102,8 @@ def answer(
         ledger.refuse_broken()
         found = _waiting(ledger, numbers)  # another process may have answered them before it freed the lock
         sharded.tidy(ledger, store)
-        batches = [found] if order.mode == "union" and order.training is None else [[request] for request in found]
-        for batch in batches:
+        together = [r for r in found if order.mode == "union" and sharded.known(r, order.training) is None]
+        for batch in (*([request] for request in found if request not in together), *([together] if together else ())):
             try:
                 answers += _batch(ledger, batch, order, store, progress, echo)
             finally:
