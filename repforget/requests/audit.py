@@ -210,7 +210,7 @@ def _standing(request: Request, now: datetime) -> tuple[str, str]:
     if request.state == "tried" and request.outcome == "pass":
         return before + CAME_BACK, "fail"
     if request.outcome:
-        doubt = UNDECIDED if request.state == "done" and request.rechecked == "inconclusive" else ""
+        doubt = UNDECIDED if (request.outcome, request.rechecked) == ("pass", "inconclusive") else ""
         return before + STANDING[request.outcome] + doubt, "inconclusive" if doubt else mark
     if request.reason:
         return f"{before}Not answered, the last attempt ended with an error: {request.reason}", mark
