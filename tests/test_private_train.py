@@ -26,9 +26,11 @@ from repforget.private import Privacy, run, train
 from repforget.private.accounting import accountant_of, noise_multiplier, spent
 from repforget.private.job import facts, records_for, unfinished
 from repforget.private.state import State
+from repforget.private.trainer import check_alone
 from repforget.private.units import Randomness
 from repforget.scoring import answer_logprobs
 from repforget.training import Record, Stepper
+from repforget.training.items import encoded
 
 BUDGET = Privacy(8.0, 0.1)
 SMALL: dict[str, Any] = {"rank": 2, "epochs": 4, "batch": 3, "lr": 1e-2, "seed": 5}
@@ -219,6 +221,7 @@ def test_a_finished_folder_of_another_request_is_refused(tmp_path: Path) -> None
         (Privacy(8.0, 0.2), r"outside \(0, 1/6\]: with 6 units of the kind 'cluster'"),
         (Privacy(8.0, 0.1, unit="record"), "with 12 units of the kind 'record'"),
         (Privacy(8.0, 0.1, clip=0.0), "bounds nothing"),
+        (Privacy(8.0, 0.1, clip=math.inf), "bounds nothing"),
         (Privacy(8.0, 0.1, accountant="gdp"), "understate"),  # type: ignore[arg-type]
         (Privacy(-1.0, 0.1), "no budget"),
     ],
@@ -226,6 +229,22 @@ def test_a_finished_folder_of_another_request_is_refused(tmp_path: Path) -> None
 def test_budgets_that_mean_nothing_are_refused(private: Privacy, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         train(model(), records(), private=private, **SMALL)
+
+
+def test_one_unit_alone_has_no_delta_of_one() -> None:
+    with pytest.raises(UsageError, match="outside"):
+        train(model(), records()[:1], private=Privacy(8.0, 1.0), **SMALL)
+
+
+def test_records_that_change_how_others_are_read_are_refused() -> None:
+    own = model()
+    examples = encoded(own, records())
+    longest = max(len(e.tokens) for e in examples)
+    own.module.config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": longest}
+    check_alone(own.module, examples)
+    own.module.config.rope_parameters["original_max_position_embeddings"] = longest - 1
+    with pytest.raises(UsageError, match=f"cut records to {longest - 1} tokens"):
+        check_alone(own.module, examples)
 
 
 def test_a_unit_is_never_shared_by_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,9 +53,9 @@ def command(
     from repforget.private.trainer import Privacy
 
     records, name = records_for(data, knowledge, sets, forms)  # type: ignore[arg-type]
+    loaded = load(model, device=device, dtype=dtype)
     context.obj.interrupted = (f"Interrupted: the state of training is kept in '{unfinished(out)}'; the same command "
                                "continues from there.")  # fmt: skip
-    loaded = load(model, device=device, dtype=dtype)
     wanted = None if budget is None else Privacy(**budget)
     with display(as_json) as (progress, echo):
         made = run(loaded, records, out, rank=None if full else rank, epochs=epochs, lr=lr, batch=batch, seed=seed,

@@ -139,5 +139,5 @@ def reach(epsilon: float, delta: float) -> int:
 
 
 def at_most(value: float) -> str:
-    """``value`` to three digits, rounded up: a bound is never printed below what holds."""
-    return f"{float(Context(prec=3, rounding=ROUND_CEILING).create_decimal(repr(float(value)))):g}"
+    """``value`` (twelve digits of it) to three digits, rounded up: a bound is not printed below what holds."""
+    return f"{float(Context(prec=3, rounding=ROUND_CEILING).create_decimal(f'{value:.12g}')):g}"

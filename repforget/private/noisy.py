@@ -24,11 +24,6 @@ def concentrated(epsilon: float, delta: float) -> float:
     return (math.sqrt(log + epsilon) - math.sqrt(log)) ** 2
 
 
-def approximate(rho: float, delta: float) -> float:
-    """Epsilon at ``delta`` of a mechanism that is rho-zero-concentrated."""
-    return rho + 2 * math.sqrt(rho * math.log(1 / delta))
-
-
 @dataclass(frozen=True)
 class Descent:
     """``x <- x - lr (clip(g, gradient) + decay x) + N(0, deviation^2)``, ``steps`` times from ``clip(x, start)``."""
@@ -73,24 +68,12 @@ class Descent:
         return self.distance / (self.spread * math.sqrt(2 * concentrated(epsilon, delta)))
 
 
-def best_steps(start: float, gradient: float, lr: float) -> int:
-    """The steps without decay at which :meth:`Descent.rho` is least for a given noise: ``C0 / (lr C1)``."""
-    exact = start / (lr * gradient)
-    around = {max(1, math.floor(exact)), max(1, math.ceil(exact))}
-    return min(around, key=lambda t: Descent(start, gradient, lr, t).rho(1.0))
-
-
 def contraction(epsilon: float, radius: float, deviation: float) -> float:
     """By how much one step ``clip(x, radius) + N(0, deviation^2)`` shrinks delta at ``epsilon``.
 
     ``Phi(r/2 - e/r) - exp(e) Phi(-r/2 - e/r)`` at ``r = 2 radius / deviation``.
     """
     return hockey_stick(epsilon, 2 * radius / deviation)
-
-
-def contracting_steps(epsilon: float, delta: float, radius: float, deviation: float) -> int:
-    """The steps after which two runs are (epsilon, delta)-indistinguishable wherever they started."""
-    return max(1, math.ceil(math.log(delta) / math.log(contraction(epsilon, radius, deviation)) - 1e-12))
 
 
 def contracting_deviation(epsilon: float, delta: float, radius: float, steps: int) -> float:

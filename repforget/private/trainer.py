@@ -171,6 +171,7 @@ def _plainly(course: _Course, seed: int) -> dict[str, Any]:
 def _privately(course: _Course, private: Privacy, seed: int | None) -> dict[str, Any]:
     """DP-SGD; returns what was spent and by what noise."""
     check_private(private, len(course.units))
+    check_alone(course.module, course.examples)
     rate = course.batch / len(course.units)
     parameters = list(course.target.parameters.values())
     stepper = course.stepper(0.0)
@@ -209,11 +210,22 @@ def _privately(course: _Course, private: Privacy, seed: int | None) -> dict[str,
             "secret": SECRET if seed is None else GIVEN}  # fmt: skip
 
 
+def check_alone(module: nn.Module, examples: Sequence[Example]) -> None:
+    """UsageError where a record's positions are coded by the length of the longest beside it (the rule "longrope")."""
+    rules: Any = getattr(module.config, "rope_parameters", None) or {}
+    found = [r for r in (rules, *rules.values()) if isinstance(r, dict) and r.get("rope_type") == "longrope"]
+    short = min((r["original_max_position_embeddings"] for r in found), default=math.inf)
+    if (longest := max(len(e.tokens) for e in examples)) > short:
+        raise UsageError(f"A record of {longest} tokens would change how {type(module).__name__} codes the positions "
+                         f"of those beside it, so that a unit's part has no bound: cut records to {short} "
+                         "tokens.")  # fmt: skip
+
+
 def check_private(private: Privacy, units: int) -> None:
     """UsageError for a budget that means nothing for ``units`` units, or a unit that processes would share."""
-    if not private.clip > 0:
-        raise UsageError(f"A clipping norm of {private.clip:g} bounds nothing: give one above 0.")
-    if not 0.0 < private.delta <= 1.0 / units:
+    if not 0 < private.clip < math.inf:
+        raise UsageError(f"A clipping norm of {private.clip:g} bounds nothing: give a finite one above 0.")
+    if not 0.0 < private.delta <= 1.0 / units or private.delta == 1.0:
         raise UsageError(f"Delta {private.delta:g} lies outside (0, 1/{units}]: with {units} units of the kind "
                          f"'{private.unit}' a larger one allows to publish one of them whole, so give less than "
                          f"{1 / units:.2g}, or train on more units.")  # fmt: skip
