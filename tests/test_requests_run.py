@@ -370,6 +370,23 @@ def test_a_source_that_is_gone_fails_its_own_requests_alone(book: Ledger, fake: 
     assert "cannot be read" in requests(book, 1)[0].reason
 
 
+def test_what_another_process_answered_before_it_freed_the_lock_is_not_answered_again(
+    book: Ledger, fake: FakeLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = _ask(book, *_clusters(0, 8))
+    verdict = {"outcome": "pass", "sentence": "Suppressed.", "in_force": False, "controls_ok": True}
+    monkeypatch.setattr(Ledger, "refuse_broken", lambda self: self.record("verdict", number, verdict))
+    with pytest.raises(UsageError, match="needs no answer"):
+        _answer(book, number)
+    assert fake.recipes == []
+
+
+def test_requests_of_one_edit_need_no_check_after_each_other(book: Ledger, fake: FakeLoop) -> None:
+    _ask(book, *_clusters(0, 4)), _ask(book, *_clusters(4, 8))
+    assert _answer(book, 1, 2, mode="union") == ["pass", "pass"]
+    assert [section.again for section in audit(book).sections] == [(), ()]
+
+
 def test_no_model_is_changed_by_a_broken_chain(book: Ledger, fake: FakeLoop) -> None:
     _ask(book, *_clusters(0, 8)), _ask(book, *_clusters(8, 16))
     base = sqlite3.connect(book.path)
