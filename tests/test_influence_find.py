@@ -23,6 +23,7 @@ from repforget.guarantee import unearned
 from repforget.influence import curvature, linear_maps, rank, scores
 from repforget.influence.ask import Ask, asked, cache_folder, forget_set, some, trained_on
 from repforget.influence.audit import Ranking, _controls, cluster_lines, sentences
+from repforget.influence.score import scores_and_likeness
 from repforget.knowledge import Item, Knowledge
 from repforget.knowledge_files import load_knowledge
 from repforget.models.load import LoadedModel, fingerprint, wrap
@@ -109,11 +110,11 @@ def test_copies_under_another_name_are_found_and_nothing_where_there_are_none(kn
     again = ranked(knows, [*known, *copies])
     assert np.array_equal(found.values, again.values) and found.to_json() == again.to_json()
     other = ranked(knows, [*known, *copies], seed=1)
-    assert np.array_equal(found.values, other.values) and other.limit != found.limit, "the seed draws the controls"
+    assert np.array_equal(found.values, other.values) and other.band != found.band, "the seed draws the controls"
 
 
 def test_nothing_is_found_behind_what_was_never_said(knows: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bad answer has a large gradient and large scores on everything: the limit grows with it."""
+    """A bad answer has a large gradient and large scores on everything: the limit is on likeness."""
     known = records()
     train, names = encoded(knows, known), linear_maps(knows)
     made = curvature(knows, train, names)
@@ -121,9 +122,20 @@ def test_nothing_is_found_behind_what_was_never_said(knows: LoadedModel, monkeyp
         ("the red cat", " baker"), ("Rome works as", " Tom"), ("a dog lives in", " the"))]  # fmt: skip
     for query in nonsense:
         assert len(rank(knows, known, train, query, names, made).found) <= 1
-    monkeypatch.setattr("repforget.influence.audit.scores_and_lengths", lambda *given, **more: (
-        found := scores(*given, **more), np.ones(len(found))))  # fmt: skip
+    monkeypatch.setattr("repforget.influence.audit.scores_and_likeness", lambda *given, **more: (
+        scores(*given[:5], groups=given[5], **more),) * 2)  # fmt: skip
     assert min(len(rank(knows, known, train, query, names, made).found) for query in nonsense) >= 4
+
+
+def test_likeness_is_the_mean_cosine_in_the_metric_of_the_curvature(knows: LoadedModel) -> None:
+    train, names = encoded(knows, records()), linear_maps(knows)
+    made, groups = curvature(knows, train, names), [[0], [1, 2, 3]]
+    values, alike = scores_and_likeness(knows, train, train, names, made, groups)
+    whole = scores(knows, train, train, names, made)
+    own = np.sqrt(np.diag(whole))
+    cosines = whole / np.outer(own, own)
+    np.testing.assert_allclose(alike, [cosines[0], cosines[1:4].mean(0)], atol=1e-4)
+    np.testing.assert_allclose(values, [whole[0], whole[1:4].mean(0)], rtol=1e-3, atol=1e-4 * np.abs(whole).max())
 
 
 def test_random_sets_are_made_as_the_queries_are_and_a_large_forget_set_says_so(knows: LoadedModel) -> None:
@@ -244,7 +256,7 @@ def test_the_commands_rank_and_tell_no_texts(cli: Callable[..., tuple[int, str, 
     assert code == 0, err
     assert {row["id"] for row in json.loads(out)["records"]} == {given[0]["id"], "copy"} and "Milo" not in out
     code, out, err = cli("influence", "find", "--query", "forget", "--split", "all", "--of", "p003", *shared,
-                         "--show-texts", "--top", "3")  # fmt: skip
+                         "--show-texts", "--top", "30")  # fmt: skip
     assert code == 0 and given[0]["prompt"] in out, err
     assert len(list(Path("factors").rglob("factors.safetensors"))) == 1, "fitted once"
 

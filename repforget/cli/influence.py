@@ -26,8 +26,9 @@ Sets = Annotated[list[str] | None, typer.Option("--sets", help="Sets of the prob
                                                 "(default: forget and retain).")]  # fmt: skip
 Where = Annotated[Path | None, typer.Option("--where", help="A localization by 'repforget locate': only the linear "
                                             "maps at its best sites are read.")]  # fmt: skip
-Out = Annotated[Path | None, typer.Option("--out", help="File to write the whole ranking to, as JSON.")]
-Clusters = Annotated[Path | None, typer.Option("--clusters", help="File for the sum of each cluster, as JSON lines.")]
+Out = Annotated[Path | None, typer.Option("--out", dir_okay=False, help="File for the whole ranking, as JSON.")]
+Clusters = Annotated[Path | None, typer.Option("--clusters", dir_okay=False, help="File for the sum of each cluster's "
+                                               "influence, as JSON lines.")]  # fmt: skip
 Top = Annotated[int, typer.Option("--top", min=1, help="How many records are printed.")]
 Damping = Annotated[float, typer.Option("--damping", help="Share of the mean eigenvalue added to the curvature.")]
 Fit = Annotated[int, typer.Option("--fit", min=1, help="Most records the curvature is fitted on, drawn by seed.")]
@@ -145,7 +146,7 @@ def _ranked(
         context.obj.interrupted = f"Interrupted: {kept}."
         entries = sum(loaded.module.get_parameter(name).numel() for name in names)
         echo(f"{len(names)} linear maps; factors {made.bytes / 1e6:.1f} MB, query gradients "
-             f"{(draws + 1) * entries * 4 / 1e6:.1f} MB; {kept}")  # fmt: skip
+             f"{2 * (draws + 1) * entries * 4 / 1e6:.1f} MB; {kept}")  # fmt: skip
         return rank(loaded, records, train, asked, names, made, inside=inside, clusters=[q.cluster for q in queries],
                     damping=damping, draws=draws, seed=seed, progress=progress)  # fmt: skip
 
@@ -165,8 +166,9 @@ def _show(found: Ranking, top: int, out: Path | None, clusters: Path | None, tex
     for k in found.order[:top]:
         record = found.records[k]
         shown = (f"{record.prompt}{record.answer}",) if texts else ()
-        rows.append((record.id, record.cluster, f"{found.values[k]:.4g}",
-                     "yes" if found.values[k] > found.limit else "", *shown))  # fmt: skip
-    print_table(("record", "cluster", "influence", "above the limit", *(("text",) if texts else ())), rows, numbers=[2])
+        rows.append((record.id, record.cluster, f"{found.alike[k]:.3f}", f"{found.values[k]:.4g}",
+                     "yes" if found.alike[k] > found.limit else "", *shown))  # fmt: skip
+    columns = ("record", "cluster", "likeness", "influence", "above the limit", *(("text",) if texts else ()))
+    print_table(columns, rows, numbers=[2, 3])
     for sentence in sentences(found):
         typer.echo(sentence)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from repforget.errors import UsageError
 from repforget.influence.ekfac import Curvature
-from repforget.influence.score import scores_and_lengths
+from repforget.influence.score import scores_and_likeness
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress
 from repforget.training import Example, Record
@@ -25,16 +25,18 @@ LEVEL = 0.95
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """Influence [n] of every record on the mean of the queries, in nats, and the controls.
+    """Influence [n] of every record on the mean of the queries, in nats, its likeness to them, and the controls.
 
-    ``inside`` marks the records the question is about (a forget set; none for a plain search); ``limit`` is what the
-    strongest record outside reaches for queries drawn at random with a share ``chance`` of such draws; ``outside`` is
+    ``alike`` [n] are mean cosines of gradients.  ``inside`` marks the records the question is about (a forget set; none
+    for a plain search); ``limit`` is the likeness that the record outside which is most alike reaches for queries drawn
+    at random with a share ``chance`` of such draws; ``outside`` is
     the share of the total positive influence that comes from records outside, ``band`` the central 95 % of that share
     for the ``draws`` random sets, of at least ``drawn`` records each beside ``asked`` queries.
     """
 
     records: tuple[Record, ...]
     values: NDArray[np.float64]
+    alike: NDArray[np.float64]
     inside: NDArray[np.bool_]
     outside: float
     limit: float
@@ -46,13 +48,13 @@ class Ranking:
 
     @property
     def order(self) -> list[int]:
-        """Indices of the records outside, strongest first."""
-        return [int(k) for k in np.argsort(-self.values, kind="stable") if not self.inside[k]]
+        """Indices of the records outside, those most alike first."""
+        return [int(k) for k in np.argsort(-self.alike, kind="stable") if not self.inside[k]]
 
     @property
     def found(self) -> list[int]:
-        """Indices of records outside that no draw explains: influence above the limit."""
-        return [k for k in self.order if self.values[k] > self.limit]
+        """Indices of records outside that no draw explains: likeness above the limit."""
+        return [k for k in self.order if self.alike[k] > self.limit]
 
     def clusters(self) -> dict[str, float]:
         """Sum of the influence of each cluster's records, highest first."""
@@ -63,7 +65,8 @@ class Ranking:
 
     def to_json(self, top: int | None = None) -> dict[str, Any]:
         rows = [{"id": self.records[k].id, "cluster": self.records[k].cluster, "score": float(self.values[k]),
-                 "above_limit": bool(self.values[k] > self.limit)} for k in self.order[:top]]  # fmt: skip
+                 "likeness": float(self.alike[k]), "above_limit": bool(self.alike[k] > self.limit)}
+                for k in self.order[:top]]  # fmt: skip
         return {"records": rows, "found": len(self.found), "limit": self.limit, "chance": self.chance,
                 "outside": self.outside, "band": list(self.band), "draws": self.draws, "drawn": self.drawn,
                 "asked": self.asked, "inside": int(self.inside.sum()), "of": len(self.records)}  # fmt: skip
@@ -78,10 +81,10 @@ def rank(
 
     The control asks the same of ``draws`` random sets of training records outside the forget set, as many from as many
     clusters as the queries are about (``clusters``, one each; without them one), as far as half of the clusters reach;
-    each set has its own clusters as the inside.  Influence grows with the gradient of the query, which is large where
-    the model answers badly: sets are compared over the lengths of their gradients, and ``limit`` is on the scale of
-    the queries.  What is asked otherwise than it was trained differs from the controls in more than that.  UsageError
-    where nothing is left outside.
+    each set has its own clusters as the inside.  Influence grows with gradients, which are large where the model
+    answers badly, so that it hides copies of what is known well and shows much behind an answer that nobody gave:
+    records are ordered and compared by their likeness.  What is asked otherwise than it was trained differs from the
+    controls in more than that.  UsageError where nothing is left outside.
 
     Cost: gradients of the queries and of the controls' records, then one pass over ``train`` per memory of ``draws``
     gradients.  A high influence shows that a record pushes the model towards these answers in the linear picture, not
@@ -97,20 +100,20 @@ def rank(
     asked = [*queries, *(train[k] for k in picked)]
     own = {k: len(queries) + place for place, k in enumerate(picked)}
     groups = [list(range(len(queries))), *([own[k] for k in control] for control in controls)]
-    values, lengths = scores_and_lengths(model, asked, train, names, curvature, damping=damping, groups=groups,
-                                         progress=progress)  # fmt: skip
+    values, alike = scores_and_likeness(model, asked, train, names, curvature, groups, damping=damping,
+                                        progress=progress)  # fmt: skip
     tops, shares = [], []
-    for row, length, control in zip(values[1:], lengths[1:], controls, strict=True):
+    for row, like, control in zip(values[1:], alike[1:], controls, strict=True):
         theirs = {records[k].cluster for k in control}
         within = np.array([record.cluster in theirs for record in records])
-        tops.append(float(row[~(within | ours)].max()) / length)
+        tops.append(float(like[~(within | ours)].max()))
         # less is outside a control than outside the forget set, which it leaves out: counted as if it were as much
         shares.append(_share(row[~ours], within[~ours], (~ours).sum() / (~(within | ours)).sum()))
     low, high = np.quantile(shares, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     place = min(len(tops), math.ceil(LEVEL * (len(tops) + 1)))  # one more draw is above it in `chance` of all cases
-    limit = float(sorted(tops)[place - 1] * lengths[0])
-    return Ranking(tuple(records), values[0], ours, _share(values[0], ours), limit, 1 - place / (len(tops) + 1),
-                   (float(low), float(high)), len(controls), min(map(len, controls)), len(queries))  # fmt: skip
+    return Ranking(tuple(records), values[0], alike[0], ours, _share(values[0], ours), sorted(tops)[place - 1],
+                   1 - place / (len(tops) + 1), (float(low), float(high)), len(controls), min(map(len, controls)),
+                   len(queries))  # fmt: skip
 
 
 def _controls(
@@ -163,9 +166,9 @@ def sentences(found: Ranking) -> tuple[str, ...]:
         f"Random query sets have as few as {found.drawn} records while {found.asked} are asked about: there are too "
         "few others for a fair comparison.",)  # fmt: skip
     return (
-        f"{len(found.found)} of {len(found.order)} {whose} are above the limit {found.limit:.4g}. For a random query "
-        f"set the strongest foreign record comes so high in {100 * found.chance:.0f} % of cases ({found.draws} sets "
-        "were drawn, each compared by the length of its gradient).",
+        f"{len(found.found)} of {len(found.order)} {whose} are above the limit, a likeness (mean cosine of gradients) "
+        f"of {found.limit:.3g}. For a random query set the foreign record most alike comes so high in "
+        f"{100 * found.chance:.0f} % of cases ({found.draws} sets were drawn).",
         *share,
         *small,
         "Influence is what an answer's log-probability (nats) would lose without the record in a linear picture of "

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from repforget.errors import UsageError
 from repforget.influence.ekfac import Curvature
-from repforget.influence.factors import per_record, slices
-from repforget.influence.passes import Pass, passes, predictions
+from repforget.influence.factors import Factors, per_record, slices
+from repforget.influence.passes import passes, predictions
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress
 from repforget.training import Example
@@ -44,31 +44,31 @@ def scores(
     (float32, one per entry of the maps).  It is local: the model is taken to be at an optimum, of an objective that is
     quadratic there, with maps that do not interact; no retraining was done, and scores of small size mean nothing.
     """
-    return scores_and_lengths(model, queries, train, names, curvature, damping=damping, groups=groups, memory=memory,
-                              progress=progress)[0]  # fmt: skip
-
-
-def scores_and_lengths(
-    model: LoadedModel, queries: Sequence[Example], train: Sequence[Example], names: Sequence[str],
-    curvature: Curvature | None = None, *, damping: float = 0.1, groups: Sequence[Sequence[int]] | None = None,
-    memory: int = MEMORY, progress: Progress | None = None,
-) -> tuple[Array, Array]:  # fmt: skip
-    """The :func:`scores` and per row √(∇L(q)ᵀ (H + λ)⁻¹ ∇L(q)): over it, scores of queries that the model answers
-    well and badly compare, since a bad answer has a large gradient and with it large scores on everything."""
     check(damping)
-    sets = [[k] for k in range(len(queries))] if groups is None else [list(group) for group in groups]
-    if not all(sets) or not sets:
-        raise UsageError("A group of queries is empty: give every group at least one.")
-    size = sum(model.module.get_parameter(name).numel() for name in names) * (8 if model.dtype == torch.float64 else 4)
-    most = max(1, memory // size)
-    total = sum(map(predictions, train))
-    found, lengths = np.empty((len(sets), len(train))), np.empty(len(sets))
-    for start in range(0, len(sets), most):
-        held, lengths[start : start + most] = _preconditioned(model, queries, sets[start : start + most], names,
-                                                              curvature, damping, progress)  # fmt: skip
-        for part in passes(model, train, names, progress=progress, description="reading training gradients"):
-            found[start : start + most, part.rows] = _against(part, held, curvature).cpu().numpy() / total
-    return found, lengths
+    sets = [[k] for k in range(len(queries))] if groups is None else groups
+    weights = _means(sets, len(queries))
+    found, _ = _products(model, queries, weights, train, names, curvature, damping, memory, False, progress)
+    return found / sum(map(predictions, train))
+
+
+def scores_and_likeness(
+    model: LoadedModel, queries: Sequence[Example], train: Sequence[Example], names: Sequence[str],
+    curvature: Curvature | None, groups: Sequence[Sequence[int]], *, damping: float = 0.1, memory: int = MEMORY,
+    progress: Progress | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """The :func:`scores` of groups of queries, and beside them [groups, n] the mean cosines of gradients, in the metric
+    of (H + λ)⁻¹: what a fact says counts, not how badly the model answers it, by which gradients differ a hundredfold.
+
+    Cost: beyond that of ``scores`` one more reading of the queries, and twice the memory of query gradients.
+    """
+    check(damping)
+    mean = _means(groups, len(queries))
+    own = np.sqrt(_squares(model, queries, names, curvature, damping, progress))
+    unit = mean / torch.from_numpy(np.where(own > 0, own, np.inf))
+    found, squares = _products(model, queries, torch.cat([mean, unit]), train, names, curvature, damping, memory, True,
+                               progress)  # fmt: skip
+    lengths = np.sqrt(np.where(squares > 0, squares, np.inf))
+    return found[: len(groups)] / sum(map(predictions, train)), found[len(groups) :] / lengths
 
 
 def self_scores(
@@ -80,16 +80,7 @@ def self_scores(
     Cost: one forward and backward over ``train``.
     """
     check(damping)
-    scales = {name: curvature.factors[name].damped(damping) for name in names}
-    total = sum(map(predictions, train))
-    found = np.zeros(len(train))
-    for part in passes(model, train, names, progress=progress, description="reading training gradients"):
-        for name, (inputs, gradients) in part.seen.items():
-            for rows in slices(inputs, gradients):
-                rotated = per_record(inputs[rows], gradients[rows], curvature.factors[name])
-                value = (rotated.double().square() / scales[name]).sum((1, 2))
-                found[part.rows[rows]] += value.cpu().numpy() / total
-    return found
+    return _squares(model, train, names, curvature, damping, progress) / sum(map(predictions, train))
 
 
 def check(damping: float) -> None:
@@ -98,45 +89,78 @@ def check(damping: float) -> None:
         raise UsageError(f"A damping of {damping} was given: give a positive share of the mean eigenvalue.")
 
 
-def _preconditioned(
-    model: LoadedModel, queries: Sequence[Example], sets: Sequence[Sequence[int]], names: Sequence[str],
-    curvature: Curvature | None, damping: float, progress: Progress | None,
-) -> tuple[dict[str, Tensor], Array]:  # fmt: skip
-    """Per map the mean gradients [sets, out * in] of sets of queries over the damped eigenvalues, in the eigenbasis;
-    and the length [sets] of each before that, in the metric of the inverse."""
-    used = sorted({k for group in sets for k in group})
-    index = {k: place for place, k in enumerate(used)}
-    weights = torch.zeros(len(sets), len(used), dtype=torch.float64)
-    for row, group in enumerate(sets):
+def _means(groups: Sequence[Sequence[int]], queries: int) -> Tensor:
+    """Weights [groups, queries] of the mean of each group."""
+    if not groups or not all(len(group) for group in groups):
+        raise UsageError("A group of queries is empty: give every group at least one.")
+    weights = torch.zeros(len(groups), queries, dtype=torch.float64)
+    for row, group in enumerate(groups):
         for k in group:
-            weights[row, index[k]] += 1 / len(group)
+            weights[row, k] += 1 / len(group)
+    return weights
+
+
+def _squares(
+    model: LoadedModel, examples: Sequence[Example], names: Sequence[str], curvature: Curvature | None, damping: float,
+    progress: Progress | None,
+) -> Array:  # fmt: skip
+    """∇Lᵀ (H + λ)⁻¹ ∇L [n] of each example."""
+    found = np.zeros(len(examples))
+    for part in passes(model, examples, names, progress=progress, description="reading lengths of gradients"):
+        for name, (inputs, gradients) in part.seen.items():
+            factors = curvature.factors[name] if curvature else None
+            for rows in slices(inputs, gradients):
+                rotated = per_record(inputs[rows], gradients[rows], factors)
+                found[part.rows[rows]] += _square(rotated, factors, damping).cpu().numpy()
+    return found
+
+
+def _square(rotated: Tensor, factors: Factors | None, damping: float) -> Tensor:
+    squares = rotated.double().square()
+    return (squares if factors is None else squares / factors.damped(damping)).sum((1, 2))
+
+
+def _products(
+    model: LoadedModel, queries: Sequence[Example], weights: Tensor, train: Sequence[Example], names: Sequence[str],
+    curvature: Curvature | None, damping: float, memory: int, lengths: bool, progress: Progress | None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """Products [sets, n] of weighted sums of query gradients with those of ``train`` in the metric of the inverse, and
+    with ``lengths`` the squares [n] of the latter."""
+    size = sum(model.module.get_parameter(name).numel() for name in names) * (8 if model.dtype == torch.float64 else 4)
+    most = max(1, memory // size)
+    found, squares = np.empty((len(weights), len(train))), np.zeros(len(train))
+    for start in range(0, len(weights), most):
+        held = _preconditioned(model, queries, weights[start : start + most], names, curvature, damping, progress)
+        for part in passes(model, train, names, progress=progress, description="reading training gradients"):
+            total = np.zeros((len(weights[start : start + most]), len(part.rows)))
+            for name, (inputs, gradients) in part.seen.items():
+                factors = curvature.factors[name] if curvature else None
+                for rows in slices(inputs, gradients):
+                    rotated = per_record(inputs[rows], gradients[rows], factors)
+                    total[:, rows] += (held[name] @ rotated.flatten(1).T).double().cpu().numpy()
+                    if lengths and start == 0:
+                        squares[part.rows[rows]] += _square(rotated, factors, damping).cpu().numpy()
+            found[start : start + most, part.rows] = total
+    return found, squares
+
+
+def _preconditioned(
+    model: LoadedModel, queries: Sequence[Example], weights: Tensor, names: Sequence[str], curvature: Curvature | None,
+    damping: float, progress: Progress | None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Per map the weighted sums [sets, out * in] of query gradients over the damped eigenvalues, in the eigenbasis."""
+    used = [k for k in range(len(queries)) if bool(weights[:, k].any())]
+    own, weights = [queries[k] for k in used], weights[:, used]
     held: dict[str, Tensor] = {}
-    own = [queries[k] for k in used]
     for part in passes(model, own, names, progress=progress, description="reading query gradients"):
         for name, (inputs, gradients) in part.seen.items():
             factors = curvature.factors[name] if curvature else None
             for rows in slices(inputs, gradients):
                 rotated = per_record(inputs[rows], gradients[rows], factors).flatten(1)
-                share = weights[:, part.rows[rows]].to(rotated)
                 if name not in held:
-                    held[name] = rotated.new_zeros(len(sets), rotated.shape[1])
-                held[name].addmm_(share, rotated)
-    squares = np.zeros(len(sets))
-    for name, sums in held.items():
-        damped = curvature.factors[name].damped(damping).flatten() if curvature else None
-        for row, mean in enumerate(sums):
-            over = mean if damped is None else mean / damped
-            squares[row] += float(mean.double() @ over.double())
-            mean.copy_(over)
-    return held, np.sqrt(squares)
-
-
-def _against(part: Pass, held: dict[str, Tensor], curvature: Curvature | None) -> Tensor:
-    """Sums over maps [sets, b] of products with the gradients of one batch, added up in float64."""
-    total = torch.zeros(len(next(iter(held.values()))), len(part.rows), dtype=torch.float64)
-    for name, (inputs, gradients) in part.seen.items():
-        factors = curvature.factors[name] if curvature else None
-        for rows in slices(inputs, gradients):
-            rotated = per_record(inputs[rows], gradients[rows], factors).flatten(1)
-            total[:, rows] += (held[name] @ rotated.T).double().to(total.device)
-    return total
+                    held[name] = rotated.new_zeros(len(weights), rotated.shape[1])
+                held[name].addmm_(weights[:, part.rows[rows]].to(rotated), rotated)
+    if curvature:
+        for name, sums in held.items():
+            sums /= curvature.factors[name].damped(damping).flatten()
+    return held
