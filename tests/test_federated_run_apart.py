@@ -32,7 +32,6 @@ from repforget.training import read_records
 
 pytest.importorskip("flwr", reason="the extra 'federated' is not installed")
 SETTINGS = {"rank": 2, "alpha": 4.0, "lr": 0.01, "batch_size": 2}
-FLAGS = ("--rank", "2", "--alpha", "4", "--lr", "0.01", "--batch-size", "2", "--rounds", "2")
 
 
 @pytest.fixture
@@ -96,17 +95,18 @@ def test_processes_over_grpc_give_the_same_and_one_that_dies_is_named(
 ) -> None:
     model, sources = world
     address = f"127.0.0.1:{free_port()}"
-    server = start("serve", "--model", model, "--address", address, "--clients", "2", "--out", str(tmp_path / "run"),
-                   "--json", *FLAGS)  # fmt: skip
+    base = load(model, device="cpu")
+    server = threading.Thread(target=lambda: serve(base, plan(model), tmp_path / "run", address=address, clients=2,
+                                                   wait=300))  # fmt: skip
+    server.start()
     data = {name: str(tmp_path / "data" / f"{name}.jsonl") for name in ("ann", "bob")}
     ann = start("join", "ann", "--data", data["ann"], "--model", model, "--address", address, "--json")
     bob = start("join", "bob", "--data", data["bob"], "--model", model, "--address", address, "--inject", "bob:2:die")
-    out, err = server.communicate(timeout=300)
-    assert server.returncode == 0, err
+    server.join(300)
     assert ann.communicate(timeout=60)[0] == json.dumps({"client": "ann", "rounds": 2}, indent=1) + "\n"
     bob.communicate(timeout=60)
     assert bob.returncode == 1
-    body = json.loads(out)
+    body = json.loads((tmp_path / "run" / "report.json").read_text())
     assert body["clients"] == {"ann": 2, "bob": 3} and body["totals"]["up"] > 0
     assert [row["failed"] for row in body["rounds"]] == [{}, {"bob": "died before it answered"}]
     two = {name: sources[name] for name in ("ann", "bob")}

@@ -31,7 +31,7 @@ from repforget.progress import Progress
 from repforget.store import Store
 
 REFUSED, OVER = "refused", "over"  # what a server says before it hangs up
-GREETING = 60.0  # seconds for a client to introduce itself
+GREETING = 20.0  # seconds for a client to introduce itself, after which it is refused
 PAUSE = 0.2  # seconds between two looks at who is here
 
 
