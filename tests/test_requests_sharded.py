@@ -197,3 +197,8 @@ def test_in_union_every_request_of_a_training_is_taken_out_itself(book: Ledger, 
     assert _same(composed(book, 2), _scratch(tmp_path / "both", base, "w41", "w46"))
     left = b"".join(shard_tools.texts_in(training))
     assert b"w41" not in left and b"w46" not in left and [p.covers for p in in_force(book)] == [(2,)]
+
+
+def test_a_new_ledger_of_a_training_is_about_its_base(tmp_path: Path, base: str, training: Path) -> None:
+    with asking.opened(tmp_path / "new.sqlite", None, f"training:{training}") as made:
+        assert made.facts["model"] == shards.opened(training).base["model"] == base

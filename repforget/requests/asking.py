@@ -18,11 +18,16 @@ MODEL, SOURCE = "organism:bios", "bios-people"
 def opened(path: str | Path, model: str | None, source: str) -> Ledger:
     """The ledger at ``path``, made where there is none; UsageError where it is about another model.
 
-    A new one is made only for a model and a source that can be found: its first row stays.
+    A new one is made only for a model and a source that can be found: its first row stays.  Of a sharded training the
+    model is its base.
     """
     if not Path(path).exists():
         from repforget.models._files import locate
 
+        if model is None and source.startswith(SCHEME):
+            from repforget.shards import opened as training
+
+            model = str(training(source.removeprefix(SCHEME)).base["model"])
         model = model or MODEL
         locate(model)
         matching.named(source)
