@@ -54,7 +54,7 @@ def simulate(
     clients: Annotated[int, typer.Option("--clients", min=1, help="Clients to deal a probe's clusters to.")] = 8,
     data: Annotated[Path | None, typer.Option("--data", help="Folder with one JSON-lines file per client.")] = None,
     knowledge: o.KnowledgeName = "bios-people",
-    sets: Annotated[str, typer.Option("--set", help="Set of the probe that the clients hold.")] = "forget",
+    sets: Annotated[str, typer.Option("--sets", "--set", help="Set of the probe that the clients hold.")] = "forget",
     rounds: Rounds = 5,
     strategy: Strategy = "fedavg",
     epochs: Epochs = 1,

@@ -28,7 +28,8 @@ def command(
     full: Annotated[bool, typer.Option("--full", help="Train all weights.")] = False,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 10.0,
     lr: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 1e-3,
-    batch: Annotated[int, typer.Option(help="Records per step; with --private units, on average.")] = 32,
+    batch: Annotated[int, typer.Option("--batch-size", "--batch", help="Records per step; with --private units, on "
+                                       "average.")] = 32,
     private: Annotated[bool, typer.Option("--private", help=PRIVATE)] = False,
     epsilon: Annotated[float | None, typer.Option(help="Budget of one unit.")] = None,
     delta: Annotated[float | None, typer.Option(help="At most one over the number of units.")] = None,
