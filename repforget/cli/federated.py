@@ -99,6 +99,46 @@ def simulate(
 
 
 @app.command()
+def moments(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the edit.")],
+    method: Annotated[str, typer.Argument(help="leace, or null_space.")] = "leace",
+    model: o.Model = "organism:bios",
+    knowledge: o.KnowledgeName = "bios-people",
+    clients: Annotated[int, typer.Option("--clients", min=1, help="Clients to deal the probe's people to.")] = 8,
+    layers: Annotated[list[int] | None, typer.Option("--layers", help="Layers of null_space; repeatable.")] = None,
+    in_clear: Annotated[bool, typer.Option("--in-clear", help="Every client tells its own moments, unmasked.")] = False,
+    minimum: Annotated[int, typer.Option("--minimum", min=1, help="Points behind every mean that is told.")] = 5,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    as_json: o.AsJson = False,
+) -> None:
+    """Make an edit from the moments of clients on this machine: no record and no activation leaves a client.
+
+    Moments are added up by secure sums, so that the server sees their total alone.
+    """
+    from repforget.errors import UsageError, nearest
+    from repforget.federated.dealt import Sums, from_moments
+    from repforget.knowledge_files import load_knowledge
+    from repforget.models.load import load
+
+    if method not in ("leace", "null_space"):
+        raise UsageError(f"There is no method '{method}' from moments: {nearest(method, ('leace', 'null_space'))}")
+    data = load_knowledge(knowledge).for_editor()
+    sums = Sums(None if in_clear else Sums().bound, minimum)
+    with display(as_json) as (progress, _):
+        edit = from_moments(load(model, device=device, dtype=dtype), data, method,  # type: ignore[arg-type]
+                            clients, layers=layers or (), sums=sums, seed=seed, progress=progress)  # fmt: skip
+    edit.save(out)
+    if as_json:
+        print_json({"edit": str(out), "clients": clients, "notes": list(edit.manifest.notes)})
+        return
+    for note in edit.manifest.notes:
+        typer.echo(note)
+    typer.echo(f"saved to {out}")
+
+
+@app.command()
 def serve(
     context: typer.Context,
     out: Out,

@@ -211,6 +211,11 @@ def fewest(stats: Statistics) -> int | None:
     return min([stats.n, *(count for count in counts if count)])
 
 
+def _count(clients: Mapping[str, Reader]) -> int:
+    """Clients, those behind a sum counted one by one."""
+    return sum(len(each.clients) if isinstance(each, Pooled) else 1 for each in clients.values())
+
+
 def bandwidth(d: int, k: int = 0, *, covariance: bool = True) -> int:
     """Bytes of the numbers that one client sends for one site: float64 means [d], [k], cross [k, d] and, once, [d, d].
 
@@ -255,14 +260,14 @@ def leace(
             sent += bandwidth(seen.d, seen.k, covariance=metric == "concept")
             sent += bandwidth(space.d) if metric != "concept" else 0
     notes = [f"concept of {len(classes)} classes in {len(frames)} frames, from the moments of {points} points at "
-             f"{len(clients)} clients; each sent {sent} bytes of second moments, and no activation"]  # fmt: skip
+             f"{_count(clients)} clients; each sent {sent} bytes of second moments, and no activation"]  # fmt: skip
     if minimum < 2:
         notes.append("classes of a single point were allowed: their moments are those activations themselves")
     if left := cut(erasers):
         notes.append(f"only the strongest directions were erased (rank={rank}: {left}): the concept is weakened there, "
                      "not linearly erased")  # fmt: skip
     full = {**vars(how), "sites": [str(s) for s in chosen], "rank": rank, "affine": affine, "shrinkage": shrinkage,
-            "minimum": minimum, "clients": len(clients)}  # fmt: skip
+            "minimum": minimum, "clients": _count(clients)}  # fmt: skip
     return as_edit("leace", model, _no_data(clients), erasers, sites != "auto", full, notes)
 
 
@@ -287,15 +292,18 @@ def null_space(
     sites = tuple(choose_sites(model, [f"mlp_post.{layer}" for layer in layers], None, kinds=(), top_layers=1))
     how = Reading("answer", positions, [str(site) for site in sites], len(sites), False, max_facts, "text")
     classes = _classes(clients, Question(sites, how, (), None, seed, minimum))
-    operations = []
+    operations, sent = [], 0
     for site in track(progress, sites, "solving layer by layer"):
         question = Question((site,), how, classes, None, seed, minimum)
         merged = _merged(model, {name: clients[name].keys(question) for name in sorted(clients)}, [site])
         name = f"{site_map(model.module).anatomy.layers[site.layer].down}.weight"
         operations.append(LowRankDelta(name, *_normal(model, name, *merged[site], rank, ridge, keep)))
+        seen, space = merged[site]
+        sent += bandwidth(seen.d, seen.k) + bandwidth(space.d)
     full = {"layers": list(layers), "rank": rank, "ridge": ridge, "keep": keep, "positions": positions,
-            "max_facts": max_facts, "minimum": minimum, "clients": len(clients)}  # fmt: skip
-    notes = ("values in closed form from moments, not optimised: expect kept people to move with forgotten ones",)
+            "max_facts": max_facts, "minimum": minimum, "clients": _count(clients)}  # fmt: skip
+    notes = ("values in closed form from moments, not optimised: expect kept people to move with forgotten ones",
+             f"{_count(clients)} clients; each sent {sent} bytes of second moments, and no activation")  # fmt: skip
     return Edit.build("null_space", full, model, _no_data(clients).digest, operations, notes=notes)
 
 
