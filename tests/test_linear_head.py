@@ -261,6 +261,7 @@ def test_two_requests_at_once_do_not_lose_one(tmp_path: Path) -> None:
 
 def test_files_without_pickle(tmp_path: Path) -> None:
     path = write_table(table(), tmp_path / "rows.npz")
+    assert path.stat().st_mode & 0o077 == 0  # people's data
     found = read_table(path)
     assert np.array_equal(found.x, table().x) and found.ids[3] == "r3" and found.clusters[5] == "c1"
     np.savez(tmp_path / "bad.npz", X=np.ones((2, 2)), y=np.array([{}, {}], dtype=object))

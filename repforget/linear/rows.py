@@ -74,14 +74,14 @@ def read_table(path: str | Path) -> Table:
 
 
 def write_table(table: Table, path: Path) -> Path:
-    """Write the rows as .npz, whole or not at all."""
+    """Write the rows as .npz, whole or not at all; nobody else may read them, for they are people's data."""
     import io
 
     from repforget.store import write_atomic
 
     buffer = io.BytesIO()
     np.savez(buffer, X=table.x, y=table.y, ids=table.ids, clusters=table.clusters)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue(), 0o600)
     return path
 
 
