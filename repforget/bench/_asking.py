@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -56,17 +54,6 @@ class Scores:
     def of(cls, data: Mapping[str, Any]) -> Scores:
         arrays = {name: np.array(values, dtype=np.float64) for name, values in data["membership"].items()}
         return cls(np.array(data["loss"], dtype=np.float64), tuple(data["hits"]), arrays, data["eos"])
-
-
-def tokenizer_digest(model: LoadedModel) -> str:
-    """Identity of the way a tokenizer cuts text: equal digests give equal tokens."""
-    tokenizer: Any = model.tokenizer
-    if tokenizer.is_fast:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        content = {key: value for key, value in state.items() if key not in ("padding", "truncation")}
-    else:
-        content = tokenizer.get_vocab()
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def rendered(model: LoadedModel, form: Form, question: str) -> str:

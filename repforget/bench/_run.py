@@ -156,7 +156,7 @@ def _measure(
     method: discover.Method, subject: Subject, source: Source, never: Row | None, settings: Mapping[str, Any],
     seed: int, store: Store | None, progress: Progress | None,
 ) -> Row:  # fmt: skip
-    from repforget.bench._asking import tokenizer_digest
+    from repforget.models._fingerprint import tokenizer_digest
 
     model, started = subject.model, time.monotonic()
     source = Source(source.where)
@@ -175,7 +175,8 @@ def _measure(
     if never is not None and never.model["fingerprint"] == subject.identity:
         result = result.with_notes("the reference is the model itself")
     described = {"name": model.name, "fingerprint": subject.identity or model.fingerprint, "edit": subject.edit,
-                 "tokenizer": tokenizer_digest(model), "dtype": str(model.dtype).removeprefix("torch.")}  # fmt: skip
+                 "tokenizer": tokenizer_digest(model.tokenizer),
+                 "dtype": str(model.dtype).removeprefix("torch.")}  # fmt: skip
     if store is not None:
         _record_cost(store, method.name, model, time.monotonic() - started)
     environment = {**{package: version(package) for package in PACKAGES}, "repforget": __version__,

@@ -12,10 +12,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from repforget.bench import _tofu as t
-from repforget.bench._asking import Scores, asked, attacks, before, recalls, rendered, tokenizer_digest
+from repforget.bench._asking import Scores, asked, attacks, before, recalls, rendered
 from repforget.bench._data import Source, card, estimated_tokens, rows, text, texts
 from repforget.bench._records import BenchResult, Metric, Part, Reference, Work, mean_metric, not_computed
 from repforget.errors import UsageError
+from repforget.models._fingerprint import tokenizer_digest
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress
 from repforget.records import ItemScores
@@ -263,7 +264,7 @@ def _against(
     theirs = reference.result.metrics.get("forget.log_truth_ratio")
     if theirs is None or theirs.items is None:
         return t.no_quality("the reference's row has no per-item truth ratios")
-    if reference.tokenizer and reference.tokenizer != tokenizer_digest(model):
+    if reference.tokenizer and reference.tokenizer != tokenizer_digest(model.tokenizer):
         return t.no_quality("the reference has another tokenizer, so that values per token are not of the same things")
     return t.forget_quality(ratio, theirs.items, unpaired=unpaired, seed=seed)
 

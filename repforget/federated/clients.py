@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from repforget.artifact.weights import is_conv1d, owner_of
 from repforget.errors import NumericalError, RepforgetError, UsageError, nearest
 from repforget.federated.messages import Introduction, Local, Packed, Reply, Task, pack_reply, unpack_task
 from repforget.federated.records import LEFT, RIGHT, Update
+from repforget.models._fingerprint import tokenizer_digest
 from repforget.models.load import LoadedModel
 from repforget.models.sites import site_map
 from repforget.training import ADAPTER, NO_LABEL, Example, Record, Stepper, batches, collate, encoded, low_rank_adapters
@@ -54,7 +54,8 @@ class Client:
 
     def introduce(self) -> Introduction:
         """What the server is told at the join: who, how many records, and digests of base and tokenizer."""
-        return Introduction(self.name, len(self.examples), self.model.fingerprint, tokenizer_digest(self.model))
+        tokenizer = tokenizer_digest(self.model.tokenizer)
+        return Introduction(self.name, len(self.examples), self.model.fingerprint, tokenizer)
 
     def work(self, task: Task) -> Reply:
         """Train on the own records from the global state of ``task``; the model is afterwards what it was, bit for bit.
@@ -75,17 +76,6 @@ def answer(client: Worker, packed: Packed) -> Packed:
         return pack_reply(client.work(task))
     except RepforgetError as error:
         return pack_reply(Reply(client.name, task.round, failed=f"failed: {str(error).rstrip('.')}"))
-
-
-def tokenizer_digest(model: LoadedModel) -> str:
-    """Identity of the way a tokenizer cuts text: equal digests give equal tokens."""
-    tokenizer: Any = model.tokenizer
-    if tokenizer.is_fast:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        content = {key: value for key, value in state.items() if key not in ("padding", "truncation")}
-    else:
-        content = tokenizer.get_vocab()
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def trained_weights(model: LoadedModel, patterns: Sequence[str], rank: int) -> tuple[str, ...]:

@@ -12,11 +12,12 @@ import numpy as np
 
 from repforget.errors import NumericalError, ResourceError
 from repforget.federated.aggregate import ADAM, Adam, aggregate, applied
-from repforget.federated.clients import State, shapes_of, tokenizer_digest, untouched, weights_norm
+from repforget.federated.clients import State, shapes_of, untouched, weights_norm
 from repforget.federated.faults import admitted, fault_of, unusual
 from repforget.federated.history import History
 from repforget.federated.messages import Introduction, Local, Reply, Task, shown
 from repforget.federated.records import Update
+from repforget.models._fingerprint import tokenizer_digest
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress, track
 from repforget.store import read_json, write_json
@@ -101,7 +102,7 @@ def federate(
     history = History(folder / "history", plan.local.rule, plan.adam)
     report = Report.open(folder, plan, base, len(history))
     state, moments = resumed(history, untouched(base, plan.local))
-    door = Door(fleet, base.fingerprint, tokenizer_digest(base), shapes_of(base, plan.local),
+    door = Door(fleet, base.fingerprint, tokenizer_digest(base.tokenizer), shapes_of(base, plan.local),
                 weights_norm(base, plan.local), plan.max_records, report, note)  # fmt: skip
     for number in track(progress, range(len(history) + 1, plan.rounds + 1), "rounds"):
         updates, row = _round(door, plan, Task(number, plan.local, state))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,3 +65,13 @@ def _digest(tensor: Tensor) -> bytes:
             part = part.to("cpu", torch.float64 if part.dtype == torch.float64 else torch.float32)
         digest.update(part.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.digest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Identity of the way a tokenizer cuts text: equal digests give equal tokens."""
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        content = {key: value for key, value in state.items() if key not in ("padding", "truncation")}
+    else:
+        content = tokenizer.get_vocab()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -20,6 +20,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from repforget.errors import ArtifactError, UsageError
+from repforget.models._fingerprint import tokenizer_digest
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress, track
 from repforget.shards.adapters import Factors
@@ -167,7 +168,7 @@ def write_records(training: Training) -> None:
 def _base(model: LoadedModel) -> dict[str, str]:
     """What a base is known by; the fingerprint of its weights is the same in every precision."""
     return {"model": model.name, "fingerprint": model.fingerprint, "dtype": str(model.dtype).removeprefix("torch."),
-            "tokenizer": digest(sorted(model.tokenizer.get_vocab().items()))[:16]}  # fmt: skip
+            "tokenizer": tokenizer_digest(model.tokenizer)[:16]}  # fmt: skip
 
 
 def build(training: Training, model: LoadedModel, progress: Progress | None = None) -> list[Stage]:
