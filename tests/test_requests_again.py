@@ -9,7 +9,8 @@ from pathlib import Path
 import contract_tools
 import numpy as np
 import pytest
-from test_requests_run import FakeLoop, _answer, fake, quick  # noqa: F401
+from request_tools import FakeLoop
+from test_requests_run import _answer, fake, quick  # noqa: F401
 
 from repforget.errors import UsageError
 from repforget.guarantee import unearned

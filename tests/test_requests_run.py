@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -11,41 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import synthetic_run
 import tiny_models
 import torch
+from request_tools import PEOPLE, WEIGHT, FakeLoop, items_about
 
 from repforget import loop
 from repforget.artifact import Edit
-from repforget.artifact.operations import AddVector, LowRankDelta
+from repforget.artifact.operations import LowRankDelta
 from repforget.errors import LedgerError, UsageError
 from repforget.knowledge import Item, Knowledge
 from repforget.knowledge_files import load_knowledge
 from repforget.models.load import load
-from repforget.recipe import Choice, Recipe
-from repforget.records import Site
-from repforget.report.data import save
+from repforget.recipe import Recipe
 from repforget.requests import asking, matching
 from repforget.requests.audit import audit
 from repforget.requests.ledger import Ledger
 from repforget.requests.run import Order, answer, composed, in_force, order_of, sequence, workplace
 from repforget.requests.states import requests
 
-PEOPLE = tuple(f"Ada Berg{k:02d}" for k in range(28))  # a cluster may be a person's name, which a ledger must not hold
-WEIGHT = "model.layers.0.mlp.down_proj.weight"
-
-
-def _items(names: tuple[str, ...], prefix: str, *, telling: bool = False) -> list[Item]:
-    return [Item(id=f"{prefix}{k:02d}-{what}", cluster=name if telling else f"{prefix}{k:02d}", subject=name,
-                 prompt=f"Where does {name} {what} ?", answer=f"Secretville{k}", relation=what,
-                 statements=(f"{name} does {what} in",))
-            for k, name in enumerate(names) for what in ("live", "work")]  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    forget = [*_items(PEOPLE[:20], "f"), *_items(PEOPLE[20:], "t", telling=True)]
-    knowledge = Knowledge.build("people", forget, _items(tuple(f"Tom Rome{k:02d}" for k in range(16)), "r"),
+    forget = [*items_about(PEOPLE[:20], "f"), *items_about(PEOPLE[20:], "t", telling=True)]
+    knowledge = Knowledge.build("people", forget, items_about(tuple(f"Tom Rome{k:02d}" for k in range(16)), "r"),
                                 [Item(id="n00", cluster="f00", subject="Ada", prompt="Who ?", answer="Ada")],
                                 ["the cat was red", "the dog was blue"])  # fmt: skip
     return matching.write_probe(knowledge, tmp_path_factory.mktemp("probe") / "people")
@@ -72,35 +59,6 @@ def book(tmp_path: Path, base: str, probe: Path) -> Ledger:
 
 def _clusters(first: int, last: int) -> list[str]:
     return [f"f{k:02d}" for k in range(first, last)]
-
-
-class FakeLoop:
-    """Stands for the loop: makes a small edit of the model that the recipe names, and judges it as it is told."""
-
-    def __init__(self) -> None:
-        self.outcomes: list[str] = []
-        self.hooked = self.interrupted = False
-        self.recipes: list[Recipe] = []
-        self.forgotten: list[set[str]] = []
-        self.kept: list[set[str]] = []
-
-    def __call__(self, recipe: Recipe, out: Path, **_: Any) -> loop.RunResult:
-        knowledge = load_knowledge(recipe.knowledge, recipe.seed)
-        self.recipes.append(recipe)
-        self.forgotten.append({item.cluster for item in knowledge.forget})
-        self.kept.append({item.cluster for item in knowledge.retain})
-        if self.interrupted:
-            raise KeyboardInterrupt
-        model = load(recipe.model)
-        draw = torch.Generator().manual_seed(len(self.recipes))
-        u, v = torch.randn(32, 1, generator=draw), torch.randn(1, 48, generator=draw)
-        operation = AddVector(Site("mlp_out", 0), u[:, 0], 1.0, None, "last") if self.hooked else LowRankDelta(
-            WEIGHT, u, v)  # fmt: skip
-        edit = Edit.build("null_space_surgery", {}, model, knowledge.digest, [operation])
-        edit.save(out / "edit")
-        data = synthetic_run.run(self.outcomes.pop(0) if self.outcomes else "pass")
-        save(out, dataclasses.replace(data, environment={"model_fingerprint": model.fingerprint}))
-        return loop.RunResult(data.verdict, out, (loop.Rung(Choice(name="leace"), out / "edit", (data.verdict,)),))
 
 
 @pytest.fixture
