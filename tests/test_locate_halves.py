@@ -127,6 +127,24 @@ def test_classifiers_that_rank_for_the_band_are_taught_by_none_whom_it_is_measur
     assert (found[0][1][0].site.layer, result.components[0].site.layer) == (1, 2)
 
 
+def test_a_sweep_ranks_for_the_band_by_classifiers_that_the_judged_have_not_taught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, found = import_module("repforget.locate.probe_sweep"), list[Any]()
+    real = module.band_of
+
+    def kept(pool: Any, order: Any, *rest: Any) -> Any:
+        found.append(order)
+        return real(pool, order, *rest)
+
+    monkeypatch.setattr(module, "band_of", kept)
+    clusters = sorted({item.cluster for item in KNOWLEDGE.forget})
+    judges = {c for c, late in zip(clusters, in_second_half(clusters, 0), strict=True) if late}
+    whole = [rf.locate(model(1), known, "probe_sweep", classifier="lda", statements=1).scores
+             for known in (parted(set(), 999)[0], parted(judges, 999)[1])]  # fmt: skip
+    assert whole[0] != whole[1] and found[0] == found[1]
+
+
 def test_no_relation_is_left_to_teach_by(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("repforget.locate._labelled.MIN_ROWS", 39)
     with pytest.raises(KnowledgeError, match="39 statements left to rank by"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -137,3 +138,30 @@ def test_bad_input_is_refused(name: str) -> None:
 def test_scores_are_finite_where_retain_facts_do_not_use_a_unit() -> None:
     found = rf.locate(tiny("llama"), people(), "fisher", nodes=["neurons"], items=4, draws=20)
     assert np.isfinite(found.scores).all() and len(found.components) == 2 * 48
+
+
+@pytest.mark.parametrize("contrast", ["none", "ratio"])
+def test_fisher_is_the_mean_square_of_single_gradients(contrast: str) -> None:
+    """By hand: log p of each answer from the logits, differentiated fact by fact, squared, summed over each MLP."""
+    model, wanted = tiny("llama"), components("mlp_out.0", "mlp_out.1")
+    parts = {c: masks_of(model, [c]).masks for c in wanted}
+    table = dict(model.module.named_parameters())
+
+    def squares(runs: Sequence[Run]) -> np.ndarray:
+        found = np.zeros(len(wanted))
+        for run in runs:
+            told = model.module(torch.tensor([run.base])).logits[0].log_softmax(-1)
+            total = sum(told[k - 1, run.base[k]] for k in range(run.start, len(run.base)))
+            names = sorted({n for own in parts.values() for n in own})
+            made = dict(zip(names, torch.autograd.grad(total, [table[n] for n in names]), strict=True))
+            found += [sum(float((made[n].double().square() * m).sum()) for n, m in own.items())
+                      for own in parts.values()]  # fmt: skip
+        return found / len(runs)
+
+    facts = facts_of(model, people(), 4, 0)
+    forget, retain = squares(facts.forget), squares(facts.retain)
+    sizes = [sum(int(m.expand_as(table[n]).sum()) for n, m in own.items()) for own in parts.values()]
+    expected = forget / sizes if contrast == "none" else forget / (retain + 0.01 * retain.mean())
+    found = rf.locate(model, people(), "fisher", nodes=["mlp_out"], items=4, draws=20, contrast=contrast)
+    scores = dict(zip(found.components, found.scores, strict=True))
+    np.testing.assert_allclose([scores[c] for c in wanted], expected, rtol=1e-4)

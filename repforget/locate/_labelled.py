@@ -60,7 +60,11 @@ def early_subjects(tasks: Sequence[Task], probed: Sequence[Rows], seed: int) -> 
     KnowledgeError where no relation has enough of them.
     """
     names = [c for rows in probed for c, forget in zip(rows.clusters, rows.forget, strict=True) if forget]
-    early = frozenset(compress(names, may_rank(tasks, names, seed)))
+    return early_of(probed, frozenset(compress(names, may_rank(tasks, names, seed))))
+
+
+def early_of(probed: Sequence[Rows], early: frozenset[str]) -> frozenset[str]:
+    """``early``; KnowledgeError where no relation has enough of these forget subjects to rank by."""
     if not any(rows.ranking(early) for rows in probed):
         raise KnowledgeError(f"No relation has {MIN_ROWS} statements left to rank by, beside those of the subjects on "
                              "whom the ranking is measured: allow more items, or give facts about more "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from repforget.causal import Patch
 from repforget.errors import UsageError
 from repforget.knowledge import Knowledge
 from repforget.locate._exact import AFTER_SPLIT, Array, band_of, in_second_half, ranked
-from repforget.locate._labelled import Rows, Token, features, relations
+from repforget.locate._labelled import Rows, Token, early_of, features, relations
 from repforget.locate._units import Layers, Node, expand_nodes, heat_maps
 from repforget.models.load import LoadedModel
 from repforget.probing import SweepResult, fit_sweep
@@ -37,9 +38,10 @@ def probe_sweep(
     accuracy of the same classifier on labels shuffled between subjects. Tables add the accuracy itself, the floor and
     selectivity (accuracy less that on random labels per subject; needs two statements per item).
     Answers that occur with one subject only are left out; heads and neurons are not probed. The band compares the mean
-    score of the top sites, ranked on one half of the forget subjects, with random sites on the other half.
+    score of the top sites with random sites on one half of the forget subjects; classifiers that these have not taught
+    rank for it, on the other half.
 
-    Cost: one forward pass per statement, and one classifier per site, relation, fold and control.
+    Cost: one forward pass per statement, and two classifiers per site, relation, fold and control.
     What it does not show: that the model uses what can be read there, or where it is computed.
     Source: Alain & Bengio 2016, arXiv 1610.01644; Hewitt & Liang 2019, arXiv 1909.03368.
     """
@@ -48,21 +50,27 @@ def probe_sweep(
                          "attribution_patching for heads and neurons.")  # fmt: skip
     components = expand_nodes(model, nodes, layers)
     probed, notes = relations(knowledge.for_editor(), statements, items, seed)
+    clusters = [c for rows in probed for c, f in zip(rows.clusters, rows.forget, strict=True) if f]
+    judged = in_second_half(clusters, seed)
+    if not judged.any():
+        judged = ~judged
+    early = early_of(probed, frozenset(compress(clusters, ~judged)) or frozenset(clusters))
     found: list[tuple[Rows, Array, list[SweepResult]]] = []
+    ranking: list[Array] = []  # of classifiers that none of the judged subjects has taught
     for rows in track(progress, probed, "probing relations"):
         values = features(model, components, rows.facts, token)
         found.append((rows, *_sweep(components, values, rows, classifier, l2, folds, seed)))
+        part = rows.ranking(early)
+        if part is not None:
+            own = {c: x[part[1]] for c, x in values.items()}
+            ranking.append(_sweep(components, own, part[0], classifier, l2, folds, seed)[0])
     lifts = np.concatenate([lift for _, lift, _ in found], axis=1)
-    clusters = [c for rows, _, _ in found for c, f in zip(rows.clusters, rows.forget, strict=True) if f]
-    second = in_second_half(clusters, seed)
-    first = ~second if second.any() else np.ones(len(clusters), dtype=bool)
-    judged = second if second.any() else first
     place = {c: k for k, c in enumerate(components)}
 
     def effect(patches: Sequence[Patch]) -> Array:
         return np.array([lifts[[place[c] for c in patch]][:, judged].mean() for patch in patches])
 
-    half_order, _ = ranked(components, lifts[:, first].mean(axis=1))
+    half_order, _ = ranked(components, np.concatenate(ranking, axis=1).mean(axis=1))
     words = "mean held-out accuracy above the floor " + AFTER_SPLIT
     band, band_notes = band_of(components, half_order, top, draws, seed, words, effect)
     order, scores = ranked(components, lifts.mean(axis=1))
@@ -72,7 +80,7 @@ def probe_sweep(
     }  # fmt: skip
     rows_run = float(sum(len(rows.facts) for rows, _, _ in found))
     cost = {"forwards": rows_run, "backwards": 0.0, "facts": float(len(clusters)),
-            "fits": float(len(components) * len(found) * folds * 4)}  # fmt: skip
+            "fits": float(len(components) * (len(found) + len(ranking)) * folds * 4)}  # fmt: skip
     return Localization("probe_sweep", order, scores, band, cost, settings, _tables(components, found),
                         (*notes, *band_notes))  # fmt: skip
 
