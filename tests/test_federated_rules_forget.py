@@ -11,7 +11,7 @@ import pytest
 
 from repforget.errors import ArtifactError, UsageError
 from repforget.federated.aggregate import aggregate, applied
-from repforget.federated.forget import calibrated, client_side, fed_eraser, retrain, rollback
+from repforget.federated.forget import Distilled, calibrated, client_side, fed_eraser, retrain, rollback
 from repforget.federated.history import History, Round, final_state
 from repforget.federated.records import Update
 from repforget.guarantee import unearned
@@ -312,12 +312,12 @@ def test_rollback_takes_off_what_was_added_and_then_distils() -> None:
     assert np.allclose(found.weights["w"], expected, atol=1e-14) and "distilled" in found.notes[0]
     seen: list[Weights] = []
 
-    def distil(student: Weights, teacher: Weights) -> Weights:
+    def distil(student: Weights, teacher: Weights) -> Distilled:
         seen.extend((student, teacher))
-        return {"w": student["w"] + 1}
+        return Distilled({"w": student["w"] + 1}, 3, 0.5, ("so",))
 
     told = rollback(rounds, "bob", distil=distil)
-    assert np.array_equal(told.weights["w"], found.weights["w"] + 1) and not told.notes
+    assert np.array_equal(told.weights["w"], found.weights["w"] + 1) and told.notes == ("so",)
     assert np.array_equal(seen[1]["w"], final_state(rounds)["w"])
     with pytest.raises(UsageError, match="FedAdam"):
         rollback(rounds, "bob", rule="fedadam")

@@ -229,6 +229,9 @@ def forget(
     interval: Annotated[int, typer.Option("--interval", min=1, help="FedEraser: use every so many rounds.")] = 1,
     local_share: Annotated[float, typer.Option("--local-share", help="FedEraser: share of the local epochs.")] = 0.5,
     editor: Annotated[str, typer.Option("--editor", help="Client: what it unlearns its records by.")] = "simnpo",
+    distil: Annotated[bool, typer.Option(help="Rollback: let the model with the client repair the rest.")] = True,
+    distil_steps: Annotated[int, typer.Option("--distil-steps", min=1, help="Rollback: steps of distillation.")] = 200,
+    texts: Annotated[Path | None, typer.Option("--texts", help="Rollback: JSON lines to distil on.")] = None,
     keep_record: Annotated[bool, typer.Option("--keep-record", help="Leave its updates in the record.")] = False,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
@@ -236,19 +239,22 @@ def forget(
 ) -> None:
     """Make the result of a finished training without one of its clients.
 
-    Only 'retrain' is exact.  The client goes out of the training's history, report and list of clients; the edit that
-    was trained with it stays in --run, and so do sums over all clients.  The same command continues an interrupted one.
+    Only 'retrain' is exact; 'rollback' distils on the probe's general texts, or on --texts.  The client goes out of the
+    training's history, report and list of clients; the edit that was trained with it stays in --run, and so do sums
+    over all clients.  The same command continues an interrupted one.
     """
+    from repforget.federated.distil import Distillation
     from repforget.federated.leave import leave
     from repforget.federated.run import Setup
     from repforget.models.load import load
     from repforget.store import read_json
 
     context.obj.interrupted = f"Interrupted: what is finished is kept in '{out}'; the same command continues."
+    how = Distillation(distil_steps, texts=str(texts or "")) if distil and method == "rollback" else None
     base = load(Setup.read(run).plan.model, device=device, dtype=dtype)
     with display(as_json) as (progress, echo):
         edit = leave(base, run, client, method, out, interval=interval, local_share=local_share,  # type: ignore[arg-type]
-                     editor=editor, keep_record=keep_record, note=echo, progress=progress)  # fmt: skip
+                     editor=editor, distil=how, keep_record=keep_record, note=echo, progress=progress)  # fmt: skip
     cost = read_json(out / "forget.json")
     held = edit.manifest.guarantee
     if as_json:
@@ -256,6 +262,7 @@ def forget(
         print_json({**cost, "client": client, "edit": str(out / "edit"), "guarantee": lines})
         return
     print_table(("what", "value"), [("local trainings", str(cost["trainings"])),
+                                    ("steps of distillation", str(cost.get("distil_steps", 0))),
                                     ("CPU seconds", f"{cost['cpu_seconds']:.1f}"),
                                     ("MB to and from clients", f"{(cost['down'] + cost['up']) / 1e6:.1f}"),
                                     *(held.lines() if held else (("holds", "nothing: verify it"),))])  # fmt: skip

@@ -22,7 +22,19 @@ from repforget.progress import Progress, track
 Weights = Mapping[str, np.ndarray]
 # client, global weights, number of the round, share of the usual local epochs -> the update of that client
 Train = Callable[[str, Weights, int, float], Update]
-Distil = Callable[[Weights, Weights], Weights]  # student, teacher -> student after distillation on general texts
+
+
+@dataclass(frozen=True, eq=False)
+class Distilled:
+    """The student's ``weights`` after distillation, the CPU ``seconds`` and steps it took, and what is to be said."""
+
+    weights: Weights
+    steps: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+Distil = Callable[[Weights, Weights], Distilled]  # of a student and its teacher, on general texts
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +47,7 @@ class Forgotten:
     trainings: int
     notes: tuple[str, ...] = ()
     guarantee: Guarantee | None = None
+    distilled: Distilled | None = None
 
 
 def retrain(
@@ -134,12 +147,13 @@ def rollback(
     """Take the client's updates off the final weights, then let the untouched model repair the damage.
 
     Wu, Zhu and Mitra 2022, arXiv 2201.09441: ``theta_T - sum_t w_t delta_t`` with the client's weight w_t = n_k / n in
-    round t (1/N where all N clients are of one size), then ``distil(student, teacher)`` from theta_T on general texts.
-    No client is asked.  Later updates of others were made on models that the client had shaped, and stay; and the
-    teacher still knows everything, so what general texts tell of the client comes back.
+    round t (1/N where all N clients are of one size), then ``distil(student, teacher)`` from theta_T on general texts
+    (:mod:`repforget.federated.distil`).  No client is asked.  Later updates of others were made on models that the
+    client had shaped, and stay; and the teacher still knows everything, so what general texts tell of the client comes
+    back.
 
     Raises UsageError for "fedadam" (its steps are no sums of updates), for a client that never took part and for the
-    only client.  Cost: reading the record; one dense float64 copy of the changed weights.
+    only client.  Cost: reading the record; one dense float64 copy of the changed weights; the distillation's.
     """
     if rule == "fedadam":
         raise UsageError("Rollback takes off what was added, and FedAdam adds no sum of updates: use fed_eraser.")
@@ -152,8 +166,11 @@ def rollback(
                     total[name] = total.get(name, 0.0) + shares(held.updates)[client] * delta
     teacher = final_state(rounds, rule)
     weights: Weights = applied(teacher, total, -1.0)
-    notes = () if distil else ("the weights were not distilled afterwards: expect damage to everything else",)
-    return Forgotten("rollback", client, distil(weights, teacher) if distil else weights, 0, notes)
+    if distil is None:
+        note = "the weights were not distilled afterwards: expect damage to everything else"
+        return Forgotten("rollback", client, weights, 0, (note,))
+    made = distil(weights, teacher)
+    return Forgotten("rollback", client, made.weights, 0, made.notes, distilled=made)
 
 
 def client_side(

@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,8 +14,9 @@ from repforget.artifact import Edit, load_edit
 from repforget.errors import NumericalError, UsageError, nearest
 from repforget.federated.aggregate import aggregate, applied
 from repforget.federated.clients import Client, answer, shapes_of, weights_norm
+from repforget.federated.distil import Distillation, general_texts, staged
 from repforget.federated.faults import fault_of
-from repforget.federated.forget import Forgotten, Weights, client_side, fed_eraser, retrain, rollback
+from repforget.federated.forget import Distil, Distilled, Forgotten, Weights, client_side, fed_eraser, retrain, rollback
 from repforget.federated.history import History, final_state
 from repforget.federated.local import unlearned
 from repforget.federated.messages import Packed, Reply, Task, pack_reply, pack_task, size, unpack_reply
@@ -124,13 +125,14 @@ def _sha(packed: Packed) -> str:
 
 def leave(
     base: LoadedModel, folder: Path, client: str, method: Method, out: Path, *, interval: int = 1,
-    local_share: float = 0.5, editor: str = "simnpo", keep_record: bool = False, note: Note = lambda line: None,
-    progress: Progress | None = None,
+    local_share: float = 0.5, editor: str = "simnpo", distil: Distillation | None = None, keep_record: bool = False,
+    note: Note = lambda line: None, progress: Progress | None = None,
 ) -> Edit:  # fmt: skip
     """Make the edit of the training in ``folder`` without ``client``, and save it in ``out``.
 
     "retrain" asks all others for all rounds again and is exact; "federaser" asks them for ``local_share`` of the
-    epochs in every ``interval``-th round; "rollback" asks nobody; "client" lets the client unlearn its records by
+    epochs in every ``interval``-th round; "rollback" asks nobody, and repairs the damage where it is told how to
+    ``distil`` (the paper's method does, and so does the command); "client" lets the client unlearn its records by
     ``editor`` and the others train on for two rounds.  Writes ``edit/`` and ``forget.json`` (cost in CPU seconds and
     bytes), under "retrain" a whole training that can be forgotten from again.  The same call continues an interrupted
     one: local trainings that were finished are not done again.
@@ -145,11 +147,13 @@ def leave(
     """
     if method not in METHODS:
         raise UsageError(f"There is no way to forget '{method}': {nearest(method, METHODS)}")
+    if distil and method != "rollback":
+        raise UsageError(f"Only rollback distils, and '{method}' was asked for: leave the distillation out.")
     if out.resolve() == folder.resolve():
         raise UsageError(f"The result cannot go into the folder of the training, '{folder}': give a new one with "
                          "--out.")  # fmt: skip
     request = {"run": str(folder.resolve()), "method": method, "interval": interval, "local_share": local_share,
-               "editor": editor}  # fmt: skip
+               "editor": editor, **({"distil": asdict(distil)} if distil else {})}  # fmt: skip
     with Store(folder).locked():
         setup = Setup.read(folder)
         report = read_json(folder / REPORT)
@@ -157,14 +161,18 @@ def leave(
         history = History.open(folder / "history")
         mine = _answers(request, client, out)
         finished = mine and (out / COST).exists()
+        repair: Distil | None = None
         if not finished:
             _here(history, client, setup, folder)
+            if distil:
+                texts = general_texts(setup.sources, client, distil.texts)
+                repair = staged(base, setup.plan.local, *texts, distil, Store(out / AGAIN), progress)
         with Store(out).locked():
             if not mine:
                 shutil.rmtree(out / AGAIN, ignore_errors=True)
                 write_json(out / REQUEST, {**request, "client": mark(client)})
             if not finished:
-                how = (method, (interval, local_share, editor))
+                how = (method, (interval, local_share, editor, repair))
                 _made(base, setup, report, history, client, how, out, progress)
             shutil.rmtree(out / AGAIN, ignore_errors=True)
             for line in read_json(out / COST)["notes"]:
@@ -201,7 +209,7 @@ def _here(history: History, client: str, setup: Setup, folder: Path) -> None:
 
 def _made(
     base: LoadedModel, setup: Setup, report: Mapping[str, Any], history: History, client: str,
-    how: tuple[Method, tuple[int, float, str]], out: Path, progress: Progress | None,
+    how: tuple[Method, tuple[int, float, str, Distil | None]], out: Path, progress: Progress | None,
 ) -> None:  # fmt: skip
     """Run the way and write its result into ``out``; ``forget.json`` comes last and says that it is complete."""
     again = Again(base, setup.plan, setup.sources, Store(out / AGAIN))
@@ -211,26 +219,29 @@ def _made(
     if method == "retrain":
         _as_training(setup, report, again, history, client, out)
     edit = edit_of(base, setup.plan, done.weights, f"federated_{done.method}",
-                   {"clients": len(history.clients()) - 1}, bound=_bound(setup.plan, method, history),
+                   {"clients": len(history.clients()) - 1}, bound=_bound(setup.plan, method, history, done.distilled),
                    notes=done.notes, guarantee=done.guarantee)  # fmt: skip
     edit.save(out / EDIT)
     write_json(out / COST, {"method": method, "trainings": done.trainings, "notes": done.notes,
                             "cpu_seconds": time.process_time() - started, "client_cpu_seconds": again.seconds,
-                            "down": again.down, "up": again.up})  # fmt: skip
+                            "down": again.down, "up": again.up,
+                            "distil_steps": done.distilled.steps if done.distilled else 0,
+                            "distil_cpu_seconds": done.distilled.seconds if done.distilled else 0.0})  # fmt: skip
 
 
 def _forgotten(
-    method: Method, history: History, client: str, again: Again, how: tuple[int, float, str], progress: Progress | None
-) -> Forgotten:
+    method: Method, history: History, client: str, again: Again, how: tuple[int, float, str, Distil | None],
+    progress: Progress | None,
+) -> Forgotten:  # fmt: skip
     rule, adam = again.plan.local.rule, again.plan.adam
-    interval, share, editor = how
+    interval, share, editor, repair = how
     if method == "retrain":
         return retrain(history, client, again.train, rule=rule, adam=adam, progress=progress)
     if method == "federaser":
         return fed_eraser(history, client, again.train, interval=interval, local_share=share, rule=rule, adam=adam,
                           progress=progress)  # fmt: skip
     if method == "rollback":
-        return rollback(history, client, rule=rule)
+        return rollback(history, client, distil=repair, rule=rule)
 
     def train(name: str, weights: Weights, number: int, part: float) -> Update:
         return again.train(name, weights, len(history) + number, part)
@@ -241,9 +252,9 @@ def _forgotten(
                        adam=adam, progress=progress)  # fmt: skip
 
 
-def _bound(plan: Plan, method: Method, history: History) -> int:
+def _bound(plan: Plan, method: Method, history: History, distilled: Distilled | None) -> int:
     """Rank that the result does not exceed; of a retraining the one that it would have had from the start."""
-    return 0 if method == "client" else highest_rank(plan, len(history.clients()) - (method == "retrain"))
+    return 0 if method == "client" or distilled else highest_rank(plan, len(history.clients()) - (method == "retrain"))
 
 
 def _as_training(

@@ -52,15 +52,20 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
     return {name: t.to(device) for name, t in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
 
 
-def label_loss(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean cross-entropy (nats) over the labelled tokens of a collated batch; a scalar with gradient."""
+def label_logits(module: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits [m, V] (float32) and labels [m] of the labelled tokens of a collated batch, with gradient."""
     mask = batch["attention_mask"]
     # Equal lengths need no mask, and without one the attention kernel takes its fast causal path.
     extra = {} if bool(mask.all()) else {"attention_mask": mask}
     logits = module(input_ids=batch["input_ids"], use_cache=False, **extra).logits[:, :-1]
     labels = batch["labels"][:, 1:]
     chosen = labels != NO_LABEL
-    return functional.cross_entropy(logits[chosen].float(), labels[chosen])
+    return logits[chosen].float(), labels[chosen]
+
+
+def label_loss(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Mean cross-entropy (nats) over the labelled tokens of a collated batch; a scalar with gradient."""
+    return functional.cross_entropy(*label_logits(module, batch))
 
 
 def batches(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:

@@ -67,6 +67,7 @@ def finetune(
     schedule: Schedule = "cosine",
     clip: float = 1.0,
     trainable: Callable[[str], bool] | None = None,
+    loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] = label_loss,
     extra_loss: Callable[[nn.Module], Tensor] | None = None,
     on_step: Callable[[Step], None] | None = None,
     autocast: bool = False,
@@ -76,7 +77,8 @@ def finetune(
 
     ``examples`` is a sequence (shuffled and batched here, by ``seed``) or an iterable of ready batches.
     ``trainable`` picks parameters by name (all others keep their bits and their ``requires_grad``);
-    ``extra_loss`` adds a term, for example a penalty; ``on_step`` sees every step and may raise to stop.
+    ``loss`` of a collated batch is what falls, in nats; ``extra_loss`` adds a term, for example a penalty; ``on_step``
+    sees every step and may raise to stop.
     ``autocast`` multiplies in bfloat16 while weights stay as they are; ``beta2`` is that of AdamW and Adam.  The
     module keeps its mode: one in evaluation mode trains without dropout.  Raises NumericalError when the loss is not
     finite.
@@ -94,9 +96,9 @@ def finetune(
         for index, rows in zip(range(steps), stream, strict=False):
             batch = collate(rows, device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-                loss = label_loss(module, batch)
-                total = loss if extra_loss is None else loss + extra_loss(module)
-            losses.append(_finite(loss, index))
+                mean = loss(module, batch)
+                total = mean if extra_loss is None else mean + extra_loss(module)
+            losses.append(_finite(mean, index))
             stepper.step(index, torch.autograd.grad(total, chosen, allow_unused=True))
             if on_step is not None:
                 on_step(Step(index + 1, steps, losses[-1], stepper.rate(index), int(batch["attention_mask"].sum())))
