@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import synthetic_run
+import typer
 
 from repforget import report
 from repforget.cli import docs, main
+from repforget.cli._app import app
 from repforget.cli._progress import display, plain_progress
 from repforget.errors import ControlError, MissingExtraError, ResourceError, SiteError
 from repforget.recipe import Recipe
@@ -221,3 +223,21 @@ def test_generated_blocks_are_filled_and_stay_the_same(tmp_path: Path) -> None:
 
 def test_the_documents_of_this_repository_are_up_to_date() -> None:
     assert docs.stale(Path(__file__).parents[1]) == []
+
+
+def _commands(group: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    if not hasattr(group, "commands"):
+        return [(path, group)]
+    return [found for name, command in group.commands.items() for found in _commands(command, (*path, name))]
+
+
+def test_help_explains_every_argument_and_option(cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "2000")
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 2000)
+    commands = _commands(typer.main.get_command(app))
+    assert len(commands) > 30
+    for path, command in commands:
+        shown = " ".join(cli(*path, "--help")[1].split())
+        for parameter in command.params:
+            told = " ".join((parameter.help or "").split())
+            assert told and told in shown, f"{' '.join(path)} does not explain '{parameter.name}'"
