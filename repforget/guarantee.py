@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from typing import Any, Literal, get_args
 
 from repforget.errors import UsageError
@@ -21,6 +22,7 @@ WORDS: Mapping[str, frozenset[str]] = {
     "certified": frozenset({"certified", "removed", "guaranteed"}),
     "private": frozenset({"guaranteed"}),
 }
+SUPPORTS = frozenset({"noise", "output noise", "deviation", "penalty", "budget"})  # numbers that promise more if larger
 RESERVED = tuple(sorted(frozenset().union(*WORDS.values())))
 
 
@@ -54,10 +56,32 @@ class Guarantee:
 
     def lines(self) -> tuple[tuple[str, str], ...]:
         """(what, text) rows for a report."""
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in sorted(self.numbers.items()))
+        numbers = ", ".join(f"{name} {_printed(name, value)}" for name, value in sorted(self.numbers.items()))
         rows = [("holds", self.statement), ("per", self.unit), ("by", self.theorem)]
         rows += [("if", text) for text in self.assumptions]
         return (*rows, ("numbers", numbers)) if numbers else tuple(rows)
+
+
+def at_most(value: float, digits: int = 3) -> str:
+    """``value`` to at most six digits, rounded up: a bound is never printed below what holds."""
+    return _rounded(value, digits, ROUND_CEILING)
+
+
+def at_least(value: float, digits: int = 3) -> str:
+    """``value`` to at most six digits, rounded down: for what a promise rests on, such as noise or a penalty."""
+    return _rounded(value, digits, ROUND_FLOOR)
+
+
+def _printed(name: str, value: float) -> str:
+    """Counts as they are; what :data:`SUPPORTS` a promise rounded down; all else is a bound and rounded up."""
+    if float(value).is_integer() and abs(value) < 2**53:
+        return str(int(value))
+    return (at_least if name in SUPPORTS else at_most)(value, 4)
+
+
+def _rounded(value: float, digits: int, direction: str) -> str:
+    # from the shortest decimal that is this float: 0.1 stays 0.1, though the float lies above it
+    return f"{float(Context(prec=digits, rounding=direction).create_decimal(repr(float(value)))):.{digits}g}"
 
 
 def unearned(text: str, guarantees: Iterable[Guarantee | None] = ()) -> tuple[str, ...]:

@@ -20,12 +20,12 @@ from repforget.artifact import Edit, LowRankDelta, load_edit
 from repforget.edit._dispatch import edit as run_editor
 from repforget.edit.exact.noisy_finetuning import _balanced
 from repforget.errors import UsageError
+from repforget.gaussian import hockey_stick
 from repforget.guarantee import unearned
 from repforget.knowledge import Item, Knowledge
 from repforget.models.load import LoadedModel, wrap
 from repforget.private import noisy as theory
 from repforget.private import run
-from repforget.private.accounting import hockey_stick
 from repforget.private.units import Randomness
 
 

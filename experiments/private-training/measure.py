@@ -105,7 +105,7 @@ def main() -> None:
         if held is not None and held.kind == "private":
             eps, delta = held.numbers["epsilon"], held.numbers["delta"]
             found[arm] |= {"epsilon": eps, "delta": delta, "noise": held.numbers["noise"],
-                           "says": group_report(eps, delta, "cluster", ASKED)}  # fmt: skip
+                           "says": group_report(eps, delta, "cluster", int(held.numbers["units"]), ASKED)}  # fmt: skip
     result = {"base": BASE, "people": len({i.cluster for i in items}), "asked": sorted(gone),
                            "records": len(records), "training": STEPS, "noisy": NOISY, "arms": found}  # fmt: skip
     write_json(given.out, result)

@@ -1,4 +1,4 @@
-"""What noise is worth in privacy: Gaussian mechanisms in closed form, subsampled ones by the accountants of opacus."""
+"""What the noise of subsampled steps is worth in privacy, by the accountants of opacus, and for units together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import warnings
 from bisect import bisect_left
 from collections.abc import Sequence
-from decimal import ROUND_CEILING, Context
 from functools import cache
 from typing import Any, Literal, get_args
 
@@ -20,45 +19,6 @@ SPENT_BY = {
     "prv": "Gopi, Lee and Wutschitz 2021, arXiv 2106.02848",
 }
 LARGEST = 200.0  # an epsilon beyond which nothing is said and the search for the noise is not tried
-
-
-def hockey_stick(epsilon: float, distance: float) -> float:
-    """The least delta at ``epsilon`` between N(0, 1) and N(distance, 1).
-
-    ``Phi(r/2 - e/r) - exp(e) Phi(-r/2 - e/r)``, the second term in log space.  Source: Balle and Wang 2018, arXiv
-    1805.06083, Theorem 8.
-    """
-    from scipy.special import log_ndtr, ndtr
-
-    if distance <= 0.0:
-        return 0.0
-    r = distance
-    return max(0.0, float(ndtr(r / 2 - epsilon / r) - math.exp(epsilon + float(log_ndtr(-r / 2 - epsilon / r)))))
-
-
-def gaussian_epsilon(distance: float, delta: float) -> float:
-    """The least epsilon at ``delta`` of a Gaussian mechanism whose outputs lie ``distance`` deviations apart.
-
-    For T full-batch steps of noise multiplier s the distance is ``sqrt(T) / s``: exact, no accountant can say less.
-    """
-    from scipy.optimize import brentq
-
-    if hockey_stick(0.0, distance) <= delta:
-        return 0.0
-    high = 1.0
-    while hockey_stick(high, distance) > delta:
-        high *= 2
-    return float(brentq(lambda e: hockey_stick(e, distance) - delta, 0.0, high, xtol=1e-12))
-
-
-def gaussian_distance(epsilon: float, delta: float) -> float:
-    """The largest distance in deviations at which a Gaussian mechanism is (epsilon, delta)-private."""
-    from scipy.optimize import brentq
-
-    high = 1.0
-    while hockey_stick(epsilon, high) < delta:
-        high *= 2
-    return float(brentq(lambda r: hockey_stick(epsilon, r) - delta, 0.0, high, xtol=1e-12))
 
 
 def _opacus() -> Any:
@@ -127,7 +87,9 @@ def group(epsilon: float, delta: float, k: int) -> tuple[float, float]:
     Source: Dwork and Roth 2014 (group privacy of approximate differential privacy).  A delta of 1 says nothing.
     """
     exponent = math.log(k) + (k - 1) * epsilon + math.log(delta)
-    return k * epsilon, 1.0 if exponent >= 0 else math.exp(exponent)
+    if k == 1 or exponent >= 0:
+        return k * epsilon, min(1.0, delta) if k == 1 else 1.0
+    return k * epsilon, math.exp(exponent)
 
 
 def reach(epsilon: float, delta: float) -> int:
@@ -136,8 +98,3 @@ def reach(epsilon: float, delta: float) -> int:
     while group(epsilon, delta, 2 * k)[1] < 1.0:
         k *= 2
     return k + bisect_left(range(k + 1, 2 * k + 1), True, key=lambda n: group(epsilon, delta, n)[1] >= 1.0)
-
-
-def at_most(value: float) -> str:
-    """``value`` (twelve digits of it) to three digits, rounded up: a bound is not printed below what holds."""
-    return f"{float(Context(prec=3, rounding=ROUND_CEILING).create_decimal(f'{value:.12g}')):g}"

@@ -97,8 +97,8 @@ def facts(edit: Edit) -> dict[str, Any]:
                             "weights": list(manifest.weights), "settings": dict(manifest.settings)}  # fmt: skip
     held = manifest.guarantee
     if held is not None:
-        epsilon, delta = held.numbers["epsilon"], held.numbers["delta"]
-        unit = manifest.settings["private"]["unit"]
-        body["guarantee"] = {**dataclasses.asdict(held), "groups": group_rows(epsilon, delta),
-                             "unit_word": unit, "sentence": group_report(epsilon, delta, unit)}  # fmt: skip
+        said = held.numbers["epsilon"], held.numbers["delta"]
+        units, unit = int(held.numbers["units"]), manifest.settings["private"]["unit"]
+        body["guarantee"] = {**dataclasses.asdict(held), "groups": group_rows(*said, units),
+                             "unit_word": unit, "sentence": group_report(*said, unit, units)}  # fmt: skip
     return body

@@ -11,7 +11,8 @@ import math
 from dataclasses import dataclass
 
 from repforget.errors import UsageError
-from repforget.private.accounting import LARGEST, gaussian_distance, hockey_stick
+from repforget.gaussian import gaussian_distance, hockey_stick
+from repforget.private.accounting import LARGEST
 
 
 def concentrated(epsilon: float, delta: float) -> float:
@@ -85,7 +86,7 @@ def contracting_deviation(epsilon: float, delta: float, radius: float, steps: in
 def output_deviation(epsilon: float, delta: float, radius: float) -> float:
     """The noise that, added once to ``clip(x, radius)``, gives (epsilon, delta): output perturbation.
 
-    Exact (Balle and Wang 2018, arXiv 1805.06083); below epsilon 1 never more than ``sqrt(8 ln(1.25/delta))
+    Exact (Balle and Wang 2018, arXiv 1805.06530); below epsilon 1 never more than ``sqrt(8 ln(1.25/delta))
     radius / epsilon``.
     """
     budget(epsilon, delta)

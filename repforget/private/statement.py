@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from repforget.guarantee import Guarantee
-from repforget.private.accounting import SPENT_BY, at_most, group, reach
+from repforget.guarantee import Guarantee, at_most
+from repforget.private.accounting import SPENT_BY, group, reach
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -37,19 +37,19 @@ def statement(epsilon: float, delta: float, unit: str, units: int, facts: Mappin
     )  # fmt: skip
 
 
-def group_rows(epsilon: float, delta: float, sizes: Sequence[int] = SIZES) -> list[dict[str, Any]]:
-    """For each number of units together: epsilon, delta, and whether that still says anything."""
+def group_rows(epsilon: float, delta: float, units: int, sizes: Sequence[int] = SIZES) -> list[dict[str, Any]]:
+    """For each number of units together, of ``units``: epsilon, delta, and whether that still says anything."""
     rows = []
-    for k in sizes:
+    for k in sorted({min(k, units) for k in sizes}):
         many, chance = group(epsilon, delta, k)
         rows.append({"units": k, "epsilon": many, "delta": chance, "vacuous": chance >= 1.0})
     return rows
 
 
-def group_report(epsilon: float, delta: float, unit: str, asked: int | None = None) -> str:
-    """Sentences on a forget set of ``asked`` units (default: as many as are covered), the unit always named."""
-    most = reach(epsilon, delta)
-    k = most if asked is None else asked
+def group_report(epsilon: float, delta: float, unit: str, units: int, asked: int | None = None) -> str:
+    """Sentences on a forget set of ``asked`` of the ``units`` (default: as many as are covered), the unit named."""
+    most = min(units, reach(epsilon, delta))
+    k = most if asked is None else min(units, asked)
     many, chance = group(epsilon, delta, k)
     plural = f"{unit}s" if k > 1 else unit
     if chance >= 1.0:
@@ -57,5 +57,5 @@ def group_report(epsilon: float, delta: float, unit: str, asked: int | None = No
     else:
         first = (f"A forget set of {k} {plural} is covered at epsilon {at_most(many)}, delta {at_most(chance)}, "
                  "without any edit.")  # fmt: skip
-    return (f"{first} By the rule of group privacy it is vacuous beyond {most} {unit}{'s' if most > 1 else ''} (unit: "
-            f"{unit}).")  # fmt: skip
+    beyond = f"all {units} are within it" if most == units else f"it is vacuous beyond {most} {unit}{'s' * (most > 1)}"
+    return f"{first} By the rule of group privacy {beyond} (unit: {unit})."

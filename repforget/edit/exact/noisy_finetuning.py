@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from repforget.artifact import BiasDelta, DenseDelta, Edit, LowRankDelta, Operation, load_edit
 from repforget.errors import NumericalError, UsageError
-from repforget.guarantee import Guarantee
+from repforget.guarantee import Guarantee, at_most
 from repforget.knowledge import EditData
 from repforget.models.load import LoadedModel, copy_of
 from repforget.private import noisy as theory
-from repforget.private.accounting import at_most
 from repforget.private.adapters import put_on
 from repforget.private.job import RECORD
 from repforget.private.trainer import GIVEN, METHOD
@@ -55,7 +54,7 @@ def noisy_finetuning(
     no two calls give the same; without it the noise follows from the seed, which edit.json holds.
 
     Source: Koloskova et al. 2025, arXiv 2506.06985 (equations in :mod:`repforget.private.noisy`); Balle and Wang 2018,
-    arXiv 1805.06083 for "output".  Cost: a pass forward and backward per step; memory: a copy of the model.  The
+    arXiv 1805.06530 for "output".  Cost: a pass forward and backward per step; memory: a copy of the model.  The
     retained data themselves are not protected, and nothing is said about what the base knew.  Where the noise ruins
     the model a note says what the retained facts cost now; the verdict on utility is the verifier's.
     Raises UsageError for a training of another model, a budget without meaning, or retained facts that are to be
@@ -249,7 +248,7 @@ def _held(plan: _Plan, place: _Place, epsilon: float, delta: float, secret: bool
         "gradient": "Koloskova et al. 2025, arXiv 2506.06985 (gradient clipping); Bun and Steinke 2016, arXiv "
                     "1605.02065, Proposition 1.3",
         "model": "Koloskova et al. 2025, arXiv 2506.06985 (model clipping)",
-        "output": "Balle and Wang 2018, arXiv 1805.06083, Theorem 8",
+        "output": "Balle and Wang 2018, arXiv 1805.06530, Theorem 8",
     }[plan.bounded]  # fmt: skip
     return Guarantee(
         kind="certified",
