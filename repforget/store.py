@@ -209,10 +209,13 @@ class Store:
         return final
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(
+        self, what: str | None = None, otherwise: str = ", or choose another folder with --out"
+    ) -> Iterator[None]:
         """Hold the run folder against other processes and clear what a killed one left half-written.
 
-        The lock belongs to the process: when it dies, however it dies, the lock is free.
+        The lock belongs to the process: when it dies, however it dies, the lock is free.  ``what`` and ``otherwise``
+        are how the ResourceError for the second process names it, and what to do but wait.
         """
         with refusing(self.root):
             file = open(self.root / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (closed below)
@@ -222,10 +225,12 @@ class Store:
             if fcntl is not None:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if not os.path.samestat(os.fstat(file.fileno()), os.stat(self.root / LOCK)):
+                        raise FileNotFoundError  # its holder has cleared the file away since it was opened here
                 except OSError:
+                    what = what or f"Run folder '{self.root}'"
                     raise ResourceError(
-                        f"Run folder '{self.root}' is in use by process {previous or '?'}: wait for its end, "
-                        "or choose another folder with --out."
+                        f"{what} is in use by process {previous or '?'}: wait for its end{otherwise}."
                     ) from None
             if previous:
                 self.note(f"Process {previous} ended before it had finished; what it completed is reused.")

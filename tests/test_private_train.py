@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import signal
 import stat
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,13 @@ import tiny_models
 import torch
 
 from repforget.artifact import load_edit
-from repforget.errors import ArtifactError, NumericalError, UsageError
+from repforget.errors import ArtifactError, NumericalError, ResourceError, UsageError
 from repforget.guarantee import unearned
 from repforget.models.load import LoadedModel, fingerprint, wrap
 from repforget.private import Privacy, run, train
 from repforget.private.accounting import accountant_of, noise_multiplier, spent
 from repforget.private.job import facts, records_for, unfinished
-from repforget.private.state import State
+from repforget.private.state import State, alone
 from repforget.private.trainer import check_alone
 from repforget.private.units import Randomness
 from repforget.scoring import answer_logprobs
@@ -273,37 +271,69 @@ def test_records_for_names_what_is_wrong(tmp_path: Path) -> None:
         records_for(None, None, None, "question")  # type: ignore[arg-type]
 
 
-SCRIPT = """
-import sys, torch
-sys.path[:0] = [{tests!r}]
-import test_private_train as t
-from pathlib import Path
-from repforget.private import run
-from repforget.private.state import State
-from repforget.private.units import Randomness
-State.due = property(lambda self: True)
-def slow(items, description, total):
-    import time
-    for item in items:
-        yield item
-        time.sleep(0.05)
-run(t.model(), t.records(), Path(sys.argv[1]), private=t.BUDGET, progress=slow, **t.SMALL)
-"""
-
-
-@pytest.mark.slow
-def test_killed_it_continues_to_the_same_bits_and_counts_each_step_once(tmp_path: Path) -> None:
+def test_of_two_processes_that_train_into_one_folder_the_second_is_told_of_the_first(tmp_path: Path) -> None:
     out = tmp_path / "t"
-    code = SCRIPT.format(tests=str(Path(__file__).parent))
-    started = subprocess.Popen([sys.executable, "-c", code, str(out)], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 300
-    while not unfinished(out).exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    started.send_signal(signal.SIGKILL)
-    started.wait()
+    seen: list[str] = []
+
+    def meanwhile(items: Any, description: str, total: int | None) -> Iterator[Any]:
+        """In the midst of the first training another process asks for the same."""
+        for n, item in enumerate(items):
+            if n == 2:
+                read, write = os.pipe()
+                if (child := os.fork()) == 0:
+                    try:
+                        run(model(), records(), tmp_path / "." / "t", private=BUDGET, **SMALL)
+                    except ResourceError as error:
+                        os.write(write, str(error).encode())
+                    finally:
+                        os._exit(0)
+                os.waitpid(child, 0)
+                os.close(write)
+                seen.append(os.read(read, 1000).decode())
+            yield item
+
+    made = run(model(), records(), out, private=BUDGET, progress=meanwhile, **SMALL)
+    assert seen == [f"The training into '{out}' is in use by process {os.getpid()}: wait for its end, or choose "
+                    "another folder with --out."]  # fmt: skip
+    assert made.manifest.settings["spent"]["steps"] == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
+def test_a_lock_that_its_holder_has_cleared_away_is_not_held_by_whoever_opened_it_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opened before and locked after the first has ended, the file is no longer the one that others find."""
+    place = tmp_path / ".t.training"
+    place.mkdir()
+    lock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda file, how: ((place / ".lock").unlink(), lock(file, how))[1])
+    with pytest.raises(ResourceError, match="in use by process"), alone(tmp_path / "t", place, print):
+        pass
+    assert not place.exists()
+
+
+def test_killed_it_continues_to_the_same_bits_and_counts_each_step_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "t"
+    monkeypatch.setattr(State, "due", property(lambda self: self.file is not None))
+
+    def killed(items: Any, description: str, total: int | None) -> Iterator[Any]:
+        for n, item in enumerate(items):
+            if n == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield item
+
+    if (child := os.fork()) == 0:
+        try:
+            run(model(), records(), out, private=BUDGET, progress=killed, **SMALL)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert unfinished(out).exists() and not out.exists()
     made = run(model(), records(), out, private=BUDGET, **SMALL)
     straight = train(model(), records(), private=BUDGET, **SMALL)
     assert made.digest == straight.digest
     assert made.manifest.settings["spent"]["steps"] == 8
     assert facts(made)["edit_digest"] == straight.digest
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]

@@ -12,7 +12,7 @@ from repforget.artifact.edit import plain
 from repforget.errors import ArtifactError, UnknownNameError, UsageError, nearest
 from repforget.knowledge_files import load_knowledge
 from repforget.models.load import LoadedModel
-from repforget.private.state import State, refuse_another
+from repforget.private.state import State, alone, refuse_another
 from repforget.private.statement import group_report, group_rows
 from repforget.private.trainer import METHOD, Echo, Privacy, requested, train
 from repforget.progress import Progress
@@ -53,30 +53,32 @@ def run(
     """:func:`train` into the folder ``out``: the edit, and ``train.json`` on what was trained and how.
 
     A folder that holds the finished training of the same request is returned as it is, an interrupted one continued
-    to the same bits; UsageError where it holds another.
+    to the same bits; UsageError where it holds another, ResourceError while another process trains into it.
     """
     out = Path(out)
-    kept = State(unfinished(out), {})
-    if (out / "edit.json").is_file():
-        made = load_edit(out)
-        asked = {**plain(requested(records, rank, epochs, lr, batch, seed, private, name)),
-                 "model": model.fingerprint, "digest": digest(records)}  # fmt: skip
-        held = {**made.manifest.settings, "model": made.manifest.base_fingerprint, "digest": made.manifest.knowledge}
-        if made.manifest.method != METHOD:
-            raise UsageError(f"'{out}' holds an edit by '{made.manifest.method}': give another folder.")
-        refuse_another(asked, {n: held.get(n) for n in asked}, f"'{out}' holds a finished training")
-        if not (out / RECORD).is_file():
-            _write(out, made, model)
-        kept.discard()
+    with alone(out, beside(out, "training"), echo):
+        kept = State(unfinished(out), {})
+        if (out / "edit.json").is_file():
+            made = load_edit(out)
+            asked = {**plain(requested(records, rank, epochs, lr, batch, seed, private, name)),
+                     "model": model.fingerprint, "digest": digest(records)}  # fmt: skip
+            held = {**made.manifest.settings, "model": made.manifest.base_fingerprint,
+                    "digest": made.manifest.knowledge}  # fmt: skip
+            if made.manifest.method != METHOD:
+                raise UsageError(f"'{out}' holds an edit by '{made.manifest.method}': give another folder.")
+            refuse_another(asked, {n: held.get(n) for n in asked}, f"'{out}' holds a finished training")
+            if not (out / RECORD).is_file():
+                _write(out, made, model)
+            kept.discard()
+            return made
+        if out.is_file() or out.is_dir() and any(out.iterdir()):
+            raise ArtifactError(f"'{out}' exists and is not an edit: choose an empty or new folder.")
+        made = train(model, records, rank=rank, epochs=epochs, lr=lr, batch=batch, seed=seed, private=private,
+                     state=kept.file, name=name, progress=progress, echo=echo)  # fmt: skip
+        made.save(out)
+        _write(out, made, model)
+        kept.discard()  # with it goes the seed of the noise
         return made
-    if out.is_file() or out.is_dir() and any(out.iterdir()):
-        raise ArtifactError(f"'{out}' exists and is not an edit: choose an empty or new folder.")
-    made = train(model, records, rank=rank, epochs=epochs, lr=lr, batch=batch, seed=seed, private=private,
-                 state=kept.file, name=name, progress=progress, echo=echo)  # fmt: skip
-    made.save(out)
-    _write(out, made, model)
-    kept.discard()  # with it goes the seed of the noise
-    return made
 
 
 def _write(out: Path, made: Edit, model: LoadedModel) -> None:
@@ -85,8 +87,13 @@ def _write(out: Path, made: Edit, model: LoadedModel) -> None:
 
 def unfinished(out: Path) -> Path:
     """The file beside ``out`` in which an unfinished training is kept."""
+    return beside(out, "unfinished")
+
+
+def beside(out: Path, kind: str) -> Path:
+    """A hidden name beside ``out``."""
     named = out if out.name not in ("", "..") else out.resolve()
-    return named.parent / f".{named.name}.unfinished"
+    return named.parent / f".{named.name}.{kind}"
 
 
 def facts(edit: Edit) -> dict[str, Any]:

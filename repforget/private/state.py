@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from glob import escape
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from repforget.errors import ArtifactError, UsageError
-from repforget.store import canonical, write_atomic
+from repforget.store import LOCK, Store, canonical, write_atomic
 
 SHARE = 0.05  # of the time that writing may take
 
@@ -69,6 +70,24 @@ class State:
         if self.file is not None:
             for left in (self.file, *self.file.parent.glob(f".{escape(self.file.name)}.tmp-*")):
                 left.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(out: Path, beside: Path, note: Callable[[str], None]) -> Iterator[None]:
+    """Hold the training into ``out`` against a second process, which would count its steps again (ResourceError).
+
+    The lock lies in the folder ``beside``, for ``out`` itself is replaced whole; nothing of it stays.
+    """
+    store = Store(beside, note)
+    try:
+        with store.locked(f"The training into '{out}'"):
+            try:
+                yield
+            finally:
+                (beside / LOCK).unlink()
+    finally:
+        with suppress(OSError):  # another process holds it
+            beside.rmdir()
 
 
 def refuse_another(own: Mapping[str, Any], other: Mapping[str, Any], what: str) -> None:
