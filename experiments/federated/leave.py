@@ -1,27 +1,31 @@
-"""Eight clients train together, one leaves by four ways, and the judge of every other edit looks at what is left.
+"""Eight clients train together, one leaves by five ways, and the judge of every other edit looks at what is left.
 
     python experiments/federated/leave.py --out runs/federated
 
 The clients share the 64 people of the probe; the base never saw any of them. For the judge the trained model is the
 original, the leaving client's eight people are what must go, the people of the other clients are what must stay, and
-the training without the client is the model that never knew. The same command continues a killed run.
+two trainings without the client are the models that never knew. The same command continues a killed run; with
+``--seeds`` it does some of the seeds, so that several processes can share the work.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from scipy.stats import t as student_t
 
 from repforget import verify
 from repforget.artifact import Edit, load_edit
+from repforget.federated.distil import Distillation
 from repforget.federated.leave import leave
 from repforget.federated.messages import Local
 from repforget.federated.run import Setup, operations_of, simulate
@@ -34,6 +38,7 @@ from repforget.scoring import answer_logprobs
 from repforget.store import read_json, write_json
 
 HERE = Path(__file__).parent
+FLOOR = ("retrain", "retrain, another seed")
 
 
 def recalled(model: LoadedModel, items: Sequence[Item]) -> float:
@@ -56,59 +61,123 @@ def between(trained: LoadedModel, base: LoadedModel, made: Edit, before: Edit, l
     return Edit.build(made.manifest.method, {}, trained, made.manifest.knowledge, operations_of(trained, local, state))
 
 
-def row(model: LoadedModel, probe: Knowledge, world: Sequence[Item]) -> dict[str, float]:
-    return {"client's people": recalled(model, probe.forget), "others' people": recalled(model, probe.retain),
-            "people of the base": recalled(model, world)}  # fmt: skip
+@dataclass(frozen=True)
+class Trial:
+    """One seed: the clients, who of them leaves, and a folder in which every step is kept."""
+
+    recipe: Mapping[str, Any]
+    seed: int
+    out: Path
+    base: LoadedModel
+    knowledge: Knowledge
+    engine: Any
+
+    @property
+    def leaving(self) -> str:
+        return str(self.recipe["leaves"][self.seed])
+
+    @cached_property
+    def sources(self) -> Any:
+        return of_probe(self.recipe["knowledge"], self.recipe["clients"], seed=self.seed)
+
+    def train(self, name: str, seed: int, sources: Any) -> Edit:
+        plan = Plan(self.recipe["model"], Local(**self.recipe["local"], seed=seed), **self.recipe["plan"])
+        return simulate(self.base, plan, sources, self.out / name, engine=self.engine, note=print)
+
+    def made(self, way: str) -> Edit:
+        """The edit of one way; the second retraining is a training of its own, of the others under another seed."""
+        if way == FLOOR[1]:
+            others = {name: source for name, source in self.sources.items() if name != self.leaving}
+            return self.train("again", self.seed + self.recipe["again"], others)
+        settings = dict(self.recipe["ways"][way])
+        if "distil" in settings:
+            settings["distil"] = Distillation(**settings["distil"], seed=self.seed)
+        place = self.out / way
+        if not (place / "forget.json").exists():
+            leave(self.base, self.out / "training", self.leaving, out=place, keep_record=True, note=print, **settings)
+        return load_edit(place / "edit")
+
+    def cost(self, way: str) -> dict[str, float]:
+        if way in ("trained", FLOOR[1]):
+            totals = read_json(self.out / ("training" if way == "trained" else "again") / "report.json")["totals"]
+            return {"cpu_seconds": totals["client_seconds"], "down": totals["down"], "up": totals["up"]}
+        found = read_json(self.out / way / "forget.json")
+        return {k: found[k] for k in ("cpu_seconds", "down", "up", "trainings", "distil_steps", "distil_cpu_seconds")}
+
+    def told(self, way: str) -> list[str]:
+        return [] if way == FLOOR[1] else read_json(self.out / way / "forget.json")["notes"]
+
+    def known(self, model: LoadedModel, probe: Knowledge) -> dict[str, float]:
+        return {"client's people": recalled(model, probe.forget), "others' people": recalled(model, probe.retain),
+                "people of the base": recalled(model, self.knowledge.retain[::4])}  # fmt: skip
 
 
-def cost_of(folder: Path) -> dict[str, Any]:
-    report = read_json(folder / "report.json")["totals"]
-    return {"cpu_seconds": report["client_seconds"], "down": report["down"], "up": report["up"]}
+def step(place: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``work`` found, from the file where an earlier run left it."""
+    if not place.exists():
+        started = time.process_time()
+        found = work()
+        write_json(place, {**found, "process_seconds": time.process_time() - started})
+        print(place.stem, json.dumps(found)[:400], flush=True)
+    return dict(read_json(place))
+
+
+def judged(trial: Trial) -> dict[str, Any]:
+    """Every way of one seed, and the models before it."""
+    probe = probe_of(trial.knowledge, frozenset(trial.sources[trial.leaving].clusters))
+    before = trial.train("training", trial.seed, trial.sources)
+    local = Setup.read(trial.out / "training").plan.local
+    base, trained = trial.base, before.applied_to(trial.base)
+    rows = {"base": step(trial.out / "base.json", lambda: trial.known(base, probe)),
+            "trained": step(trial.out / "trained.json", lambda: {**trial.known(trained, probe),
+                                                                **trial.cost("trained")})}  # fmt: skip
+    twins = {way: trial.made(way).applied_to(base) for way in FLOOR}
+
+    def look(way: str) -> dict[str, Any]:
+        made = trial.made(way)
+        floor = [twin for name, twin in twins.items() if name != way]
+        found = verify(trained, between(trained, base, made, before, local), probe, twins=floor,
+                       split=trial.recipe["split"], verifiers=trial.recipe["verify"], seed=trial.seed)  # fmt: skip
+        claims = {c.name: [c.status, None if not np.isfinite(c.rho) else round(float(c.rho), 3)]
+                  for c in found.verdict.claims}  # fmt: skip
+        return {**trial.known(made.applied_to(base), probe), **trial.cost(way), "outcome": found.verdict.outcome,
+                "sentence": found.verdict.sentence, "controls": dict(found.verdict.controls), "claims": claims,
+                "notes": trial.told(way)}  # fmt: skip
+
+    rows |= {way: step(trial.out / f"{way}.json", lambda way=way: look(way))  # type: ignore[misc]
+             for way in trial.recipe["ways"]}  # fmt: skip
+    return {"leaves": trial.leaving, "rows": rows}
+
+
+def summary(seeds: Mapping[str, Any]) -> dict[str, Any]:
+    """Mean and half the width of the 95 % interval (Student's t over seeds) of every number of every row."""
+    found: dict[str, Any] = {}
+    for way in next(iter(seeds.values()))["rows"]:
+        rows = [seed["rows"][way] for seed in seeds.values()]
+        found[way] = {}
+        for key in (key for key, value in rows[0].items() if isinstance(value, (int, float))):
+            values = np.array([row[key] for row in rows], dtype=float)
+            half = student_t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+            found[way][key] = [float(values.mean()), float(half)]
+    return found
 
 
 def main() -> None:
+    recipe = yaml.safe_load((HERE / "recipe.yaml").read_text())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--engine", choices=["ray", "here"], default="ray")
-    out, engine = (parsed := parser.parse_args()).out, parsed.engine
-    recipe = yaml.safe_load((HERE / "recipe.yaml").read_text())
-    started = time.process_time()
+    parser.add_argument("--engine", choices=["ray", "here"], default="here")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(recipe["leaves"]), choices=list(recipe["leaves"]))
+    asked = parser.parse_args()
     base, knowledge = load(recipe["model"], device="cpu"), load_knowledge(recipe["knowledge"])
-    sources = of_probe(recipe["knowledge"], recipe["clients"], seed=recipe["local"]["seed"])
-    plan, leaving = Plan(recipe["model"], Local(**recipe["local"]), **recipe["plan"]), recipe["leaves"]
-    training = out / "training"
-    before = simulate(base, plan, sources, training, engine=engine, note=print)
-    local = Setup.read(training).plan.local
-    probe = probe_of(knowledge, frozenset(sources[leaving].clusters))
-    world = knowledge.retain[::4]
-    trained = before.applied_to(base)
-    models = {"base": row(base, probe, world), "trained": {**row(trained, probe, world), **cost_of(training)}}
-    result: dict[str, Any] = {"recipe": recipe, "models": models, "verdicts": {}}
-    print(json.dumps(models), flush=True)
-    twin: LoadedModel | None = None
-    for method, settings in recipe["forget"].items():
-        place = out / method
-        if not (place / "forget.json").exists():
-            leave(base, training, leaving, method, place, keep_record=True, note=print, **settings)
-        made, cost = load_edit(place / "edit"), read_json(place / "forget.json")
-        edited = made.applied_to(base)
-        twin = twin or edited
-        result["models"][method] = {**row(edited, probe, world), "trainings": cost["trainings"], "down": cost["down"],
-                                    "up": cost["up"], "cpu_seconds": cost["cpu_seconds"]}  # fmt: skip
-        print(method, json.dumps(result["models"][method]), flush=True)
-        found = verify(trained, between(trained, base, made, before, local), probe, twins=[twin], split=recipe["split"],
-                       verifiers=recipe["verify"])  # fmt: skip
-        result["verdicts"][method] = {
-            "outcome": found.verdict.outcome, "sentence": found.verdict.sentence,
-            "controls": dict(found.verdict.controls),
-            "claims": {c.name: [c.status, None if not np.isfinite(c.rho) else round(float(c.rho), 3)]
-                       for c in found.verdict.claims}}  # fmt: skip
-        result["own_cpu_seconds"] = time.process_time() - started
-        write_json(out / "result.json", result)
-    shutil.copyfile(out / "result.json", HERE / "result.json")
+    for seed in asked.seeds:
+        place = asked.out / f"seed-{seed}"
+        write_json(place / "result.json", judged(Trial(recipe, seed, place, base, knowledge, asked.engine)))
+    places = {str(seed): asked.out / f"seed-{seed}" / "result.json" for seed in recipe["leaves"]}
+    if all(place.exists() for place in places.values()):
+        seeds = {seed: read_json(place) for seed, place in places.items()}
+        write_json(HERE / "result.json", {"recipe": recipe, "seeds": seeds, "summary": summary(seeds)})
 
 
 if __name__ == "__main__":
     main()
-
-

@@ -27,18 +27,18 @@ from repforget.progress import Progress, track
 from repforget.store import Store, digest, read_json
 from repforget.training import Example, Record, batches, collate, encoded, finetune, label_logits, read_records
 
-RATE_TIMES_WIDTH = 0.064  # the learning rate where none is given, times the width of the model
+RATE_TIMES_WIDTH = 0.032  # the learning rate where none is given, times the width of the model
 HEAD, TENSORS = "distilled.json", "distilled.safetensors"
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """How the server distils; ``lr`` 0 is 0.064 / width, ``texts`` a JSON-lines file, "" the probe's general texts."""
+    """How the server distils; ``lr`` 0 is 0.032 / width, ``texts`` a JSON-lines file, "" the probe's general texts."""
 
     steps: int = 200
     lr: float = 0.0
     batch_size: int = 32
-    temperature: float = 1.0
+    temperature: float = 5.0
     seed: int = 0
     texts: str = ""
 
