@@ -20,10 +20,9 @@ from repforget.linear import (
     fit_logistic,
     fit_softmax,
     refit,
-    removals_left,
 )  # fmt: skip
 from repforget.linear._arrays import gram, largest_singular_value
-from repforget.linear.budget import LARGEST, for_rows, within
+from repforget.linear.budget import LARGEST, for_rows, steps_left, within
 from repforget.linear.logistic import LIPSCHITZ
 
 LAM = 1e-3
@@ -200,13 +199,13 @@ def test_a_budget_is_spent_and_then_refuses() -> None:
     x, y = rows(500, 5)
     budget = Budget(0.5, 1e-4, 1.0)
     head = fit_logistic(x, y, 1e-2, draw_noise(1.0, (5, 1), seed=0))
-    left, taken = [removals_left(budget, head)], 0
+    left, taken = [steps_left(budget.limit, head)], 0
     with pytest.raises(ResourceError, match="retrain"):
         for k in range(500):
             new, bounds = change_logistic(head, x[k : k + 1], y[k : k + 1])
             assert new.residual == pytest.approx(head.residual + bounds.data)
             head, taken = within(budget, new, 1), k + 1
-            left.append(removals_left(budget, head))
+            left.append(steps_left(budget.limit, head))
     assert head.residual <= budget.limit < new.residual
     assert 0.3 * taken < left[0] < 3 * taken, "the estimate is of the right order"
     assert left[-1] <= 3
@@ -220,7 +219,7 @@ def test_the_budget_is_that_of_the_theorem_and_impossible_promises_are_refused()
     assert budget.limit == pytest.approx(10.0 / budget.c)
     assert budget.spent_epsilon(0.12) == pytest.approx(0.0526, rel=1e-2)  # 0.053 at a residual of 0.12
     with pytest.raises(UsageError, match="exceeds 1/n"):
-        for_rows(budget, 20_000)
+        for_rows(budget.delta, 20_000)
     for epsilon, delta, sigma in ((0, 1e-4, 1), (LARGEST * 1.01, 1e-4, 1), (1, 0, 1), (1, 1, 1), (1, 1e-4, 0)):
         with pytest.raises(UsageError):
             Budget(epsilon, delta, sigma)

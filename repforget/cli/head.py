@@ -20,9 +20,13 @@ app = typer.Typer(help="Linear heads from which rows can be taken out.", no_args
 Folder = Annotated[Path, typer.Argument(help="Folder of the head.")]
 Features = Annotated[Path | None, typer.Option("--features", help="An .npz or .safetensors file with X, y and, as far "
                                                "as rows have them, ids and clusters.")]  # fmt: skip
-NOISE = "Standard deviation of the secret noise in the objective, for a promise with --epsilon and --delta."
+OUTPUT = ("Standard deviation of fresh noise on every publication of the weights, for a promise with --epsilon and "
+          "--delta (recommended: it assumes least).")  # fmt: skip
+NOISE = "Standard deviation of secret noise in the objective, another promise with --epsilon and --delta."
+DELTA = "Part of that promise: at most one over the number of rows."
 RADIUS = "Divide rows by this and cut longer ones to norm 1; choose it without looking at the rows."
 SAVED = "With --model: the file the features are kept in (default: beside the folder, OUT.rows.npz)."
+SITE = "With --model: where to read, as resid_post.3."
 
 
 @app.callback()
@@ -32,11 +36,11 @@ def _group() -> None:
 
 @app.command()
 def fit(
-    out: Annotated[Path, typer.Argument(help="Folder to write the head to.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write the head to.")],
     features: Features = None,
     model: o.ModelFlag = None,
     knowledge: o.KnowledgeName = "bios-people",
-    site: Annotated[str | None, typer.Option("--site", help="With --model: where to read, as resid_post.3.")] = None,
+    site: Annotated[str | None, typer.Option("--site", help=SITE)] = None,
     label: Annotated[str, typer.Option(help="With --model: what is predicted, relation or answer.")] = "relation",
     relation: Annotated[str | None, typer.Option(help="With --model: only the items of this relation.")] = None,
     sets: Annotated[list[str] | None, typer.Option(help="With --model: sets of the probe; repeatable.")] = None,
@@ -46,9 +50,10 @@ def fit(
     l2: Annotated[float, typer.Option(help="Penalty: of a row's loss for logistic, of the whole otherwise.")] = 1e-3,
     radius: Annotated[float | None, typer.Option(help=RADIUS)] = None,
     intercept: Annotated[bool, typer.Option("--intercept", help="One more, constant feature.")] = False,
-    noise: Annotated[float | None, typer.Option("--private-noise", help=NOISE)] = None,
-    epsilon: Annotated[float | None, typer.Option(help="How far the head may be told from a retrained one.")] = None,
-    delta: Annotated[float | None, typer.Option(help="At most one over the number of rows.")] = None,
+    output: Annotated[float | None, typer.Option("--output-noise", help=OUTPUT)] = None,
+    private: Annotated[float | None, typer.Option("--private-noise", help=NOISE)] = None,
+    epsilon: Annotated[float | None, typer.Option(help="How far it may be told from a retrained head.")] = None,
+    delta: Annotated[float | None, typer.Option(help=DELTA)] = None,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     as_json: o.AsJson = False,
@@ -57,13 +62,9 @@ def fit(
 
     The rows come from a file, or are what a model has at a site for the statements of a probe. The folder is private.
     """
-    from repforget.linear import Budget, fit_head, read_table, refuse, save_head, write_table
+    from repforget.linear import fit_head, read_table, refuse, save_head, utility, write_table
 
-    given = {"--private-noise": noise, "--epsilon": epsilon, "--delta": delta}
-    missing = [name for name, value in given.items() if value is None]
-    if 0 < len(missing) < len(given):
-        raise typer.BadParameter("noise, epsilon and delta are given together or not at all", param_hint=missing[0])
-    budget = Budget(epsilon, delta, noise) if not missing else None  # type: ignore[arg-type]
+    promise = _promise(output, private, epsilon, delta)
     if (features is None) == (model is None) or (model is not None and site is None):
         raise typer.BadParameter("give --features FILE, or --model with --site", param_hint="--features")
     refuse(out, fresh=True)  # before the rows of a head that is there are written over
@@ -79,61 +80,84 @@ def fit(
                                label=label, relation=relation, progress=progress)  # type: ignore[arg-type] # fmt: skip
         features = write_table(found, rows or out.with_name(out.name + ".rows.npz"))
     table = read_table(features.absolute())
-    head = fit_head(table, loss, l2, radius=radius, intercept=intercept, budget=budget)  # type: ignore[arg-type]
+    head = fit_head(table, loss, l2, radius=radius, intercept=intercept, **promise)  # type: ignore[arg-type]
     save_head(head, out, fresh=True)
-    _print(head, out, as_json, {"features": str(features)})
+    _print(head, out, as_json, {"features": str(features)} | ({"utility": utility(head, table)} if output else {}))
+
+
+def _promise(
+    output: float | None, private: float | None, epsilon: float | None, delta: float | None
+) -> dict[str, Any]:
+    """The promise that the options ask for, for ``fit_head``."""
+    from repforget.linear import Budget, Release
+
+    noise = private if output is None else output
+    if noise is None and epsilon is None and delta is None:
+        return {}
+    if noise is None or epsilon is None or delta is None or None not in (output, private):
+        raise typer.BadParameter("--output-noise or --private-noise, one of them, --epsilon and --delta are given "
+                                 "together or not at all", param_hint="--output-noise")  # fmt: skip
+    return {"budget": Budget(epsilon, delta, noise)} if output is None else {"release": Release(epsilon, delta, noise)}
 
 
 @app.command()
 def remove(
     context: typer.Context,
     folder: Folder,
-    ids: Annotated[list[str] | None, typer.Option("--ids", help="Row to take out, by its id; repeatable.")] = None,
-    cluster: Annotated[list[str] | None, typer.Option(help="All rows of this cluster; repeatable.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Ids or clusters of the rows that are to go; with --retrain "
+                                                      "none is needed.")] = None,
     features: Features = None,
     retrain: Annotated[bool, typer.Option("--retrain", help="To convergence on all remaining rows, which restores a "
-                                          "budget.")] = False,
+                                          "promise.")] = False,
     as_json: o.AsJson = False,
 ) -> None:  # fmt: skip
     """Take rows out of a head, and say by which theorem and with which numbers.
 
-    The rows are read again from the file of the training, which still holds them afterwards.
+    Where a promise would not hold it refuses, and --retrain does it at a training's cost. The rows are read again from
+    the file of the training, which still holds them afterwards.
     """
     from repforget.linear import guarantee, opened, read_table, save_head
     from repforget.linear import remove as without
 
     context.obj.interrupted = f"Interrupted: 'repforget head show {folder}' says whether the rows are out already."
     with opened(folder) as head:
-        new = without(head, read_table(features or head.source), ids or (), cluster or (), retrain=retrain)
+        new = without(head, read_table(features or head.source), names or (), retrain=retrain)
         save_head(new, folder)
     _print(new, folder, as_json, {"taken_out": new.log[-1], "still_in": str(features or head.source)}, guarantee(new))
-    if not as_json:
+    if not as_json and names:
         typer.echo(f"'{features or head.source}' still holds these rows: take them out there as well")
 
 
 @app.command()
 def show(
     folder: Folder,
-    weights: Annotated[Path | None, typer.Option("--weights", help="File to write the weights alone to, .npz: what "
-                                                 "may be published.")] = None,
+    weights: Annotated[Path | None, typer.Option("--weights", help="File to publish the weights in, .npz: with fresh "
+                                                 "output noise if the head has it, which is counted.")] = None,
     as_json: o.AsJson = False,
 ) -> None:  # fmt: skip
     """Show what a head is, what was taken out of it, and what holds."""
-    from repforget.linear import guarantee, load_head, write_weights
+    from repforget.linear import guarantee, load_head, opened, publish, save_head, write_weights
 
-    head = load_head(folder)
-    if weights is not None:
-        write_weights(head, weights)
+    if weights is None:
+        head = load_head(folder)
+    else:
+        with opened(folder) as held:
+            head, seen = publish(held)
+            if head.release is not None:
+                save_head(head, folder)  # counted before anybody can see it
+            write_weights(head, seen, weights)
     if not as_json and head.log:
         print_table(("at", "rows", "left", "by", "residual bound"),
                     [(e["at"], e["rows"], e["left"], e["by"], f"{e['residual']:.3g}" if "residual" in e else "")
                      for e in head.log], numbers=[1, 2, 4])  # fmt: skip
-    _print(head, folder, as_json, {"log": head.log}, guarantee(head) if head.log else None)
+    more: dict[str, Any] = {"log": head.log} | ({"published": str(weights)} if weights else {})
+    _print(head, folder, as_json, more, guarantee(head) if head.log or head.published else None)
 
 
 @app.command("train-unembedding")
 def train_unembedding(
-    out: Annotated[Path, typer.Argument(help="Folder of the training; what it adds to the model is in OUT/edit.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the training; what it adds to the model is in OUT/edit. "
+                                      "The same command continues it.")],
     model: o.Model = "organism:bios/twin-0",
     data: Annotated[Path | None, typer.Option("--data", help="JSON lines: id, cluster, prompt, answer.")] = None,
     knowledge: o.KnowledgeName = "bios-people",
@@ -157,8 +181,7 @@ def train_unembedding(
                else records_of(load_knowledge(knowledge), tuple(sets or ("forget",)), forms))  # type: ignore[arg-type] # fmt: skip
     loaded = load(model, device=device, dtype=dtype)
     with display(as_json) as (progress, _):
-        tuned = unembedding.train(loaded, records, l2, progress)
-    unembedding.save(tuned, out)
+        tuned = unembedding.train_into(out, loaded, records, l2, progress)
     unembedding.edit_of(tuned, loaded).save(out / "edit")
     found = {"folder": str(out), "records": len(records), "tokens": len(tuned.tokens), "l2": l2}
     if as_json:
@@ -171,22 +194,55 @@ def train_unembedding(
 def _print(
     head: Head, folder: Path, as_json: bool, more: dict[str, Any], claim: Guarantee | None = None
 ) -> None:
-    from repforget.linear import removals_left
+    from repforget.linear import publications_left, removals_left, spent
 
     width, columns = head.weights.shape
     facts: dict[str, Any] = {"folder": str(folder), "loss": head.loss, "rows": head.n, "features": width,
-                             "columns": columns, "classes": head.classes}  # fmt: skip
+                             "columns": columns, "classes": head.classes,
+                             "removals_left": removals_left(head)}  # fmt: skip
     if head.budget is not None:
-        facts |= {"budget": asdict(head.budget) | {"limit": head.budget.limit, "spent": head.model.residual},  # type: ignore[union-attr]
-                  "removals_left": removals_left(head.budget, head.model)}  # type: ignore[arg-type] # fmt: skip
+        facts["budget"] = asdict(head.budget) | {"limit": head.budget.limit, "spent": head.model.residual}  # type: ignore[union-attr]
+    if head.release is not None:
+        facts["release"] = asdict(head.release) | {
+            "limit": head.release.limit, "spent": spent(head), "distance": head.distance,
+            "publications": len(head.published), "publications_left": publications_left(head, head.release),
+        }  # fmt: skip
     if as_json:
         print_json(facts | more | ({"guarantee": asdict(claim)} if claim else {}))
         return
     line = f"{head.loss} head in {folder}: {head.n} rows, weights {width} x {columns}"
     typer.echo(line + (f", {len(head.classes)} classes" if head.classes else ""))
-    if head.budget is not None:
-        spent = facts["budget"]["spent"]
-        typer.echo(f"noise {head.budget.sigma:g} allows a residual of {head.budget.limit:.3g}, {spent:.3g} of it is "
-                   f"used; about {facts['removals_left']} more single rows fit")  # fmt: skip
+    for line in _promised(facts, more):
+        typer.echo(line)
     if claim is not None:
         print_table(("", ""), claim.lines())
+
+
+def _promised(facts: dict[str, Any], more: dict[str, Any]) -> list[str]:
+    """Sentences on what noise covers and costs."""
+    from repforget.guarantee import at_least, at_most
+
+    about = "" if facts["removals_left"] is None else f"; about {facts['removals_left']} more single rows fit"
+    said = []
+    if "budget" in facts:
+        b = facts["budget"]
+        said.append(f"noise {b['sigma']:g} allows a residual of {at_least(b['limit'])}, {at_most(b['spent'])} of it is "
+                    f"used{about}")  # fmt: skip
+    if "release" in facts:
+        r = facts["release"]
+        said.append(f"output noise {r['tau']:g} covers a distance of {at_least(r['limit'])} for all publications "
+                    f"together; {r['publications']} so far have used {at_most(r['spent'])}{about}")  # fmt: skip
+        said.append(f"a publication now is at most {at_most(r['distance'])} from a retrained one; distances add up as "
+                    f"squares, so that {_many(r['publications_left'])} more like it fit")  # fmt: skip
+    if "published" in more:
+        noisy = "with fresh noise: one sample, counted in the folder" if "release" in facts else "as they are"
+        said.append(f"the weights are in {more['published']}, {noisy}")
+    if "utility" in more:
+        u = more["utility"]
+        said.append(f"{u['measure']}: {u['without noise']:.3f}, published with noise {u['published']:.3f} (mean of ten "
+                    "draws; the numbers are no part of the promise)")  # fmt: skip
+    return said
+
+
+def _many(count: int) -> str:
+    return "more than a million" if count > 10**6 else str(count)

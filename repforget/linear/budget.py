@@ -52,12 +52,11 @@ class Budget:
         return self.c * residual / self.sigma
 
 
-def for_rows(budget: Budget, n: int) -> Budget:
-    """The budget, or UsageError where delta exceeds 1 / n: publishing one whole row would satisfy such a promise."""
-    if budget.delta > 1 / n:
-        raise UsageError(f"Delta {budget.delta:g} exceeds 1/n = {1 / n:.3g} for {n} rows, which allows a head to show "
+def for_rows(delta: float, n: int) -> None:
+    """UsageError where delta exceeds 1 / n: publishing one whole row would satisfy such a promise."""
+    if delta > 1 / n:
+        raise UsageError(f"Delta {delta:g} exceeds 1/n = {1 / n:.3g} for {n} rows, which allows a head to show "
                          f"a whole row: give at most {1 / n:.3g}.")  # fmt: skip
-    return budget
 
 
 def draw_noise(sigma: float, shape: tuple[int, int], seed: int | None = None) -> Array:
@@ -82,14 +81,14 @@ def within(budget: Budget, head: Logistic, rows: int) -> Logistic:
     return head
 
 
-def removals_left(budget: Budget, head: Logistic) -> int:
-    """About how many more single rows the budget covers; an estimate from typical rows, no promise.
+def steps_left(limit: float, head: Logistic) -> int:
+    """About how many more single rows a limit on the residual covers; an estimate from typical rows, no promise.
 
     Steps of typical length are taken to point in random directions, so that the distance from the reference grows with
     the root of their number; rows that pull the same way spend the budget sooner.
     """
     length, seen = head.typical
-    left = budget.limit - head.residual
+    left = limit - head.residual
     top = float(np.sqrt(np.linalg.norm(head.gram, 2)))
     if left <= 0:
         return 0

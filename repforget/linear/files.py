@@ -18,12 +18,14 @@ from repforget.errors import ArtifactError
 from repforget.linear.budget import Budget
 from repforget.linear.head import Head
 from repforget.linear.logistic import Logistic
+from repforget.linear.release import Release
 from repforget.linear.ridge import Ridge
 from repforget.linear.rows import Index
 from repforget.linear.softmax import Softmax
 from repforget.store import Store, json_bytes, read_json, refusing, write_atomic
 
-JSON, FORMAT = "head.json", 1
+JSON, FORMAT = "head.json", 2
+READ = (1, FORMAT)  # 1 knows no output noise
 MODELS: Mapping[str, type[Any]] = {"ridge": Ridge, "logistic": Logistic, "softmax": Softmax}
 
 
@@ -47,6 +49,7 @@ def save_head(head: Head, folder: str | Path, *, fresh: bool = False) -> Path:
         "intercept": head.intercept, "salt": head.index.salt.hex(), "source": head.source, "log": head.log,
         "counts": head.counts,
         "budget": None if head.budget is None else asdict(head.budget),
+        "release": None if head.release is None else asdict(head.release), "published": head.published,
         "tensors": name, "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
     }  # fmt: skip
     with refusing(folder):
@@ -82,7 +85,7 @@ def load_head(folder: str | Path) -> Head:
     folder = Path(folder)
     try:
         body = json.loads((folder / JSON).read_text(encoding="utf-8"))
-        if body["format"] != FORMAT:
+        if body["format"] not in READ:
             raise ArtifactError(f"'{folder / JSON}' has format {body['format']} and this release reads {FORMAT}: fit "
                                 "the head again, or use the release that wrote it.")  # fmt: skip
         raw = (folder / str(body["tensors"])).read_bytes()
@@ -132,14 +135,15 @@ def _head(body: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Head:
         body["loss"], MODELS[body["loss"]](**numbers, **own), tuple(body["classes"]), body["radius"],
         body["intercept"], Index(bytes.fromhex(body["salt"]), **held),
         None if body["budget"] is None else Budget(**body["budget"]), tuple(body["log"]), body["source"],
-        tuple(body["counts"]),
+        tuple(body["counts"]), None if not body.get("release") else Release(**body["release"]),
+        tuple(body.get("published", ())),
     )  # fmt: skip
 
 
-def write_weights(head: Head, path: Path) -> Path:
-    """Write what may be published: weights [d, k], classes, radius and intercept, as .npz; neither noise nor sums."""
+def write_weights(head: Head, weights: NDArray[Any], path: Path) -> Path:
+    """Write what may be published: ``weights`` [d, k] (see :func:`publish`), classes, radius and intercept, as .npz."""
     held = io.BytesIO()
-    np.savez(held, weights=head.weights, classes=np.array(head.classes, dtype=np.str_), intercept=head.intercept,
+    np.savez(held, weights=weights, classes=np.array(head.classes, dtype=np.str_), intercept=head.intercept,
              radius=np.nan if head.radius is None else head.radius)  # fmt: skip
     write_atomic(path, held.getvalue())
     return path

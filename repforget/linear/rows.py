@@ -120,24 +120,22 @@ class Index:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def chosen(self, ids: Iterable[str], clusters: Iterable[str], where: str) -> NDArray[np.intp]:
-        """Places of the rows of these ids and of these clusters; UsageError for a name never trained on as such.
+    def chosen(self, names: Iterable[str], where: str) -> NDArray[np.intp]:
+        """Places of the rows that ``names`` (ids or clusters) mean; UsageError for a name never trained on.
 
-        The two are told apart, since a row and the cluster of others may both be called "3".
+        A name that is one row's id and the cluster of others means all of them.
         """
-        meant = np.zeros(len(self), dtype=bool)
-        wanted = {"row": list(dict.fromkeys(ids)), "cluster": list(dict.fromkeys(clusters))}
-        if not any(wanted.values()):
+        wanted = list(dict.fromkeys(names))
+        if not wanted:
             raise UsageError("No row is named: give ids or clusters of rows to take out.")
-        for (what, names), own in zip(wanted.items(), (self.ids, self.clusters), strict=True):
-            hashes = _flat(_hashed(self.salt, names))
-            unknown = [name for name, there in zip(names, np.isin(hashes, _flat(own)), strict=True) if not there]
-            if unknown:
-                raise UsageError(f"'{unknown[0]}' is no {what} of '{where}' ({len(unknown)} of {len(names)} names are "
-                                 "not): it was never trained on, or is taken out already; rows are named by --ids, all "
-                                 "rows of a cluster by --cluster.")  # fmt: skip
-            meant |= np.isin(_flat(own), hashes)
-        return np.flatnonzero(meant)
+        hashes, known = _flat(_hashed(self.salt, wanted)), [_flat(self.ids), _flat(self.clusters)]
+        there = np.isin(hashes, np.concatenate(known))
+        unknown = [name for name, held in zip(wanted, there, strict=True) if not held]
+        if unknown:
+            raise UsageError(f"'{unknown[0]}' is neither a row nor a cluster of '{where}' ({len(unknown)} of "
+                             f"{len(wanted)} names are not): it was never trained on, or is taken out "
+                             "already.")  # fmt: skip
+        return np.flatnonzero(np.isin(known[0], hashes) | np.isin(known[1], hashes))
 
     def rows_of(self, places: NDArray[np.intp], table: Table) -> NDArray[np.intp]:
         """For each place the number of its row in ``table``; UsageError where one is missing there."""

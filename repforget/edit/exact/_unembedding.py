@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from repforget.artifact import DenseDelta, Edit, Operation, Untie
 from repforget.edit.exact._features import answer_rows
 from repforget.errors import ArtifactError, SiteError, UsageError
-from repforget.guarantee import Guarantee
+from repforget.guarantee import Guarantee, at_most
 from repforget.linear.softmax import Softmax, fit_softmax
 from repforget.models.load import LoadedModel
 from repforget.models.readout import logit_cap
@@ -27,6 +27,7 @@ from repforget.training import Record
 from repforget.training.items import checked, digest
 
 JSON, ROWS, FORMAT = "unembedding.json", "rows.npz", 1
+ARRAYS = ("x", "tokens", "owner", "change")
 FLOAT32 = float(np.finfo(np.float32).eps) / 2
 
 
@@ -94,8 +95,8 @@ def claim(found: Softmax, gone: int) -> Guarantee:
     stored = FLOAT32 * float(np.linalg.norm(found.change))
     bound = found.distance + stored
     return Guarantee(
-        "exact", f"The unembedding is within {bound:.2g} (Frobenius norm) of the one that training without the {gone} "
-        "records taken out ends at.", "record", "Strong convexity: |W - W*| <= |gradient at W| / penalty",
+        "exact", f"The unembedding is within {at_most(bound, 2)} (Frobenius norm) of the one that training without the "
+        f"{gone} records taken out ends at.", "record", "Strong convexity: |W - W*| <= |gradient at W| / penalty",
         ("The base model was never trained on the records.",
          "Records that only an earlier edit left out are in again.",
          "Penalty and base were chosen without the records, and only the unembedding was trained.",
@@ -106,12 +107,44 @@ def claim(found: Softmax, gone: int) -> Guarantee:
     )  # fmt: skip
 
 
+def train_into(
+    folder: Path, model: LoadedModel, records: Sequence[Record], lam: float, progress: Progress | None = None
+) -> Tuned:
+    """:func:`train` into a folder; one that holds this very training is read, any other is refused (ArtifactError)."""
+    refuse(folder)
+    if not (folder / JSON).is_file():
+        tuned = train(model, records, lam, progress)
+        save(tuned, folder)
+        return tuned
+    tuned = read(folder)
+    if (digest(tuned.records), tuned.lam, tuned.fingerprint) != (digest(records), lam, model.fingerprint):
+        raise ArtifactError(f"'{folder}' holds a training of the unembedding with other records, penalty or base: "
+                            "choose an empty or new folder.")  # fmt: skip
+    return tuned
+
+
+def refuse(folder: Path) -> None:
+    """ArtifactError for a folder that holds anything but a training of an unembedding, finished or cut short."""
+    if not folder.exists() or (folder / JSON).is_file():
+        return
+    if folder.is_file() or not all(p.name.startswith((f".{JSON}", f".{ROWS}")) or _ours(p) for p in folder.iterdir()):
+        raise ArtifactError(f"'{folder}' exists and is no training of an unembedding: choose an empty or new folder.")
+
+
+def _ours(path: Path) -> bool:
+    """True for rows that a training wrote which was stopped before its last file."""
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            return path.name == ROWS and set(held.files) == set(ARRAYS)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def save(tuned: Tuned, folder: Path) -> Path:
     """Write the training; ``unembedding.json`` comes last and makes it one.  It holds the records themselves."""
-    if folder.exists() and (folder.is_file() or (any(folder.iterdir()) and not (folder / JSON).is_file())):
-        raise ArtifactError(f"'{folder}' exists and is no training of an unembedding: choose an empty or new folder.")
+    refuse(folder)
     held = io.BytesIO()
-    np.savez(held, x=tuned.x, tokens=tuned.tokens, owner=tuned.owner, change=tuned.change)
+    np.savez(held, **{name: getattr(tuned, name) for name in ARRAYS})
     (folder / JSON).unlink(missing_ok=True)
     write_atomic(folder / ROWS, held.getvalue())
     write_atomic(folder / JSON, json_bytes({
@@ -128,7 +161,7 @@ def read(folder: str | Path) -> Tuned:
         body = json.loads((folder / JSON).read_text(encoding="utf-8"))
         records = tuple(Record(**r) for r in body["records"])
         with np.load(folder / ROWS, allow_pickle=False) as held:
-            parts = {name: held[name] for name in ("x", "tokens", "owner", "change")}
+            parts = {name: held[name] for name in ARRAYS}
         tuned = Tuned(records, float(body["lam"]), body["base"], body["fingerprint"], **parts)
     except FileNotFoundError as error:
         raise ArtifactError(f"There is no training of an unembedding at '{folder}': '{Path(error.filename).name}' is "
