@@ -22,7 +22,7 @@ WORDS: Mapping[str, frozenset[str]] = {
     "certified": frozenset({"certified", "removed", "guaranteed"}),
     "private": frozenset({"guaranteed"}),
 }
-SUPPORTS = frozenset({"noise", "output noise", "deviation", "penalty", "budget"})  # numbers that promise more if larger
+SUPPORTS = frozenset({"noise", "output noise", "deviation", "penalty", "budget", "distance covered"})
 RESERVED = tuple(sorted(frozenset().union(*WORDS.values())))
 
 
