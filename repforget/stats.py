@@ -367,11 +367,24 @@ class Statistics:
             raise ArtifactError(f"'{path}' is no statistics file of format '{FORMAT}': compute it again.")
         if header["sha256"] != digest(tensors):
             raise ArtifactError(f"Statistics file '{path}' is damaged (checksum differs): compute it again.")
-        d, k, precision = header["d"], header["k"], header["precision"]
-        out = cls(d, k, precision=precision, covariance=False, meta=header["meta"])
-        out._n = header["n"]
-        out._mean_x, out._mean_z, out._cross = tensors["mean_x"], tensors["mean_z"], tensors["cross"]
-        out._sxx = tensors.get("scatter_upper")
+        parts = {**tensors, "n": torch.tensor([header["n"]], dtype=torch.float64)}
+        return cls.from_parts(parts, header["meta"], header["precision"])
+
+    def parts(self) -> dict[str, Tensor]:
+        """What :meth:`from_parts` makes the same statistics of, bit for bit: float64 tensors on the CPU."""
+        self._flush()
+        return {**self._tensors(), "n": torch.tensor([self._n], dtype=torch.float64)}
+
+    @classmethod
+    def from_parts(
+        cls, parts: Mapping[str, Tensor], meta: Mapping[str, str] | None = None, precision: Precision = "double"
+    ) -> Statistics:
+        """Statistics from their :meth:`parts`, on the device of these."""
+        d, k = len(parts["mean_x"]), len(parts["mean_z"])
+        out = cls(d, k, precision=precision, covariance=False, device=parts["mean_x"].device, meta=meta)
+        out._n = round(float(parts["n"]))
+        out._mean_x, out._mean_z, out._cross = parts["mean_x"], parts["mean_z"], parts["cross"]
+        out._sxx = parts.get("scatter_upper")
         return out
 
     def _tensors(self) -> dict[str, Tensor]:

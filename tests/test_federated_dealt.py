@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from typing import Any
 
 import edit_models
 import pytest
 import torch
 from test_federated_moments import distance
 
+from repforget.artifact import Edit
 from repforget.edit.erase.leace import leace as leace_of_one
 from repforget.errors import UsageError
-from repforget.federated.dealt import Sums, dealt, from_moments
+from repforget.federated.dealt import dealt, fleet_of
+from repforget.federated.together import Sums, edit_of_fleet
 from repforget.knowledge import EditData
 from repforget.models.load import LoadedModel, wrap
 
@@ -28,15 +31,19 @@ def data() -> EditData:
     return edit_models.people().for_editor()
 
 
+def from_moments(model: LoadedModel, data: EditData, method: Any, clients: int, **more: Any) -> Edit:
+    return edit_of_fleet(fleet_of(model, data, clients), model, method, clients, **more)[0]
+
+
 @pytest.mark.parametrize("clients", [1, 3, 5])
-def test_every_fact_is_with_one_client_and_nobody_is_split(model: LoadedModel, data: EditData, clients: int) -> None:
-    parts = dealt(model, data, clients)
+def test_every_fact_is_with_one_client_and_nobody_is_split(data: EditData, clients: int) -> None:
+    parts = dealt(data, clients)
     for name in ("forget", "retain", "general"):
-        held = Counter(row for part in parts.values() for row in getattr(part.data, name))
+        held = Counter(row for part in parts.values() for row in getattr(part, name))
         assert held == Counter(getattr(data, name))
-    people = [{f.cluster for f in (*p.data.forget, *p.data.retain)} for p in parts.values()]
+    people = [{f.cluster for f in (*p.forget, *p.retain)} for p in parts.values()]
     assert sum(map(len, people)) == len(set().union(*people)) and max(map(len, people)) - min(map(len, people)) <= 1
-    assert len(parts) == clients and dealt(model, data, clients, seed=1).keys() == parts.keys()
+    assert len(parts) == clients and dealt(data, clients, seed=1).keys() == parts.keys()
 
 
 @pytest.mark.parametrize("sums", [Sums(1e6, 1), Sums(None, 1)], ids=["secure", "clear"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from repforget.errors import KnowledgeError, UsageError
 from repforget.federated.moments import (
     HEADER,
     Local,
-    Pooled,
     Question,
     bandwidth,
     fewest,
@@ -32,7 +30,6 @@ from repforget.federated.moments import (
     null_space,
     within,
 )
-from repforget.federated.secure import summed
 from repforget.guarantee import unearned
 from repforget.knowledge import EditData
 from repforget.models.load import LoadedModel, wrap
@@ -236,7 +233,7 @@ def test_null_space_is_the_normal_equation(model: LoadedModel, data: EditData) -
     assert float((op.u.double() @ op.v.double() - expected).abs().max()) < 1e-6 * float(expected.abs().max())
 
 
-# ------------------------------------------------------------------ sums that hide each client
+# ------------------------------------------------------------------ sums that can be added up
 
 
 @settings(max_examples=30, deadline=None)
@@ -255,20 +252,3 @@ def test_statistics_come_back_from_added_sums(sizes: list[int], seed: int) -> No
     assert found.n == whole.n
     for name in ("mean_x", "mean_z", "cross", "cov", "second_moment"):
         assert torch.allclose(getattr(found, name), getattr(whole, name), rtol=1e-11, atol=1e-11)
-
-
-def test_leace_from_secure_sums_needs_no_client_to_show_its_own(model: LoadedModel, data: EditData) -> None:
-    pytest.importorskip("cryptography")
-    how: dict[str, Any] = {"sites": ["mlp_in.0", "mlp_in.1"], "metric": "retain"}
-    clients = split(model, data, [0, 1, 2, 2, 1, 0], 3)
-    few = {"one": Local("one", model, dataclasses.replace(data, forget=data.forget[:1])), **clients}
-    for members, expected in ((clients, data), (few, None)):
-        pooled = Pooled(members, partial(summed, bound=1e5))
-        found = leace(model, {"all": pooled}, minimum=3, **how)
-        if expected is not None:
-            assert distance(found, leace_of_one(model, data, **how)) < 1e-7
-    with pytest.raises(UsageError, match="'together' has a mean of"):
-        leace(model, {"all": pooled}, minimum=1000, **how)
-    odd = Pooled({**clients, "odd": Local("odd", edit_models.model(), data)}, partial(summed, bound=1e5))
-    with pytest.raises(UsageError, match="'odd' sent moments of another model"):
-        leace(model, {"all": odd}, **how)

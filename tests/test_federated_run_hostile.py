@@ -17,7 +17,7 @@ from repforget.errors import UsageError
 from repforget.federated.clients import Client, Worker, local_settings
 from repforget.federated.faults import unusual
 from repforget.federated.history import History
-from repforget.federated.leave import Again, leave
+from repforget.federated.leave import leave
 from repforget.federated.messages import Introduction, Local, Reply, Task, pack_reply, shown, unpack_reply
 from repforget.federated.records import Update
 from repforget.federated.run import Setup, finish, simulate
@@ -278,26 +278,24 @@ def test_a_killed_request_does_no_training_twice_and_comes_to_the_same(
     run = run_of(base, data, tmp_path / "run")
     whole = leave(base, run, "bob", method, tmp_path / "whole", keep_record=True, editor="grad_ascent")
     trained: list[tuple[str, int]] = []
-    work, step = Client.work, Again.train
+    work = Client.work
 
     def counted(self: Client, task: Task) -> Reply:
         trained.append((self.name, task.round))
         return work(self, task)
 
-    def dies(self: Again, name: str, weights: Any, number: int, share: float) -> Update:
-        if len(trained) == 1:
-            raise Killed
-        return step(self, name, weights, number, share)
+    def dies(self: Client, task: Task) -> Reply:
+        return kill() if len(trained) == 1 else counted(self, task)
 
     monkeypatch.setattr(Client, "work", counted)
     with monkeypatch.context() as patch:
-        patch.setattr(Again, "train", dies)
+        patch.setattr(Client, "work", dies)
         with pytest.raises(Killed):
             leave(base, run, "bob", method, tmp_path / "parts", keep_record=True, editor="grad_ascent")
     parts = leave(base, run, "bob", method, tmp_path / "parts", keep_record=True, editor="grad_ascent")
     assert parts.digest == whole.digest
     cost = [json.loads((tmp_path / name / "forget.json").read_text()) for name in ("whole", "parts")]
-    assert len(trained) == len(set(trained)) == cost[0]["trainings"] > 1
+    assert len(trained) == len(set(trained)) == cost[0]["trainings"] + (method == "client") > 1  # and one unlearns
     assert cost[0]["up"] == pytest.approx(cost[1]["up"], abs=99)  # seconds are not written with equally many digits
     assert cost[0]["trainings"] == cost[1]["trainings"] and not (tmp_path / "parts" / "again").exists()
     if method == "retrain":

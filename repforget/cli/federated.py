@@ -12,7 +12,7 @@ from repforget.cli._output import print_json, print_table
 from repforget.cli._progress import display
 
 if TYPE_CHECKING:
-    from repforget.federated.serve import Certificates
+    from repforget.federated.serve import Certificates, Post
     from repforget.federated.server import Plan
 
 app = typer.Typer(help="Train with clients that keep their records, and forget one of them.", no_args_is_help=True,
@@ -37,8 +37,12 @@ Inject = Annotated[
 ]
 Address = Annotated[str, typer.Option("--address", help="HOST:PORT; port 0 takes a free one.")]
 MaxRecords = Annotated[int, typer.Option("--max-records", min=1, help="A client that claims more is refused.")]
+Minimum = Annotated[int, typer.Option("--minimum", min=1, help="Points behind every mean that is told in the clear.")]
 Wait = Annotated[float, typer.Option("--wait", min=0.0, help="Seconds to wait for the other side.")]
 Authority = Annotated[Path | None, typer.Option("--authority", help="PEM of the certificate authority.")]
+Certificate = Annotated[Path | None, typer.Option("--certificate", help="PEM of the server's certificate.")]
+Key = Annotated[Path | None, typer.Option("--key", help="PEM of the server's key.")]
+Join = Annotated[str | None, typer.Option("--address", help="HOST:PORT at which the clients join; without: here.")]
 
 
 @app.callback()
@@ -99,42 +103,81 @@ def simulate(
 
 
 @app.command()
+def deal(
+    out: Annotated[Path, typer.Option("--out", help="New folder, with one JSON-lines file per client.")],
+    knowledge: o.KnowledgeName = "bios-people",
+    clients: Annotated[int, typer.Option("--clients", min=1, help="Clients to deal the probe's people to.")] = 8,
+    seed: o.Seed = 0,
+) -> None:
+    """Deal what an editor may see of a probe to clients, for drills: files for 'join' and 'simulate --data'."""
+    from repforget.errors import UsageError
+    from repforget.federated.dealt import dealt, write_part
+    from repforget.knowledge_files import load_knowledge
+
+    if out.exists():
+        raise UsageError(f"'{out}' is there already: give a new folder with --out.")
+    for name, part in dealt(load_knowledge(knowledge).for_editor(), clients, seed).items():
+        write_part(out / f"{name}.jsonl", part)
+        typer.echo(str(out / f"{name}.jsonl"))
+
+
+@app.command()
 def moments(
+    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", help="Folder for the edit.")],
     method: Annotated[str, typer.Argument(help="leace, or null_space.")] = "leace",
     model: o.Model = "organism:bios",
     knowledge: o.KnowledgeName = "bios-people",
-    clients: Annotated[int, typer.Option("--clients", min=1, help="Clients to deal the probe's people to.")] = 8,
+    clients: Annotated[int, typer.Option("--clients", min=1, help="Clients to deal people to, or to wait for.")] = 8,
     layers: Annotated[list[int] | None, typer.Option("--layers", help="Layers of null_space; repeatable.")] = None,
     in_clear: Annotated[bool, typer.Option("--in-clear", help="Every client tells its own moments, unmasked.")] = False,
-    minimum: Annotated[int, typer.Option("--minimum", min=1, help="Points behind every mean that is told.")] = 5,
+    minimum: Minimum = 5,
+    address: Join = None,
+    wait: Wait = 600.0,
+    timeout: Timeout = 600.0,
+    authority: Authority = None,
+    certificate: Certificate = None,
+    key: Key = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     as_json: o.AsJson = False,
 ) -> None:
-    """Make an edit from the moments of clients on this machine: no record and no activation leaves a client.
+    """Make an edit from the moments of clients: no record and no activation leaves a client.
 
-    Moments are added up by secure sums, so that the server sees their total alone.
+    The clients are dealt the people of a probe in this process, or bring files of their own and 'join' at --address.
+    Moments are added up by secure sums, so that the server sees their total alone; a client that is lost on the way
+    makes it begin again without it.
     """
+    from contextlib import nullcontext
+
     from repforget.errors import UsageError, nearest
-    from repforget.federated.dealt import Sums, from_moments
+    from repforget.federated.dealt import fleet_of
+    from repforget.federated.together import SECURE, Sums, edit_of_fleet
     from repforget.knowledge_files import load_knowledge
     from repforget.models.load import load
 
     if method not in ("leace", "null_space"):
         raise UsageError(f"There is no method '{method}' from moments: {nearest(method, ('leace', 'null_space'))}")
-    data = load_knowledge(knowledge).for_editor()
-    sums = Sums(None if in_clear else Sums().bound, minimum)
-    with display(as_json) as (progress, _):
-        edit = from_moments(load(model, device=device, dtype=dtype), data, method,  # type: ignore[arg-type]
-                            clients, layers=layers or (), sums=sums, seed=seed, progress=progress)  # fmt: skip
+    context.obj.interrupted = "Interrupted: nothing was written; the clients' data are where they were."
+    post = _post(address, authority, certificate, key)
+    base = load(model, device=device, dtype=dtype)
+    sums = Sums(None if in_clear else SECURE.bound, minimum)
+    with display(as_json) as (progress, echo):
+        fleet = (post.open(timeout, wait, echo) if post is not None else
+                 nullcontext(fleet_of(base, load_knowledge(knowledge).for_editor(), clients, seed)))  # fmt: skip
+        with fleet as members:
+            edit, traffic = edit_of_fleet(members, base, method, clients, layers=layers or (),  # type: ignore[arg-type]
+                                          sums=sums, seed=seed, note=echo, progress=progress)  # fmt: skip
     edit.save(out)
     if as_json:
-        print_json({"edit": str(out), "clients": clients, "notes": list(edit.manifest.notes)})
+        print_json({"edit": str(out), "clients": len(traffic), "notes": list(edit.manifest.notes),
+                    "bytes": {name: {"down": down, "up": up} for name, (down, up) in traffic.items()}})  # fmt: skip
         return
     for note in edit.manifest.notes:
         typer.echo(note)
+    print_table(("client", "bytes to it", "bytes from it"),
+                [(name, str(down), str(up)) for name, (down, up) in traffic.items()], numbers=[1, 2])  # fmt: skip
     typer.echo(f"saved to {out}")
 
 
@@ -160,8 +203,8 @@ def serve(
     max_records: MaxRecords = 1_000_000,
     wait: Wait = 600.0,
     authority: Authority = None,
-    certificate: Annotated[Path | None, typer.Option("--certificate", help="PEM of the server's certificate.")] = None,
-    key: Annotated[Path | None, typer.Option("--key", help="PEM of the server's key.")] = None,
+    certificate: Certificate = None,
+    key: Key = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
@@ -193,6 +236,7 @@ def join(
     model: o.Model = "organism:bios/twin-0",
     address: Address = "127.0.0.1:8080",
     wait: Wait = 600.0,
+    minimum: Minimum = 5,
     authority: Authority = None,
     inject: Inject = None,
     timeout: Timeout = 600.0,
@@ -200,16 +244,21 @@ def join(
     dtype: o.Dtype = "auto",
     as_json: o.AsJson = False,
 ) -> None:
-    """Take part in a training at a server, with records that do not leave this process."""
+    """Do what a server asks: train, train again, unlearn, or tell moments; no record leaves this process.
+
+    Moments are told of the facts in --data, whose lines then say by 'set' (forget, retain or general) what they are,
+    and by 'relation' what they tell.
+    """
     from repforget.federated.clients import Client
+    from repforget.federated.dealt import read_part
     from repforget.federated.faults import Fault, Faulty
     from repforget.federated.serve import join as take_part
     from repforget.models.load import load
-    from repforget.training import read_records
 
     context.obj.interrupted = f"Interrupted: '{name}' has left; its records are where they were."
     faults = tuple(Fault.parse(text) for text in inject or ())
-    client = Client.of(name, load(model, device=device, dtype=dtype), read_records(data))
+    records, facts = read_part(data)
+    client = Client.of(name, load(model, device=device, dtype=dtype), records, facts, minimum)
     with display(as_json) as (_, echo):
         rounds = take_part(Faulty(client, faults, timeout), address=address, wait=wait, note=echo,
                            certificates=_certificates(authority))  # fmt: skip
@@ -233,6 +282,11 @@ def forget(
     distil_steps: Annotated[int, typer.Option("--distil-steps", min=1, help="Rollback: steps of distillation.")] = 200,
     texts: Annotated[Path | None, typer.Option("--texts", help="Rollback: JSON lines to distil on.")] = None,
     keep_record: Annotated[bool, typer.Option("--keep-record", help="Leave its updates in the record.")] = False,
+    address: Join = None,
+    wait: Wait = 600.0,
+    authority: Authority = None,
+    certificate: Certificate = None,
+    key: Key = None,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     as_json: o.AsJson = False,
@@ -242,7 +296,12 @@ def forget(
     Only 'retrain' is exact; 'rollback' distils on the probe's general texts, or on --texts.  The client goes out of the
     training's history, report and list of clients; the edit that was trained with it stays in --run, and so do sums
     over all clients.  The same command continues an interrupted one.
+
+    With --address the clients are asked where they are: each is to 'join' there with the records that it trained on;
+    the one that leaves is refused, but for 'client', where it is asked to unlearn.
     """
+    from functools import partial
+
     from repforget.federated.distil import Distillation
     from repforget.federated.leave import leave
     from repforget.federated.run import Setup
@@ -251,10 +310,14 @@ def forget(
 
     context.obj.interrupted = f"Interrupted: what is finished is kept in '{out}'; the same command continues."
     how = Distillation(distil_steps, texts=str(texts or "")) if distil and method == "rollback" else None
-    base = load(Setup.read(run).plan.model, device=device, dtype=dtype)
+    plan = Setup.read(run).plan
+    post = _post(address, authority, certificate, key)
+    base = load(plan.model, device=device, dtype=dtype)
     with display(as_json) as (progress, echo):
+        meet = None if post is None else partial(post.open, plan.timeout, wait, echo)
         edit = leave(base, run, client, method, out, interval=interval, local_share=local_share,  # type: ignore[arg-type]
-                     editor=editor, distil=how, keep_record=keep_record, note=echo, progress=progress)  # fmt: skip
+                     editor=editor, distil=how, keep_record=keep_record, meet=meet, note=echo,
+                     progress=progress)  # fmt: skip
     cost = read_json(out / "forget.json")
     held = edit.manifest.guarantee
     if as_json:
@@ -296,6 +359,19 @@ def _certificates(
                              "three.")  # fmt: skip
         return None
     return Certificates(authority, certificate, key)
+
+
+def _post(address: str | None, authority: Path | None, certificate: Path | None, key: Path | None) -> Post | None:
+    """Where clients are to join; None where no address is given."""
+    from repforget.errors import UsageError
+    from repforget.federated.serve import Post
+
+    certificates = _certificates(authority, certificate, key)
+    if address is not None:
+        return Post.at(address, certificates)
+    if certificates is not None:
+        raise UsageError("Certificates are of use at an --address alone: give it, or leave them out.")
+    return None
 
 
 def _told(folder: Path, as_json: bool) -> None:

@@ -7,8 +7,8 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,10 @@ from repforget.models.load import LoadedModel
 from repforget.models.sites import site_map
 from repforget.training import ADAPTER, NO_LABEL, Example, Record, Stepper, batches, collate, encoded, low_rank_adapters
 from repforget.training.finetune import only
+
+if TYPE_CHECKING:
+    from repforget.federated.secure import Party
+    from repforget.knowledge import EditData
 
 State = Mapping[str, np.ndarray]  # what is added to the base, by the name of the weight
 
@@ -41,32 +45,57 @@ class Worker(Protocol):
 
 @dataclass(frozen=True)
 class Client:
-    """Somebody who takes part: a name, a model that is loaded, and records that stay here."""
+    """Somebody who takes part: a name, a model that is loaded, and records and facts that stay here.
+
+    ``minimum``: points behind every mean that it tells in the clear, whatever the server asks.
+    """
 
     name: str
     model: LoadedModel
     examples: tuple[Example, ...]
+    records: tuple[Record, ...] = ()
+    data: EditData | None = None
+    minimum: int = 1
+    parties: dict[str, Party] = field(default_factory=dict, compare=False)  # keys of sums that are to come
 
     @classmethod
-    def of(cls, name: str, model: LoadedModel, records: Sequence[Record]) -> Client:
+    def of(
+        cls, name: str, model: LoadedModel, records: Sequence[Record], data: EditData | None = None, minimum: int = 1
+    ) -> Client:
         """A client whose records are tokenized once; UsageError for a record that does not fit the model."""
-        return cls(name, model, tuple(encoded(model, records)))
+        return cls(name, model, tuple(encoded(model, records)), tuple(records), data, minimum)
 
     def introduce(self) -> Introduction:
-        """What the server is told at the join: who, how many records, and digests of base and tokenizer."""
+        """What the server is told at the join: who, how much of what, and digests of base and tokenizer."""
         tokenizer = tokenizer_digest(self.model.tokenizer)
-        return Introduction(self.name, len(self.examples), self.model.fingerprint, tokenizer)
+        facts = 0 if self.data is None else len(self.data.forget) + len(self.data.retain) + len(self.data.general)
+        return Introduction(self.name, len(self.examples), self.model.fingerprint, tokenizer, facts)
 
     def work(self, task: Task) -> Reply:
-        """Train on the own records from the global state of ``task``; the model is afterwards what it was, bit for bit.
+        """Do what ``task`` asks, with the own records; the model is afterwards what it was, bit for bit.
 
-        NumericalError where the loss is not finite.  Cost: the passes of ``task.local`` over the own records; memory
-        of one copy of the trained weights on top of the training's own.
+        Training and unlearning start from the task's global state; NumericalError where a loss is not finite.  Cost of
+        training: the passes of ``task.local`` over the own records, and the memory of one copy of the trained weights
+        on top of the training's own.
         """
         started = time.process_time()
-        tensors, loss = train_locally(self.model, self.examples, task, self.name)
-        update = Update(self.name, len(self.examples), tensors)
-        return Reply(self.name, task.round, update, loss, time.process_time() - started)
+        reply = self._answer(task)
+        return replace(reply, seconds=time.process_time() - started)
+
+    def _answer(self, task: Task) -> Reply:
+        if task.kind == "train":
+            tensors, loss = train_locally(self.model, self.examples, task, self.name)
+            return Reply(self.name, task.round, Update(self.name, len(self.examples), tensors), loss)
+        if task.kind == "unlearn":
+            from repforget.federated.local import unlearned
+
+            editor = str(task.words["editor"])
+            update = unlearned(self.name, self.model, task.local, task.state, self.records, editor,
+                               seed=task.local.seed)  # fmt: skip
+            return Reply(self.name, task.round, update, 0.0)
+        from repforget.federated.questions import told
+
+        return Reply(self.name, task.round, told=told(self, task))
 
 
 def answer(client: Worker, packed: Packed) -> Packed:

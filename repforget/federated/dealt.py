@@ -1,35 +1,65 @@
-"""An edit from moments, with the people of a probe dealt to clients of this process."""
+"""A client's facts: read from its file, or dealt from a probe."""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Literal, TypeVar
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from repforget.artifact import Edit
-from repforget.errors import UsageError
-from repforget.federated.moments import Local, Pooled, Reader, leace, null_space
-from repforget.federated.secure import Agreement, summed
+from repforget.errors import UsageError, nearest
+from repforget.federated.clients import Client
+from repforget.federated.simulate import Here
 from repforget.knowledge import EditData, Fact
 from repforget.models.load import LoadedModel
-from repforget.progress import Progress
+from repforget.store import write_atomic
+from repforget.training import Record, read_records
+from repforget.training.items import digest
 
-Method = Literal["leace", "null_space"]
-Row = TypeVar("Row")
-
-
-@dataclass(frozen=True)
-class Sums:
-    """How clients' moments are added: ``bound`` is the largest absolute entry anybody may send; None: in the clear."""
-
-    bound: float | None = 1e8
-    minimum: int = 5
+SETS = ("forget", "retain", "general")
 
 
-def dealt(model: LoadedModel, data: EditData, clients: int, seed: int = 0) -> dict[str, Local]:
+def read_part(path: str | Path) -> tuple[tuple[Record, ...], EditData | None]:
+    """The records of a JSON-lines file, and the facts in it where every line says by ``set`` what it is.
+
+    "forget" and "retain" lines have ``relation``, ``prompt`` and ``answer`` (and ``subject``), "general" ones ``text``.
+    UsageError names the line and what is wrong with it.
+    """
+    records = read_records(path)
+    lines = [json.loads(line) for line in Path(path).read_bytes().splitlines() if line.strip()]
+    if not any("set" in line for line in lines):
+        return records, None
+    found: dict[str, list[Fact]] = {"forget": [], "retain": []}
+    general: list[str] = []
+    for number, (line, record) in enumerate(zip(lines, records, strict=True), 1):
+        held = str(line.get("set", ""))
+        if held not in SETS:
+            raise UsageError(f"Line {number} of '{path}' is of the set '{held}': {nearest(held, SETS)}")
+        if held == "general":
+            general.append(record.prompt + record.answer)
+            continue
+        if not record.prompt or not str(line.get("relation", "")).strip():
+            raise UsageError(f"Line {number} of '{path}' has no 'relation' with prompt and answer: a fact to {held} "
+                             "needs all three.")  # fmt: skip
+        found[held].append(Fact(record.id, record.cluster, str(line.get("subject", "")), str(line["relation"]),
+                                record.prompt, record.answer))  # fmt: skip
+    pool: dict[str, Counter[str]] = {}
+    for fact in found["retain"]:
+        pool.setdefault(fact.relation, Counter())[fact.answer] += 1
+    return records, EditData(tuple(found["forget"]), tuple(found["retain"]), tuple(general), pool, digest(records))
+
+
+def write_part(path: Path, data: EditData) -> None:
+    """Facts and texts as the JSON lines that :func:`read_part` reads."""
+    rows = [{"set": name, **vars(fact)} for name in ("forget", "retain") for fact in getattr(data, name)]
+    rows += [{"set": "general", "id": f"text-{k}", "text": text} for k, text in enumerate(data.general)]
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def dealt(data: EditData, clients: int, seed: int = 0) -> dict[str, EditData]:
     """Clients that hold the facts about people of their own, as evenly as can be, and every n-th general text."""
     people = sorted({fact.cluster for fact in (*data.forget, *data.retain)})
     if not 1 <= clients <= len(people):
@@ -40,30 +70,10 @@ def dealt(model: LoadedModel, data: EditData, clients: int, seed: int = 0) -> di
     def own(facts: Sequence[Fact], k: int) -> tuple[Fact, ...]:
         return tuple(fact for fact in facts if home[fact.cluster] == k)
 
-    return {f"client-{k}": Local(f"client-{k}", model, replace(
-        data, forget=own(data.forget, k), retain=own(data.retain, k), general=data.general[k::clients]))
-        for k in range(clients)}  # fmt: skip
+    return {f"client-{k}": replace(data, forget=own(data.forget, k), retain=own(data.retain, k),
+                                   general=data.general[k::clients]) for k in range(clients)}  # fmt: skip
 
 
-def from_moments(
-    model: LoadedModel, data: EditData, method: Method, clients: int, *, layers: Sequence[int] = (),
-    sums: Sums = Sums(), seed: int = 0, progress: Progress | None = None,
-) -> Edit:  # fmt: skip
-    """The edit of ``method`` on all clients' facts together; the server learns the sum of their moments alone.
-
-    ``layers`` are those of null_space.  With a bound the sums are secure (:mod:`repforget.federated.secure`, all
-    parties in this process), and the minimum of points holds for the sum; in the clear it holds for every client.
-    Bytes per client stand in the notes.  Raises as :func:`repforget.federated.moments.leace`.
-    """
-    members: dict[str, Reader] = {**dealt(model, data, clients, seed)}
-    if sums.bound is not None:
-        Agreement(tuple(members), sums.bound)  # refuses what cannot be summed before anything is read
-        members = {"all": Pooled(members, partial(summed, bound=sums.bound))}
-    if method == "leace":
-        if layers:
-            raise UsageError("leace chooses its sites by itself: leave the layers out.")
-        return leace(model, members, seed=seed, progress=progress, minimum=sums.minimum)
-    if not layers:
-        raise UsageError("null_space needs the layers that it changes: give --layers, for example those that "
-                         "'repforget locate' names.")  # fmt: skip
-    return null_space(model, members, layers, seed=seed, progress=progress, minimum=sums.minimum)
+def fleet_of(model: LoadedModel, data: EditData, clients: int, seed: int = 0) -> Here:
+    """Clients of this process around one model, to whom the people of ``data`` are dealt."""
+    return Here({name: Client(name, model, (), data=part) for name, part in dealt(data, clients, seed).items()})

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from repforget.artifact import Edit, load_edit
-from repforget.errors import NumericalError, UsageError, nearest
+from repforget.errors import UsageError, nearest
+from repforget.federated.again import Again
 from repforget.federated.aggregate import aggregate, applied
-from repforget.federated.clients import Client, answer, shapes_of, weights_norm
 from repforget.federated.distil import Distillation, general_texts, staged
-from repforget.federated.faults import fault_of
+from repforget.federated.door import Door, Fleet
 from repforget.federated.forget import Distil, Distilled, Forgotten, Weights, client_side, fed_eraser, retrain, rollback
 from repforget.federated.history import History, final_state
-from repforget.federated.local import unlearned
-from repforget.federated.messages import Packed, Reply, Task, pack_reply, pack_task, size, unpack_reply
+from repforget.federated.messages import Introduction
 from repforget.federated.records import Update
 from repforget.federated.run import EDIT, Note, Setup, edit_of, highest_rank, is_mark, mark
 from repforget.federated.server import REPORT, Plan, totals_of
-from repforget.federated.sources import Source
+from repforget.federated.simulate import here
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress
 from repforget.store import LOCK, Store, read_json, write_json
@@ -32,101 +32,15 @@ Method = Literal["retrain", "federaser", "rollback", "client"]
 METHODS: tuple[str, ...] = get_args(Method)
 REQUEST, COST = "request.json", "forget.json"
 AGAIN = "again"  # local trainings of an interrupted request
-HEAD, TENSORS = "head.json", "tensors.safetensors"
-
-
-@dataclass
-class Again:
-    """The clients asked once more, in this process; what that costs, and where in ``kept`` each answer lies.
-
-    An answer that is there already, to the same question, is read instead of being computed again.
-    """
-
-    base: LoadedModel
-    plan: Plan
-    sources: Mapping[str, Source]
-    kept: Store
-    clients: dict[str, Client] = field(default_factory=dict)
-    rounds: dict[int, list[Path]] = field(default_factory=dict)
-    down: int = 0
-    up: int = 0
-    seconds: float = 0.0
-
-    def client(self, name: str) -> Client:
-        """The client with its records, read when it is first asked; UsageError where they are elsewhere."""
-        if name not in self.sources:
-            raise UsageError(f"The records of client '{name}' are with the client, not here: use rollback, which asks "
-                             "nobody, or serve a new training to the others in another folder.")  # fmt: skip
-        if name not in self.clients:
-            self.clients[name] = Client.of(name, self.base, self.sources[name].records())
-        return self.clients[name]
-
-    def others(self, names: Iterable[str], client: str) -> list[str]:
-        """All but ``client``, which must be one of them."""
-        known = sorted(names)
-        if client not in known:
-            raise UsageError(f"Client '{client}' never took part, so that there is nothing to forget: "
-                             f"{nearest(client, known)}")  # fmt: skip
-        return [name for name in known if name != client]
-
-    def unlearn(self, name: str, weights: Weights, editor: str) -> Update:
-        """The update by which a client takes its own records out of the global ``weights``."""
-        self.client(name)
-        local = self.plan.local
-
-        def work() -> Packed:
-            started = time.process_time()
-            update = unlearned(name, self.base, local, weights, self.sources[name].records(), editor, seed=local.seed)
-            return pack_reply(Reply(name, 0, update, 0.0, time.process_time() - started))
-
-        packed = pack_task(Task(0, local, weights))
-        reply, _ = self._answered({"client": name, "editor": editor, "state": _sha(packed)}, size(packed), work)
-        if reply.update is None:
-            raise NumericalError(f"Client '{name}' was asked to unlearn and sent no update: nothing was changed.")
-        return reply.update
-
-    def train(self, name: str, weights: Weights, number: int, share: float) -> Update:
-        """The update of one client to the global ``weights`` in the 0-based round ``number``; checked like any."""
-        client, local = self.client(name), self.plan.local
-        packed = pack_task(Task(number + 1, replace(local, share=share), weights))
-        key = {"client": name, "records": self.sources[name].sha256, "task": _sha(packed)}
-        reply, place = self._answered(key, size(packed), lambda: answer(client, packed))
-        fault = fault_of(reply, number + 1, client.introduce(), shapes_of(self.base, local),
-                         weights_norm(self.base, local))  # fmt: skip
-        if fault is not None or reply.update is None:
-            raise NumericalError(f"Client '{name}' was asked to train again and {fault}: nothing was changed.")
-        self.rounds.setdefault(number, []).append(place)
-        return reply.update
-
-    def updates(self, number: int) -> list[Update]:
-        """What was trained in a round, read again: no more than one round is ever in memory."""
-        replies = (_read(place) for place in self.rounds.get(number, []))
-        return [reply.update for reply in replies if reply.update is not None]
-
-    def _answered(self, key: Mapping[str, Any], down: int, work: Callable[[], Packed]) -> tuple[Reply, Path]:
-        def build(folder: Path) -> None:
-            head, tensors = work()
-            (folder / HEAD).write_text(head, encoding="utf-8")
-            (folder / TENSORS).write_bytes(tensors)
-
-        place = self.kept.stage("answer", {**key, "base": self.base.fingerprint}, build)
-        reply = _read(place)
-        self.seconds, self.down, self.up = self.seconds + reply.seconds, self.down + down, self.up + reply.up
-        return reply, place
-
-
-def _read(place: Path) -> Reply:
-    return unpack_reply(((place / HEAD).read_text(encoding="utf-8"), (place / TENSORS).read_bytes()))
-
-
-def _sha(packed: Packed) -> str:
-    return hashlib.sha256(packed[0].encode() + packed[1]).hexdigest()
+THEIRS = ("every client trained again on the records that it had trained on, on a machine that computes alike: the "
+          "server compared their number alone")  # fmt: skip
+Meet = Callable[[], AbstractContextManager[Fleet]]  # the clients of a finished training, elsewhere
 
 
 def leave(
     base: LoadedModel, folder: Path, client: str, method: Method, out: Path, *, interval: int = 1,
     local_share: float = 0.5, editor: str = "simnpo", distil: Distillation | None = None, keep_record: bool = False,
-    note: Note = lambda line: None, progress: Progress | None = None,
+    meet: Meet | None = None, note: Note = lambda line: None, progress: Progress | None = None,
 ) -> Edit:  # fmt: skip
     """Make the edit of the training in ``folder`` without ``client``, and save it in ``out``.
 
@@ -135,7 +49,8 @@ def leave(
     ``distil`` (the paper's method does, and so does the command); "client" lets the client unlearn its records by
     ``editor`` and the others train on for two rounds.  Writes ``edit/`` and ``forget.json`` (cost in CPU seconds and
     bytes), under "retrain" a whole training that can be forgotten from again.  The same call continues an interrupted
-    one: local trainings that were finished are not done again.
+    one: local trainings that were finished are not done again.  With ``meet`` the clients are asked where they are
+    (:class:`repforget.federated.serve.Post`), without it their records are read here.
 
     Then, unless ``keep_record``, nobody trains on in ``folder``, and the client goes out of its history, its report
     (name, records, losses) and its list of clients.  What stays there: a salted digest of its name, the edit that was
@@ -147,6 +62,8 @@ def leave(
     """
     if method not in METHODS:
         raise UsageError(f"There is no way to forget '{method}': {nearest(method, METHODS)}")
+    if meet and method == "rollback":
+        raise UsageError("Rollback asks no client: leave the address out, or choose another method.")
     if distil and method != "rollback":
         raise UsageError(f"Only rollback distils, and '{method}' was asked for: leave the distillation out.")
     if out.resolve() == folder.resolve():
@@ -173,7 +90,8 @@ def leave(
                 write_json(out / REQUEST, {**request, "client": mark(client)})
             if not finished:
                 how = (method, (interval, local_share, editor, repair))
-                _made(base, setup, report, history, client, how, out, progress)
+                with _again(base, setup, report, history, client, method, Store(out / AGAIN), meet, note) as again:
+                    _made(again, setup, report, history, client, how, out, progress)
             shutil.rmtree(out / AGAIN, ignore_errors=True)
             for line in read_json(out / COST)["notes"]:
                 note(line)
@@ -207,20 +125,55 @@ def _here(history: History, client: str, setup: Setup, folder: Path) -> None:
                      f"forget: {nearest(client, known)}")  # fmt: skip
 
 
+@contextmanager
+def _again(
+    base: LoadedModel, setup: Setup, report: Mapping[str, Any], history: History, client: str, method: Method,
+    kept: Store, meet: Meet | None, note: Note,
+) -> Iterator[Again]:  # fmt: skip
+    """The clients that ``method`` asks, there or here; UsageError where the records of one are with it alone."""
+    others = [name for name in history.clients() if name != client]
+    asked = [] if method == "rollback" else [*others, client] if method == "client" else others
+
+    def against(member: Introduction) -> str | None:
+        if member.client not in asked:
+            return "is the client that leaves" if member.client == client else "took no part in the training"
+        trained = report["clients"].get(member.client, member.records)
+        return None if member.records == trained else (f"joins with {member.records} records and trained with "
+                                                       f"{trained}: bring the same")  # fmt: skip
+
+    def group(number: int) -> Sequence[str]:
+        return others if method == "client" else [name for name in history[number].clients if name != client]
+
+    def again(fleet: Fleet) -> Again:
+        records = {name: setup.sources[name].sha256 if meet is None else str(report["clients"][name]) for name in asked}
+        return Again(base, setup.plan, Door(fleet, base, note, against), kept, group, records, meet is not None)
+
+    if meet is not None:
+        with meet() as fleet:
+            yield again(fleet)
+        return
+    if away := [name for name in asked if name not in setup.sources]:
+        raise UsageError(f"The records of client '{away[0]}' are with the client, not here: give --address, where the "
+                         "clients join again, or use rollback, which asks nobody.")  # fmt: skip
+    yield again(here(base, {name: setup.sources[name] for name in asked}, timeout=math.inf))
+
+
 def _made(
-    base: LoadedModel, setup: Setup, report: Mapping[str, Any], history: History, client: str,
+    again: Again, setup: Setup, report: Mapping[str, Any], history: History, client: str,
     how: tuple[Method, tuple[int, float, str, Distil | None]], out: Path, progress: Progress | None,
 ) -> None:  # fmt: skip
     """Run the way and write its result into ``out``; ``forget.json`` comes last and says that it is complete."""
-    again = Again(base, setup.plan, setup.sources, Store(out / AGAIN))
     started = time.process_time()
     method, details = how
     done = _forgotten(method, history, client, again, details, progress)
     if method == "retrain":
         _as_training(setup, report, again, history, client, out)
-    edit = edit_of(base, setup.plan, done.weights, f"federated_{done.method}",
+    guarantee = done.guarantee
+    if guarantee is not None and again.apart:
+        guarantee = replace(guarantee, assumptions=(*guarantee.assumptions, THEIRS))
+    edit = edit_of(again.base, setup.plan, done.weights, f"federated_{done.method}",
                    {"clients": len(history.clients()) - 1}, bound=_bound(setup.plan, method, history, done.distilled),
-                   notes=done.notes, guarantee=done.guarantee)  # fmt: skip
+                   notes=done.notes, guarantee=guarantee)  # fmt: skip
     edit.save(out / EDIT)
     write_json(out / COST, {"method": method, "trainings": done.trainings, "notes": done.notes,
                             "cpu_seconds": time.process_time() - started, "client_cpu_seconds": again.seconds,
@@ -246,7 +199,7 @@ def _forgotten(
     def train(name: str, weights: Weights, number: int, part: float) -> Update:
         return again.train(name, weights, len(history) + number, part)
 
-    others = again.others(history.clients(), client)
+    others = [name for name in history.clients() if name != client]
     weights = final_state(history, rule, adam)
     return client_side(weights, client, lambda w: again.unlearn(client, w, editor), others, train, rule=rule,
                        adam=adam, progress=progress)  # fmt: skip

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -15,7 +15,9 @@ from repforget.federated.records import RULES, Rule, Update
 from repforget.training.stepper import AnyOptimizer
 
 Packed = tuple[str, bytes]
-FAILED = "failed"  # in the head of a reply that carries no update: why
+# train or unlearn on the own records; tell the classes, a public key, or moments in the clear or masked
+Kind = Literal["train", "unlearn", "classes", "key", "moments", "masked"]
+FAILED, TOLD = "failed", "told"  # in the head of a reply that carries no update: why, or what it tells instead
 LONGEST = 100  # characters of a client's name
 MOST = 10**9  # records that a client may claim, whatever a plan allows
 # what JSON, numbers and tensors of a stranger can raise
@@ -32,23 +34,24 @@ def shown(text: object, most: int = 300) -> str:
 
 @dataclass(frozen=True)
 class Introduction:
-    """What a client says at the join; digests are sha256 (hex)."""
+    """What a client says at the join; digests are sha256 (hex), ``facts`` those that moments can be read from."""
 
     client: str
     records: int
     base: str
     tokenizer: str
+    facts: int = 0
 
     @property
     def fault(self) -> str | None:
         """Why this is no introduction, whatever came over the wire; None where it is one."""
         if not isinstance(self.client, str) or not (0 < len(self.client) <= LONGEST and self.client.isprintable()):
             return f"has a name that is not 1 to {LONGEST} printable characters"
-        if type(self.records) is not int:
+        if type(self.records) is not int or type(self.facts) is not int:
             return "does not say by a whole number how many records it has"
         if not (isinstance(self.base, str) and isinstance(self.tokenizer, str)):
             return "does not say which model it has"
-        return "has no records" if self.records < 1 else None
+        return "has no records" if self.records < 1 and self.facts < 1 else None
 
 
 @dataclass(frozen=True)
@@ -91,17 +94,30 @@ class Local:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What the server asks of a client in one round: train so, from the base plus ``state``."""
+    """What the server asks of a client: ``kind`` of work number ``round``, with ``words`` and the tensors of ``state``.
+
+    Training and unlearning start from the base plus ``state``.
+    """
 
     round: int
     local: Local
     state: Mapping[str, np.ndarray] = field(default_factory=dict)
+    kind: Kind = "train"
+    words: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """The answer to a question that is no training."""
+
+    words: Mapping[str, Any]
+    tensors: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Reply:
-    """What came back from a client: an update with its mean loss (nats) and CPU seconds, or why there is
-    none."""
+    """What came back from a client: an update with its mean loss (nats) and CPU seconds, what it was asked to tell, or
+    why there is neither."""
 
     client: str
     round: int
@@ -111,19 +127,23 @@ class Reply:
     failed: str | None = None
     down: int = 0  # bytes that went to the client for it
     up: int = 0  # bytes that came back
+    told: Told | None = None
 
 
 def pack_task(task: Task) -> Packed:
-    return json.dumps({"round": task.round, "local": asdict(task.local)}), _tensors(task.state)
+    head = {"round": task.round, "local": asdict(task.local), "kind": task.kind, "words": task.words}
+    return json.dumps(head), _tensors(task.state)
 
 
 def unpack_task(packed: Packed) -> Task:
     head = json.loads(packed[0])
-    return Task(head["round"], Local(**head["local"]), _arrays(packed[1]))
+    return Task(head["round"], Local(**head["local"]), _arrays(packed[1]), head["kind"], head["words"])
 
 
 def pack_reply(reply: Reply) -> Packed:
     head: dict[str, Any] = {"client": reply.client, "round": reply.round, "seconds": reply.seconds}
+    if reply.told is not None:
+        return json.dumps({**head, TOLD: reply.told.words}), _tensors(reply.told.tensors)
     if reply.update is None:
         return json.dumps({**head, FAILED: reply.failed}), b""
     head |= {"records": reply.update.records, "loss": reply.loss}
@@ -143,6 +163,9 @@ def unpack_reply(packed: Packed, down: int = 0) -> Reply:
         who, when, seconds = shown(head["client"]), _whole(head["round"]), _amount(head["seconds"])
         if FAILED in head:
             return Reply(who, when, seconds=seconds, failed=shown(head[FAILED]), down=down, up=up)
+        if TOLD in head:
+            told = Told(dict(head[TOLD]), _arrays(packed[1]))
+            return Reply(who, when, seconds=seconds, down=down, up=up, told=told)
         update = Update(who, _whole(head["records"]), _arrays(packed[1]))
         return Reply(who, when, update, _amount(head["loss"]), seconds, down=down, up=up)
     except UNREADABLE as error:

@@ -12,11 +12,10 @@ tell the space that those points span.  Sums over clients (:mod:`repforget.feder
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,7 +62,11 @@ class Question:
 
 
 class Reader(Protocol):
-    """A client as the server sees it."""
+    """A client as the server sees it, or many in one."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Who is behind it."""
 
     def classes(self, question: Question) -> Classes:
         """The (frame, label) pairs of its own points."""
@@ -85,6 +88,10 @@ class Local:
     name: str
     model: LoadedModel
     data: EditData
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,)
 
     def classes(self, question: Question) -> Classes:
         return tuple(sorted({pair for _, pair in self._labelled(question)[1]}))
@@ -150,46 +157,6 @@ class Local:
             collect_text(self.model, rows, question.sites, watch, edits=question.erasers)
 
 
-@dataclass(frozen=True)
-class Pooled:
-    """Many clients as one: what is asked is answered by the sum of their moments, and by no single client's.
-
-    ``total`` adds the clients' tensors up, for example :func:`repforget.federated.secure.summed` with a bound.  The
-    minimum then holds for the sum.  Which classes a client has is still told by each.
-    """
-
-    clients: Mapping[str, Reader]
-    total: Callable[[Mapping[str, Mapping[str, np.ndarray]]], Mapping[str, np.ndarray]]
-
-    def classes(self, question: Question) -> Classes:
-        return tuple(sorted({pair for client in self.clients.values() for pair in client.classes(question)}))
-
-    def moments(self, question: Question) -> Moments:
-        return self._sum({name: c.moments(replace(question, minimum=0)) for name, c in self.clients.items()}, question)
-
-    def keys(self, question: Question) -> Moments:
-        return self._sum({name: c.keys(replace(question, minimum=0)) for name, c in self.clients.items()}, question)
-
-    def _sum(self, told: Mapping[str, Moments], question: Question) -> Moments:
-        first = next(iter(told.values()))
-        for name, each in told.items():
-            if any(a.meta != b.meta for site, pair in first.items() for a, b in zip(pair, each[site], strict=True)):
-                raise UsageError(f"Client '{name}' sent moments of another model than the rest: it must read the same.")
-        sent = {name: {f"{site}/{which}/{part}": values.cpu().numpy()
-                       for site, pair in each.items() for which, stats in enumerate(pair)
-                       for part, values in stats.sums().items()} for name, each in told.items()}  # fmt: skip
-        total = self.total(sent)
-        found: Moments = {}
-        for site, pair in first.items():
-            seen, space = (
-                Statistics.from_sums({part: torch.from_numpy(total[f"{site}/{which}/{part}"]) for part in stats.sums()},
-                                     stats.meta)
-                for which, stats in enumerate(pair)
-            )  # fmt: skip
-            found[site] = (seen, seen if pair[0] is pair[1] else space)
-        return checked("together", found, question.minimum)
-
-
 def checked(name: str, told: Moments, minimum: int) -> Moments:
     """``told``, or UsageError where a mean in it is of fewer than ``minimum`` points."""
     for site, pair in told.items():
@@ -211,9 +178,8 @@ def fewest(stats: Statistics) -> int | None:
     return min([stats.n, *(count for count in counts if count)])
 
 
-def _count(clients: Mapping[str, Reader]) -> int:
-    """Clients, those behind a sum counted one by one."""
-    return sum(len(each.clients) if isinstance(each, Pooled) else 1 for each in clients.values())
+def _names(clients: Mapping[str, Reader]) -> list[str]:
+    return sorted(name for each in clients.values() for name in each.names)
 
 
 def bandwidth(d: int, k: int = 0, *, covariance: bool = True) -> int:
@@ -248,7 +214,7 @@ def leace(
     concept = Concept(torch.zeros(0, dtype=torch.long), torch.tensor([frames[frame] for frame, _ in classes]),
                       tuple("=".join(pair) for pair in classes))  # fmt: skip
     erasers: dict[Site, Eraser] = {}
-    points, sent = 0, 0
+    points, sent, many = 0, 0, len(_names(clients))
     groups = [[site] for site in chosen] if sequential else site_groups(model, chosen)
     for group in track(progress, groups, "erasing site by site"):
         question = Question(tuple(group), how, classes, dict(erasers) if sequential else {}, seed, minimum)
@@ -260,14 +226,14 @@ def leace(
             sent += bandwidth(seen.d, seen.k, covariance=metric == "concept")
             sent += bandwidth(space.d) if metric != "concept" else 0
     notes = [f"concept of {len(classes)} classes in {len(frames)} frames, from the moments of {points} points at "
-             f"{_count(clients)} clients; each sent {sent} bytes of second moments, and no activation"]  # fmt: skip
+             f"{many} clients; each sent {sent} bytes of second moments, and no activation"]  # fmt: skip
     if minimum < 2:
         notes.append("classes of a single point were allowed: their moments are those activations themselves")
     if left := cut(erasers):
         notes.append(f"only the strongest directions were erased (rank={rank}: {left}): the concept is weakened there, "
                      "not linearly erased")  # fmt: skip
     full = {**vars(how), "sites": [str(s) for s in chosen], "rank": rank, "affine": affine, "shrinkage": shrinkage,
-            "minimum": minimum, "clients": _count(clients)}  # fmt: skip
+            "minimum": minimum, "clients": many}  # fmt: skip
     return as_edit("leace", model, _no_data(clients), erasers, sites != "auto", full, notes)
 
 
@@ -292,7 +258,7 @@ def null_space(
     sites = tuple(choose_sites(model, [f"mlp_post.{layer}" for layer in layers], None, kinds=(), top_layers=1))
     how = Reading("answer", positions, [str(site) for site in sites], len(sites), False, max_facts, "text")
     classes = _classes(clients, Question(sites, how, (), None, seed, minimum))
-    operations, sent = [], 0
+    operations, sent, many = [], 0, len(_names(clients))
     for site in track(progress, sites, "solving layer by layer"):
         question = Question((site,), how, classes, None, seed, minimum)
         merged = _merged(model, {name: clients[name].keys(question) for name in sorted(clients)}, [site])
@@ -301,9 +267,9 @@ def null_space(
         seen, space = merged[site]
         sent += bandwidth(seen.d, seen.k) + bandwidth(space.d)
     full = {"layers": list(layers), "rank": rank, "ridge": ridge, "keep": keep, "positions": positions,
-            "max_facts": max_facts, "minimum": minimum, "clients": _count(clients)}  # fmt: skip
+            "max_facts": max_facts, "minimum": minimum, "clients": many}  # fmt: skip
     notes = ("values in closed form from moments, not optimised: expect kept people to move with forgotten ones",
-             f"{_count(clients)} clients; each sent {sent} bytes of second moments, and no activation")  # fmt: skip
+             f"{many} clients; each sent {sent} bytes of second moments, and no activation")  # fmt: skip
     return Edit.build("null_space", full, model, _no_data(clients).digest, operations, notes=notes)
 
 
@@ -381,5 +347,5 @@ def _merged(model: LoadedModel, told: Mapping[str, Moments], sites: Sequence[Sit
 
 def _no_data(clients: Mapping[str, Reader]) -> EditData:
     """What the server knows of the data: whose they are."""
-    names = hashlib.sha256("\n".join(sorted(clients)).encode()).hexdigest()
+    names = hashlib.sha256("\n".join(_names(clients)).encode()).hexdigest()
     return EditData((), (), (), {}, names)

@@ -16,9 +16,10 @@ from repforget.artifact import DenseDelta, Edit, LowRankDelta, Operation
 from repforget.errors import UsageError
 from repforget.federated.aggregate import Adam
 from repforget.federated.clients import State, own_layout, trained_weights
+from repforget.federated.door import Fleet
 from repforget.federated.faults import Fault
 from repforget.federated.messages import Local
-from repforget.federated.server import Fleet, Plan, federate
+from repforget.federated.server import Plan, federate
 from repforget.federated.simulate import here, on_ray
 from repforget.federated.sources import Source
 from repforget.guarantee import Guarantee

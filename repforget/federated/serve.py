@@ -22,6 +22,7 @@ from typing import Any
 from repforget.artifact import Edit
 from repforget.errors import MissingExtraError, ResourceError, UsageError
 from repforget.federated.clients import Worker, answer
+from repforget.federated.door import PAUSE
 from repforget.federated.messages import UNREADABLE, Introduction, Packed, Reply, Task, pack_task, shown, size
 from repforget.federated.run import Setup, finish, ready
 from repforget.federated.server import Plan, federate
@@ -31,8 +32,8 @@ from repforget.progress import Progress
 from repforget.store import Store
 
 REFUSED, OVER = "refused", "over"  # what a server says before it hangs up
+STOPPED = "has stopped before it was done"
 GREETING = 20.0  # seconds for a client to introduce itself, after which it is refused
-PAUSE = 0.2  # seconds between two looks at who is here
 
 
 @dataclass(frozen=True)
@@ -111,21 +112,14 @@ class Remote:
 
     flwr: Any
     manager: Any
-    plan: Plan
-    first: int  # clients to wait for before the first round
-    wait: float  # seconds to wait for them, and for too few to come back
+    timeout: float  # seconds for an answer
+    wait: float
     note: Callable[[str], None]
     known: dict[str, tuple[Introduction, Any]] = field(default_factory=dict)  # by the id of the connection
 
     def members(self) -> list[Introduction]:
-        """Wait until enough clients are here, or for as long as ``wait`` says; who is here then."""
-        end = time.monotonic() + self.wait
-        while True:
-            self._greet()
-            if len(self.known) >= self.first or time.monotonic() > end:
-                self.first = self.plan.min_clients
-                return [member for member, _ in self.known.values()]
-            time.sleep(PAUSE)
+        self._greet()
+        return [member for member, _ in self.known.values()]
 
     def _greet(self) -> None:
         here = dict(self.manager.all())
@@ -167,7 +161,7 @@ class Remote:
                 yield future.result()
 
     def _fit(self, name: str, proxy: Any, round: int, packed: Packed) -> Reply:
-        messages, started, timeout = self.flwr.messages, time.monotonic(), self.plan.timeout
+        messages, started, timeout = self.flwr.messages, time.monotonic(), self.timeout
         asked = messages.FitIns(messages.Parameters([packed[1]], "safetensors"), {"head": packed[0]})
         try:
             back = proxy.fit(asked, timeout, round)
@@ -179,10 +173,10 @@ class Remote:
         tensors = b"".join(back.parameters.tensors)
         return read_reply(name, round, (str(back.metrics.get("head", "")), tensors), size(packed))
 
-    def close(self) -> None:
-        """Tell everybody that the training is over."""
+    def close(self, why: str = "") -> None:
+        """Tell everybody that it is over, and ``why`` where it ended before it was done."""
         for proxy in dict(self.manager.all()).values():
-            self._hang_up(proxy, OVER, "")
+            self._hang_up(proxy, OVER, why)
 
     def _hang_up(self, proxy: Any, why: str, text: str) -> None:
         try:
@@ -191,6 +185,48 @@ class Remote:
         except (self.flwr.Closed, *UNREADABLE):
             pass  # it has gone by itself, or does not understand
         self.manager.unregister(proxy)
+
+
+@dataclass(frozen=True)
+class Post:
+    """An address of this machine at which clients can be served: checked, and not used yet."""
+
+    address: str
+    flwr: Any
+    secrets: tuple[bytes, ...] | None
+
+    @classmethod
+    def at(cls, address: str, certificates: Certificates | None = None) -> Post:
+        """UsageError for an address beyond this machine without certificates, ResourceError for a port in use."""
+        checked_address(address, certificates)
+        flwr = grpc_parts()
+        secrets = None if certificates is None else certificates.read()
+        if secrets is not None and len(secrets) != 3:
+            raise UsageError("A server with certificates needs three files: --authority, --certificate and --key.")
+        _free(address)
+        return cls(address, flwr, secrets)
+
+    @contextmanager
+    def open(self, timeout: float, wait: float, note: Callable[[str], None]) -> Iterator[Remote]:
+        """The fleet of those who join, until the block ends; they are told then, and why where it failed.
+
+        ``timeout``: seconds for an answer; ``wait``: seconds to wait for clients that are not here.
+        """
+        manager = self.flwr.Manager()
+        try:
+            server = self.flwr.start(client_manager=manager, server_address=self.address, certificates=self.secrets)
+        except (SystemExit, RuntimeError) as error:
+            what = "check that certificate and key belong together" if self.secrets else "give another address"
+            raise ResourceError(f"No server can listen at '{self.address}' ({shown(str(error))}): {what}.") from None
+        remote = Remote(self.flwr, manager, timeout, wait, note)
+        note(f"listening at {server.bound_address}")
+        why = STOPPED
+        try:
+            yield remote
+            why = ""
+        finally:
+            remote.close(why)
+            server.stop(grace=1).wait()
 
 
 def serve(
@@ -204,27 +240,11 @@ def serve(
     port may join: TLS hides the traffic, it does not say who a client is.  Raises UsageError for an address beyond
     this machine without certificates, ResourceError for a port in use or too few clients.
     """
-    checked_address(address, certificates)
-    flwr, plan = grpc_parts(), ready(base, plan)
-    secrets = None if certificates is None else certificates.read()
-    if secrets is not None and len(secrets) != 3:
-        raise UsageError("A server with certificates needs three files: --authority, --certificate and --key.")
-    _free(address)
+    post, plan = Post.at(address, certificates), ready(base, plan)
     with Store(folder).locked():
         Setup(plan, {}).claim(folder)
-        manager = flwr.Manager()
-        try:
-            server = flwr.start(client_manager=manager, server_address=address, certificates=secrets)
-        except (SystemExit, RuntimeError) as error:
-            what = "give another address" if secrets is None else "check that certificate and key belong together"
-            raise ResourceError(f"No server can listen at '{address}' ({shown(str(error))}): {what}.") from None
-        remote = Remote(flwr, manager, plan, max(clients, plan.min_clients), wait, note)
-        note(f"listening at {server.bound_address}, waiting for {remote.first} clients")
-        try:
-            state = federate(remote, plan, base, folder, note=note, progress=progress)
-        finally:
-            remote.close()
-            server.stop(grace=1).wait()
+        with post.open(plan.timeout, wait, note) as remote:
+            state = federate(remote, plan, base, folder, first=clients, note=note, progress=progress)
         return finish(base, plan, state, folder)
 
 
@@ -232,10 +252,10 @@ def join(
     worker: Worker, *, address: str = "127.0.0.1:8080", wait: float = 600.0,
     certificates: Certificates | None = None, note: Callable[[str], None] = lambda line: None,
 ) -> int:  # fmt: skip
-    """Take part at a server until it says that the training is over; returns the number of rounds answered.
+    """Do what a server asks until it says that it is over; returns how often that was.
 
     A connection that breaks is tried again for ``wait`` seconds.  UsageError with the server's reason where it refuses
-    this client, ResourceError where it cannot be reached.
+    this client, ResourceError where it cannot be reached or stops before it is done.
     """
     checked_address(address, certificates)
     flwr = grpc_parts()
@@ -257,6 +277,9 @@ def join(
             time.sleep(PAUSE * 5)
     if REFUSED in said:
         raise UsageError(f"The server refuses '{worker.name}': it {shown(said[REFUSED])}.")
+    if said[OVER]:
+        raise ResourceError(f"The server at '{address}' {shown(said[OVER])}: join again when it runs "
+                            "again.")  # fmt: skip
     return len(said["rounds"])
 
 
@@ -288,10 +311,11 @@ def _flwr_client(flwr: Any, worker: Worker, note: Callable[[str], None]) -> tupl
         return messages.GetPropertiesRes(fine, {"member": own})
 
     def fit(self: Any, ins: Any) -> Any:
-        head, tensors = answer(worker, (str(ins.config["head"]), b"".join(ins.parameters.tensors)))
-        number = json.loads(head)["round"]
+        asked = str(ins.config["head"]), b"".join(ins.parameters.tensors)
+        head, tensors = answer(worker, asked)
+        number, kind = json.loads(head)["round"], json.loads(asked[0])["kind"]
         said["rounds"].append(number)
-        note(f"round {number}: {json.loads(head).get('failed', 'answered')}")
+        note(f"{'round' if kind == 'train' else kind} {number}: {json.loads(head).get('failed', 'answered')}")
         parameters = messages.Parameters([tensors] if tensors else [], "safetensors")
         return messages.FitRes(fine, parameters, 1, {"head": head})
 

@@ -3,43 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from repforget.errors import NumericalError, ResourceError
 from repforget.federated.aggregate import ADAM, Adam, aggregate, applied
 from repforget.federated.clients import State, shapes_of, untouched, weights_norm
-from repforget.federated.faults import admitted, fault_of, unusual
+from repforget.federated.door import ATTEMPTS, Door, Fleet, Members
+from repforget.federated.faults import fault_of, unusual
 from repforget.federated.history import History
-from repforget.federated.messages import Introduction, Local, Reply, Task, shown
+from repforget.federated.messages import Introduction, Local, Reply, Task
 from repforget.federated.records import Update
-from repforget.models._fingerprint import tokenizer_digest
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress, track
 from repforget.store import read_json, write_json
 
-ATTEMPTS = 3  # at a round that too few clients answer
 REPORT = "report.json"
-
-
-class Fleet(Protocol):
-    """The clients as the server sees them, whatever lies between."""
-
-    def members(self) -> Sequence[Introduction]:
-        """Who is here now."""
-        ...
-
-    def ask(self, task: Task, clients: Sequence[str]) -> Iterator[Reply]:
-        """Give ``task`` to the named clients; one reply for each, in any order, failed ones with their reason."""
-        ...
-
-    def refuse(self, member: Introduction, reason: str) -> None:
-        """Tell one of the members that it may not take part."""
-        ...
+Fault = Callable[[Reply, int, Introduction], str | None]
 
 
 @dataclass(frozen=True)
@@ -89,10 +74,12 @@ def totals_of(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def federate(
-    fleet: Fleet, plan: Plan, base: LoadedModel, folder: Path, *, note: Callable[[str], None] = lambda line: None,
-    progress: Progress | None = None,
+    fleet: Fleet, plan: Plan, base: LoadedModel, folder: Path, *, first: int = 0,
+    note: Callable[[str], None] = lambda line: None, progress: Progress | None = None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Train for ``plan.rounds`` rounds, from the last one written in ``folder``; returns the global state at the end.
+
+    Waits for ``first`` clients before it begins.
 
     A client that dies, is late or sends what is no update is named in the report and by ``note``, and its round is what
     it would have been without it.  A round with fewer than ``plan.min_clients`` is repeated, then refused with
@@ -102,10 +89,13 @@ def federate(
     history = History(folder / "history", plan.local.rule, plan.adam)
     report = Report.open(folder, plan, base, len(history))
     state, moments = resumed(history, untouched(base, plan.local))
-    door = Door(fleet, base.fingerprint, tokenizer_digest(base.tokenizer), shapes_of(base, plan.local),
-                weights_norm(base, plan.local), plan.max_records, report, note)  # fmt: skip
+    door = Door(fleet, base, note, lambda member: None if member.records else "has no records", plan.max_records,
+                report.body["refused"])  # fmt: skip
+    fault = partial(fault_of, shapes=shapes_of(base, plan.local), norm=weights_norm(base, plan.local))
+    if len(history) < plan.rounds:
+        door.gathered(lambda members: len(members) >= first)
     for number in track(progress, range(len(history) + 1, plan.rounds + 1), "rounds"):
-        updates, row = _round(door, plan, Task(number, plan.local, state))
+        updates, row = _round(door, report, plan, Task(number, plan.local, state), fault)
         after = applied(state, aggregate(updates, plan.local.rule, adam=plan.adam, state=moments))
         if not all(np.isfinite(value).all() for value in after.values()):
             raise NumericalError(f"Round {number} drove the global weights out of range: lower the learning rate.")
@@ -115,66 +105,37 @@ def federate(
     return state
 
 
-@dataclass(frozen=True)
-class Door:
-    """Who comes in, and what may come out of them."""
-
-    fleet: Fleet
-    base: str
-    tokenizer: str
-    shapes: Mapping[str, tuple[int, ...]]
-    norm: float
-    most: int
-    report: Report
-    note: Callable[[str], None]
-
-    def members(self) -> dict[str, Introduction]:
-        """Those here now with this base and tokenizer, by name; the others are told, and named in the report."""
-        welcome, refused = admitted(self.fleet.members(), self.base, self.tokenizer, self.most)
-        known = self.report.body["refused"]
-        for member, reason in refused:
-            client = shown(member.client)
-            if known.get(client) != reason:
-                self.note(f"refused: client '{client}' {reason}")
-            known[client] = reason
-            self.fleet.refuse(member, reason)
-        self.report.body["clients"] |= {name: member.records for name, member in welcome.items()}
-        return welcome
-
-    def ask(self, task: Task, members: Mapping[str, Introduction]) -> tuple[list[Reply], list[Update], dict[str, str]]:
-        """All replies, the updates among them that can be used, and who failed and why; in the order of names."""
-        replies = sorted(self.fleet.ask(task, sorted(members)), key=lambda reply: reply.client)
-        good: list[Update] = []
-        failed: dict[str, str] = {}
-        for reply in replies:
-            reason = fault_of(reply, task.round, members[reply.client], self.shapes, self.norm)
-            if reason is None and reply.update is not None:
-                good.append(reply.update)
-            else:
-                failed[reply.client] = reason or "sent no update"
-                self.note(f"round {task.round}: client '{reply.client}' {failed[reply.client]}; it is left out")
-        return replies, good, failed
-
-
-def _round(door: Door, plan: Plan, task: Task) -> tuple[list[Update], dict[str, Any]]:
+def _round(door: Door, report: Report, plan: Plan, task: Task, fault: Fault) -> tuple[list[Update], dict[str, Any]]:
     """The usable updates of one round and its row of the report; asked again where they are too few."""
     failed: dict[str, str] = {}
     for attempt in range(1, ATTEMPTS + 1):
         started = time.monotonic()
-        members = door.members()
-        replies, good, failed = door.ask(task, members) if len(members) >= plan.min_clients else ([], [], {})
+        members = door.gathered(lambda members: len(members) >= plan.min_clients)
+        report.body["clients"] |= {name: member.records for name, member in members.items()}
+        replies, failed = _asked(door, task, members, fault) if len(members) >= plan.min_clients else ([], {})
+        good = [reply.update for reply in replies if reply.client not in failed and reply.update is not None]
         row = _row(task.round, attempt, replies, good, failed, time.monotonic() - started)
         if len(good) >= plan.min_clients:
             for client, what in row["unusual"].items():
                 door.note(f"round {task.round}: client '{client}' {what}; it is used all the same")
             return good, row
-        door.report.add({**row, "kept": False})
+        report.add({**row, "kept": False})
         door.note(f"round {task.round}: {len(good)} of at least {plan.min_clients} clients, attempt {attempt} of "
                   f"{ATTEMPTS}")  # fmt: skip
-    reasons = "; ".join(f"'{client}' {why}" for client, why in {**door.report.body["refused"], **failed}.items())
+    reasons = "; ".join(f"'{client}' {why}" for client, why in {**door.refused, **failed}.items())
     raise ResourceError(f"Round {task.round} had too few clients {ATTEMPTS} times: it needs {plan.min_clients}"
                         f"{f' ({reasons})' if reasons else ''}; bring them back and give the same command, the rounds "
-                        f"before are kept in '{door.report.path.parent}'.")  # fmt: skip
+                        f"before are kept in '{report.path.parent}'.")  # fmt: skip
+
+
+def _asked(door: Door, task: Task, members: Members, fault: Fault) -> tuple[list[Reply], dict[str, str]]:
+    """All replies in the order of names, and who failed and why."""
+    pairs = sorted(door.ask(task, members, lambda reply, member: fault(reply, task.round, member)),
+                   key=lambda pair: pair[0].client)  # fmt: skip
+    failed = {reply.client: reason for reply, reason in pairs if reason is not None}
+    for client, reason in failed.items():
+        door.note(f"round {task.round}: client '{client}' {reason}; it is left out")
+    return [reply for reply, _ in pairs], failed
 
 
 def resumed(history: History, start: State) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -34,6 +34,7 @@ class Here:
 
     clients: Mapping[str, Worker]
     timeout: float = 600.0
+    wait: float = 0.0  # nobody comes later
 
     def members(self) -> list[Introduction]:
         return [client.introduce() for client in self.clients.values()]
@@ -108,6 +109,7 @@ class Ray:
     stop: threading.Event
     nodes: dict[str, int]
     known: list[Introduction]
+    wait: float = 0.0
 
     @classmethod
     def join(cls, grid: Any, timeout: float, stop: threading.Event, count: int) -> Ray:

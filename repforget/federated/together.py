@@ -1,0 +1,190 @@
+"""An edit from the moments of a fleet: the server asks, adds up and solves, and begins again when a client is lost."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from repforget.artifact import Edit
+from repforget.errors import ResourceError, UsageError
+from repforget.federated.door import ATTEMPTS, Door, Fleet, Members
+from repforget.federated.messages import UNREADABLE, Introduction, Kind, Local, Reply, Task, Told
+from repforget.federated.moments import MINIMUM, Classes, Moments, Question, checked, leace, null_space
+from repforget.federated.questions import NO_FACTS, blank, classes_of, moments_of, packed, parts, strange, sums
+from repforget.federated.secure import LEAST, Agreement, restored, unmasked
+from repforget.models.load import LoadedModel
+from repforget.progress import Progress
+
+Method = Literal["leace", "null_space"]
+BETWEEN = {"masked": " after the exchange of keys, so that the masks of the others stay on"}
+
+
+@dataclass(frozen=True)
+class Sums:
+    """How clients' moments are added: ``bound`` is the largest absolute entry anybody may send; None: in the clear."""
+
+    bound: float | None = 1e8
+    minimum: int = MINIMUM
+
+
+SECURE = Sums()
+
+
+class LostError(ResourceError):
+    """Clients that did not answer, with the reasons; what the others told of this sum is of no use."""
+
+    def __init__(self, failed: Mapping[str, str], between: str) -> None:
+        self.failed = failed
+        super().__init__("; ".join(f"Client '{name}' {reason}{between}" for name, reason in failed.items()))
+
+
+@dataclass
+class Together:
+    """All clients behind a fleet as one reader: each tells which classes it has, and moments masked or in the clear.
+
+    Masked, the server sees uniform numbers and their sum (:mod:`repforget.federated.secure`), and the minimum of points
+    holds for the sum; in the clear it holds for every client.  ``traffic``: bytes to and from each client.
+    """
+
+    door: Door
+    members: Members
+    sums: Sums
+    asked: int = 0
+    traffic: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self.members))
+
+    def classes(self, question: Question) -> Classes:
+        told = self._ask("classes", {}, question)
+        return tuple(sorted({pair for each in told.values() for pair in classes_of(each.words)}))
+
+    def moments(self, question: Question) -> Moments:
+        return self._summed("moments", question)
+
+    def keys(self, question: Question) -> Moments:
+        return self._summed("keys", question)
+
+    def _summed(self, of: str, question: Question) -> Moments:
+        shape = blank(self.door.base, question, of)
+        if self.sums.bound is None:
+            wanted = parts(shape)
+            told = self._ask("moments", {"of": of}, question, lambda told: strange(told.tensors, wanted))
+            return _merged([moments_of(shape, told[name].tensors, summed=False) for name in self.names])
+        agreement = Agreement(self.names, self.sums.bound, secrets.token_hex(8))
+        wanted = {"public": np.zeros(32, np.uint8)}
+        words = {"clients": self.names, "bound": agreement.bound, "purpose": agreement.purpose}
+        keys = self._ask("key", words, None, lambda told: strange(told.tensors, wanted))
+        public = {name: told.tensors["public"].tobytes().hex() for name, told in keys.items()}
+        shapes = {name: value.shape for name, value in sums(shape).items()}
+        masked = {"sum": np.zeros(1 + sum(int(np.prod(size)) for size in shapes.values()), np.uint64)}
+        words = {"of": of, "purpose": agreement.purpose, "public": public}
+        sent = self._ask("masked", words, question, lambda told: strange(told.tensors, masked))
+        total = unmasked({name: told.tensors["sum"] for name, told in sent.items()}, agreement)
+        return checked("together", moments_of(shape, restored(total, shapes), summed=True), question.minimum)
+
+    def _ask(
+        self, kind: Kind, words: Mapping[str, Any], question: Question | None,
+        fault: Callable[[Told], str | None] = lambda told: None,
+    ) -> dict[str, Told]:  # fmt: skip
+        """Every client's answer; LostError where one is missing or wrong."""
+        body, tensors = ({}, {}) if question is None else packed(question)
+        self.asked += 1
+        task = Task(self.asked, Local(), tensors, kind, {**words, "question": body})
+
+        def wrong(reply: Reply, member: Introduction) -> str | None:
+            if reply.failed is not None or reply.told is None:
+                return reply.failed or "told nothing"
+            try:
+                if kind == "classes":
+                    classes_of(reply.told.words)
+                return fault(reply.told)
+            except UNREADABLE:
+                return "sent a message that cannot be read"
+
+        found: dict[str, Told] = {}
+        failed: dict[str, str] = {}
+        for reply, reason in self.door.ask(task, self.members, wrong):
+            down, up = self.traffic.get(reply.client, (0, 0))
+            self.traffic[reply.client] = down + reply.down, up + reply.up
+            if reason is None and reply.told is not None:
+                found[reply.client] = reply.told
+            else:
+                failed[reply.client] = str(reason)
+        if failed:
+            raise LostError(dict(sorted(failed.items())), BETWEEN.get(kind, ""))
+        return found
+
+
+def _merged(told: Sequence[Moments]) -> Moments:
+    """The clients' statistics in one, in the order of their names."""
+    found = dict(told[0])
+    for each in told[1:]:
+        for site, (seen, space) in each.items():
+            before, other = found[site]
+            merged = before.merge(seen)
+            found[site] = merged, merged if space is seen else other.merge(space)
+    return found
+
+
+def edit_of_fleet(
+    fleet: Fleet, model: LoadedModel, method: Method, clients: int, *, layers: Sequence[int] = (), sums: Sums = SECURE,
+    seed: int = 0, note: Callable[[str], None] = lambda line: None, progress: Progress | None = None,
+) -> tuple[Edit, dict[str, tuple[int, int]]]:  # fmt: skip
+    """The edit of ``method`` on the facts of all clients together, and the bytes to and from each of them.
+
+    Waits for ``clients`` clients.  Where one is lost, or tells that it cannot answer, all is begun again with those
+    that are left: what was masked with it cannot be read without it.  ``layers`` are those of null_space.
+
+    Raises UsageError for what cannot be asked for, ResourceError for too few clients, and as
+    :func:`repforget.federated.moments.leace`.
+    """
+    made = _editor(method, layers)
+    least = LEAST if sums.bound is not None else 1
+    if clients < least:
+        Agreement(tuple(f"client {k}" for k in range(clients)), sums.bound or 1.0)  # says why
+    door = Door(fleet, model, note, lambda member: None if member.facts > 0 else NO_FACTS)
+    attempt = 0
+    while True:
+        attempt += 1
+        wanted = clients if attempt == 1 else least
+        members = door.gathered(lambda here: len(here) >= wanted)  # noqa: B023 (called at once)
+        if len(members) < wanted:
+            why = "; ".join(f"'{name}' {reason}" for name, reason in door.refused.items())
+            raise ResourceError(f"{len(members)} of {wanted} clients are here{f' ({why})' if why else ''}: bring more "
+                                "and give the same command.")  # fmt: skip
+        reader = Together(door, members, sums)
+        try:
+            edit = made(model, {"all": reader}, seed=seed, progress=progress, minimum=sums.minimum)
+        except LostError as lost:
+            if not fleet.wait:
+                raise UsageError(f"{lost}.") from None
+            if attempt == ATTEMPTS:
+                raise ResourceError(f"Clients were lost {ATTEMPTS} times ({lost}): bring them back and give the same "
+                                    "command.") from None  # fmt: skip
+            note(f"{lost}: beginning again with the others")
+            for name, reason in lost.failed.items():
+                if reason.startswith("failed"):  # it would again
+                    door.refuse(members[name], reason)
+            continue
+        return edit, dict(sorted(reader.traffic.items()))
+
+
+def _editor(method: Method, layers: Sequence[int]) -> Callable[..., Edit]:
+    if method == "leace":
+        if layers:
+            raise UsageError("leace chooses its sites by itself: leave the layers out.")
+        return leace
+    if not layers:
+        raise UsageError("null_space needs the layers that it changes: give --layers, for example those that "
+                         "'repforget locate' names.")  # fmt: skip
+
+    def chosen(model: LoadedModel, readers: Mapping[str, Any], **settings: Any) -> Edit:
+        return null_space(model, readers, layers, **settings)
+
+    return chosen
