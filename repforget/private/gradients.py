@@ -171,20 +171,32 @@ def clipped_sum(
     width = sum(math.prod(shape) for shape in shapes)
     most = max(1, BYTES // (4 * width)) if most is None else most
     total: list[Tensor] | None = None
-    own: list[Tensor] | None = None
+    rest: list[Tensor] | None = None  # of a unit cut into passes, what is known so far
     norms: list[float] = []
     for piece in passes([len(unit) for unit in units], most):
         found = gradients([e for unit, first, last in piece for e in units[unit][first:last]])
-        at = 0
-        for unit, first, last in piece:
-            part = [g[at : at + last - first].sum(0) / len(units[unit]) for g in found]
-            own = part if own is None else [a + b for a, b in zip(own, part, strict=True)]
-            at += last - first
-            if last < len(units[unit]):
-                continue
-            norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in own)))
-            scale = min(1.0, clip * (1 - 1e-6) / max(norms[-1], 1e-12)) if math.isfinite(norms[-1]) else None
-            cut = [torch.zeros_like(g) if scale is None else scale * g for g in own]
-            total = cut if total is None else [a + b for a, b in zip(total, cut, strict=True)]
-            own = None
-    return total if total is not None else [torch.zeros(shape) for shape in shapes], norms
+        own = [_by_unit(g, piece, [len(units[unit]) for unit, *_ in piece]) for g in found]
+        if rest is not None:
+            for part, before in zip(own, rest, strict=True):
+                part[0] += before
+        unit, _, last = piece[-1]
+        rest = [part[-1] for part in own] if last < len(units[unit]) else None
+        own = own if rest is None else [part[:-1] for part in own]
+        lengths = torch.stack([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in own])
+        whole = lengths.square().sum(0).sqrt()
+        norms += whole.tolist()
+        scale = (clip * (1 - 1e-6) / whole.clamp(min=1e-12)).clamp(max=1.0).where(whole.isfinite(), 0.0).float()
+        cut = [scale @ (part if bool(part.isfinite().all()) else part.where(whole.isfinite()[:, None], 0.0))
+               for part in own]  # fmt: skip
+        total = cut if total is None else [a + b for a, b in zip(total, cut, strict=True)]
+    if total is None:
+        return [torch.zeros(shape) for shape in shapes], norms
+    return [g.reshape(shape) for g, shape in zip(total, shapes, strict=True)], norms
+
+
+def _by_unit(gradients: Tensor, piece: Sequence[tuple[int, int, int]], sizes: Sequence[int]) -> Tensor:
+    """What the records of each unit in ``piece`` add to its mean over ``sizes`` records, a flat row for each."""
+    counts = torch.tensor([last - first for _, first, last in piece])
+    rows = torch.repeat_interleave(torch.arange(len(piece)), counts).to(gradients.device)
+    sums = gradients.new_zeros(len(piece), gradients[0].numel()).index_add_(0, rows, gradients.flatten(1))
+    return sums / torch.tensor(sizes, device=sums.device)[:, None]
