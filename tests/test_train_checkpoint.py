@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import edit_models
 import pytest
 import torch
+from warm import Warm
 
 from repforget.edit._dispatch import edit
 from repforget.edit.train import _checkpoint
@@ -210,11 +209,8 @@ print(test_train_checkpoint.make(edit_models.model(), folder, progress=slowly).d
 """
 
 
-def start(folder: Path, delay: float) -> subprocess.Popen[str]:
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent)])
-    return subprocess.Popen([sys.executable, "-c", RUN, str(folder), str(delay)], text=True, stdout=subprocess.PIPE,
-                            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})  # fmt: skip
+def start(folder: Path, delay: float) -> Warm:
+    return Warm(RUN, (str(folder), str(delay)), {**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from typing import Any
 import edit_models
 import pytest
 from torch import Tensor, nn
+from warm import Warm
 
 from repforget._workers import without_launcher
 from repforget.artifact import load_edit
@@ -88,21 +89,19 @@ def held() -> int:
     return sum({s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in found)}.values())
 
 
-def launch(folder: Path, cases: dict[str, Any], event: str = "", **env: str) -> list[subprocess.Popen[str]]:
-    """Both processes, as a launcher would start them."""
+def launch(folder: Path, cases: dict[str, Any], event: str = "", **env: str) -> tuple[Warm, subprocess.Popen[str]]:
+    """Both processes, as a launcher would start them; with hash seeds of their own, so that orders of sets differ."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     path = os.pathsep.join([str(HERE), str(HERE.parent)])
     common = {**without_launcher(), "PYTHONPATH": path, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", **env}  # fmt: skip
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(folder), json.dumps(cases), event], text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**common, "RANK": str(k), "LOCAL_RANK": str(k)},
-        )
-        for k in range(2)
-    ]  # fmt: skip
+    arguments = (str(folder), json.dumps(cases), event)
+    first, second = ({**common, "RANK": str(k), "LOCAL_RANK": str(k)} for k in range(2))
+    pipe = subprocess.PIPE
+    return Warm(SCRIPT, arguments, first), subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], text=True,
+                                                            stdout=pipe, stderr=pipe, env=second)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +141,9 @@ def test_an_error_in_the_first_process_ends_both(folder: Path) -> None:
 @pytest.mark.slow
 def test_ctrl_c_keeps_a_checkpoint_and_ends_both(folder: Path) -> None:
     both = launch(folder, {"wait": ("npo", {**SMALL, "lr": 1e-6, "steps": 500})}, "wait")
-    assert both[0].stdout is not None
     while both[0].stdout.readline().strip() != "3":
         assert both[0].poll() is None, both[0].communicate()
+        time.sleep(0.02)
     for process in both:  # as a terminal does
         process.send_signal(signal.SIGINT)
     time.sleep(0.05)
