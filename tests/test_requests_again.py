@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import contract_tools
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from request_tools import FakeLoop
 from test_requests_run import _answer, fake, quick  # noqa: F401
 
-from repforget.errors import UsageError
+from repforget.errors import ResourceError, UsageError
 from repforget.guarantee import unearned
 from repforget.knowledge_files import load_knowledge
 from repforget.models.load import load
@@ -23,6 +25,7 @@ from repforget.requests.again import again
 from repforget.requests.audit import audit
 from repforget.requests.ledger import Ledger
 from repforget.requests.run import composed, in_force, sequence
+from repforget.requests.stability import Look, Stability, stability
 from repforget.requests.states import requests
 
 
@@ -79,6 +82,49 @@ def test_what_cannot_be_checked_again_is_said(book: Ledger, fake: FakeLoop, tmp_
     _answer(book, asked(book, "37"))
     with pytest.raises(UsageError, match="Request 1 names nothing in the probe"):
         again(book, load_knowledge("bios-people"))
+
+
+def test_a_request_that_was_never_known_is_named_and_the_others_are_checked(
+    book: Ledger, fake: FakeLoop, cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    from repforget.requests import again as module
+
+    assert _answer(book, *(asked(book, surname) for surname in ("36", "37", "38"))) == ["pass"] * 3
+    prior = module._prior
+
+    def knows_the_first(*given: Any) -> Look:
+        known = prior(*given)
+        first = known.requests["request 1"]
+        sure = dataclasses.replace(first, values=tuple(1.0 for _ in first.ids))
+        return dataclasses.replace(known, requests={**known.requests, "request 1": sure})
+
+    monkeypatch.setattr(module, "_prior", knows_the_first)
+    code, out, _ = cli("request", "check", "--ledger", str(book.path))
+    second = next(book.events(2, kinds=("reverified",))).body
+    assert "Request 1 was known no better before any request" in out and "request 2" in out
+    assert code == (10 if second["outcome"] == "fail" else 11)
+    first = next(book.events(1, kinds=("reverified",))).body
+    assert first["outcome"] == "inconclusive" and first["reason"] in audit(book).sections[0].again[0]
+    assert requests(book, 1)[0].state == "done" and "came_back" in second
+
+
+def test_what_changed_while_it_was_asked_is_not_recorded_as_checked(
+    book: Ledger, fake: FakeLoop, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    from repforget.requests import again as module
+
+    assert _answer(book, asked(book, "36"), asked(book, "37")) == ["pass", "pass"]
+    third, made = asked(book, "38"), stability
+
+    def meanwhile(*given: Any) -> Stability:
+        with Ledger(book.path) as other:
+            assert _answer(other, third) == ["pass"]
+        return made(*given)
+
+    monkeypatch.setattr(module, "stability", meanwhile)
+    with pytest.raises(ResourceError, match="changed what is in force .* check again"):
+        again(book, load_knowledge(str(book.facts["source"])))
+    assert not [*book.events(kinds=("reverified",))]
 
 
 def test_the_command_prints_the_matrix_and_its_exit_code_says_what_came_back(

@@ -14,7 +14,7 @@ from repforget.errors import UsageError
 from repforget.guarantee import unearned
 from repforget.records import ItemScores
 from repforget.requests._picture import kept, matrix
-from repforget.requests.stability import Look, look, one_shot, order_spread, stability
+from repforget.requests.stability import Look, look, never_known, one_shot, order_spread, stability
 
 NAMES = ("a", "b", "c")
 PEOPLE, PER = 6, 4
@@ -70,6 +70,28 @@ def test_the_matrix_needs_every_state_and_knowledge_to_lose() -> None:
         stability([BEFORE] * 3, FLOOR)
     with pytest.raises(UsageError, match="Request 'b' was known no better"):
         stability([a_look((0.9, 0.1, 0.9))] * 4, FLOOR)
+
+
+def test_a_request_that_is_left_out_changes_nothing_for_the_others_but_its_state_counts() -> None:
+    levels = [(0.9, 0.1, 0.9), (0.1, 0.1, 0.8), (0.3, 0.1, 0.7), (0.5, 0.1, 0.1)]
+    states = [a_look(level, keep=0.9 - 0.09 * j, noise=0.01, seed=7 * j) for j, level in enumerate(levels)]
+    unknown = never_known(BEFORE, FLOOR) | never_known(states[0], a_look((0.1, 0.2, 0.1)))
+    assert [*unknown] == ["b"] and unknown["b"].startswith("B was known no better")
+
+    def without(each: Look) -> Look:
+        return Look({name: own for name, own in each.requests.items() if name != "b"}, each.keep)
+
+    shifted = [Look({**each.requests, "b": column(0.9, "b")}, each.keep) for each in states]  # as if it had been known
+    whole = stability(shifted, FLOOR)
+    found = stability([without(each) for each in states], without(FLOOR), NAMES, unknown)
+    np.testing.assert_allclose(found.left, whole.left[:, [0, 2]])
+    assert found.re_emerged == (whole.re_emerged[0], whole.re_emerged[2]) and found.slope == whole.slope
+    assert found.outcomes == {"a": "fail", "b": "inconclusive"} and found.before == pytest.approx(0.75, abs=0.02)
+    assert [row[0] for row in found.rows()] == ["none", "a", "b", "c"] and unknown["b"] in found.sentences()
+    last = stability([without(each) for each in states[:3]], without(FLOOR), ("a", "c"))
+    assert last.outcomes == {"a": whole.outcomes["a"]}
+    with pytest.raises(UsageError, match="do not fit"):
+        stability([without(each) for each in states], without(FLOOR), NAMES)
 
 
 def test_one_by_one_against_all_at_once() -> None:

@@ -132,7 +132,8 @@ def run(
     """Answer requests: edit and verify, or take out of a sharded training; everything is recorded.
 
     The same command continues after an interruption. While it runs NAME.files holds texts of the probe, readable for
-    its owner alone; after a kill -9 until the next run. Exit codes as of 'repforget run', the gravest of all requests.
+    its owner alone; after a kill -9 or an error of the program itself until the next run. Exit codes as of 'repforget
+    run', the gravest of all requests.
     """
     from repforget.requests import listing
     from repforget.requests.ledger import Ledger
@@ -169,8 +170,9 @@ def check(
 ) -> None:  # fmt: skip
     """Check earlier requests again: did knowledge come back after later ones?
 
-    Every request is asked about in the model after each answer, by behaviour alone, and the result is recorded. Exit
-    code 10 where knowledge of a request came back, 11 where that could not be decided.
+    Every request is asked about in the model after each answer, by behaviour alone, and the result is recorded. One
+    that names nothing in the probe, or of which the original knew nothing, is left out and named. Exit code 10 where
+    knowledge of a request came back, 11 where that could not be decided or one was left out.
     """
     from repforget.knowledge_files import load_knowledge
     from repforget.requests._picture import matrix
@@ -186,11 +188,12 @@ def check(
         write_atomic(picture, matrix(found).encode())
     if as_json:
         print_json({**vars(found), "re_emerged": [vars(back) for back in found.re_emerged], "slope": vars(found.slope),
-                    "outcomes": found.outcomes, "sentences": found.sentences(), "head": head})  # fmt: skip
+                    "outcomes": [*found.outcomes.values()], "sentences": found.sentences(), "head": head})  # fmt: skip
     else:
         print_table(("after", *found.names, "what must stay"), found.rows(), numbers=range(1, len(found.names) + 2))
         typer.echo("\n".join((*found.sentences(), f"head: {head}")))
-    raise typer.Exit(max((CODES[outcome] for outcome in found.outcomes), key=list(CODES.values()).index))
+    outcomes = [*found.outcomes.values(), *["inconclusive"] * bool(found.left_out)]
+    raise typer.Exit(max((CODES[outcome] for outcome in outcomes), key=list(CODES.values()).index))
 
 
 @app.command()

@@ -13,11 +13,11 @@ def matrix(found: Stability, title: str = "Knowledge left of every request") -> 
     """States downwards, requests to the right; deep is known, pale is as in a model that never knew."""
     parts = [text(8, 20, title, size=14), text(LEFT, TOP - 22, "request", fill=FAINT, size=11),
              text(LEFT - 12, TOP - 8, "after", anchor="end", fill=FAINT, size=11)]  # fmt: skip
-    numbers = [name.removeprefix("request ") for name in found.names]
+    numbers, states = ([name.removeprefix("request ") for name in names] for names in (found.names, found.states))
     parts += [text(LEFT + CELL * (k + 0.5), TOP - 8, own, anchor="middle", size=11) for k, own in enumerate(numbers)]
     for j, row in enumerate(found.left):
         y = TOP + CELL * 0.7 * j
-        parts.append(text(LEFT - 12, y + CELL * 0.45, numbers[j - 1] if j else "none", anchor="end", size=11))
+        parts.append(text(LEFT - 12, y + CELL * 0.45, states[j - 1] if j else "none", anchor="end", size=11))
         for k, share in enumerate(row):
             x, value = LEFT + CELL * k, float(share)
             parts.append(f"<rect x='{number(x)}' y='{number(y)}' width='{number(CELL - 2)}' "

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from repforget.errors import UsageError
-from repforget.knowledge_files import load_knowledge
 from repforget.requests import matching
-from repforget.requests.ledger import Ledger, stamp
+from repforget.requests.ledger import Event, Ledger, folded, stamp
 from repforget.requests.sharded import SCHEME
 from repforget.requests.states import BASES, DEADLINE, Request, requests, until
 
@@ -31,8 +31,9 @@ def opened(path: str | Path, model: str | None, source: str) -> Ledger:
         model = model or MODEL
         locate(model)
         matching.named(source)
-        return Ledger.create(path, {"model": model, "source": source})
-    ledger = Ledger(path)
+        ledger = Ledger.create(path, {"model": model, "source": source})  # or that which another process has made
+    else:
+        ledger = Ledger(path)
     own = str(ledger.facts["model"])
     if model not in (None, own):
         ledger.close()
@@ -58,35 +59,55 @@ def ask(
         raise UsageError("A request about a training names records or clusters: give --what.")
     known = matching.named(source)
     kept = matching.references(names, known, ledger.pseudonym)
-    ids, unknown = matching.matched(kept, matching.index(known, ledger.pseudonym))
-    if not kept:
-        ids = tuple(item.id for item in load_knowledge(source).forget)
+    index = matching.index(known, ledger.pseudonym)
+    unknown = matching.matched(kept, index)[1]
     basis = basis.strip()
     basis = basis if basis in BASES else matching.hidden(basis, known)
+    now = ledger.clock()
+    due = until(deadline, now)
     body = {"who": who if named or not who else ledger.pseudonym(who), "names": kept, "source": source,
-            "basis": basis, "deadline": stamp(until(deadline, ledger.clock())), "keep": keep}  # fmt: skip
-    events: list[tuple[str, dict[str, object]]] = [("asked", body)]
-    told = ""
+            "basis": basis, "deadline": stamp(due), "keep": keep}  # fmt: skip
+    told = ["Its deadline has passed already."] if due <= now and not keep else []
+    told += matching.other_spellings(names, kept, known)
     if unknown:
-        events.append(("refused", {"reason": matching.meaningless(unknown, len(kept), source)}))
-        everyone = {name for entry in known for name in entry.names}
-        told = matching.hint(next(name for name in names if name not in everyone), known)
+        reason = matching.meaningless(unknown, len(kept), source)
+        made = ledger.record_all([("asked", body), ("refused", {"reason": reason})])
+        everyone = {folded(name) for entry in known for name in entry.names}
+        told.append(matching.hint(next(name for name in names if folded(name) not in everyone), known))
     else:
-        others = [r for r in requests(ledger) if r.keep != keep and r.state not in ("refused", "conflict")]
-        against = matching.overlapping(ledger, ids, others)
-        numbers = ", ".join(map(str, against))
-        if keep and against:
-            reason = f"Some of it is to be forgotten by request {numbers}: a person has to decide."
-            events.append(("conflict", {"with": against, "reason": reason}))
-        elif against:
-            told = f"Some of it is to be kept by request {numbers}: a person has to decide."
-        body["against"] = list(against)
-    number = ledger.record_all(events)[0].request
-    return requests(ledger, number)[0], told
+        made = _settled(ledger, body, told)
+    return requests(ledger, made[0].request)[0], " ".join(filter(None, told))
+
+
+def _settled(ledger: Ledger, body: dict[str, Any], told: list[str]) -> list[Event]:
+    """Record a request beside those that say the opposite, which no other process can add to meanwhile."""
+    keep, source = body["keep"], body["source"]
+    known: dict[str, matching.Index | None] = {}
+
+    def opposite() -> list[Request]:
+        found = [r for r in requests(ledger) if r.keep != keep and r.state not in ("refused", "conflict")]
+        for each in {source, *(r.source for r in found)} - known.keys() if found else ():
+            known[each] = matching.readable(each, ledger.pseudonym)
+        return found
+
+    opposite()  # reads the sources, so that other writers wait for the comparison alone
+    with ledger.writing():
+        others = opposite()
+        against, unread = matching.overlapping(source, body["names"], others, known)
+        numbers, dark = ", ".join(map(str, against)), ", ".join(map(str, unread))
+        reasons = [f"Some of it is to be {'forgotten' if keep else 'kept'} by request {numbers}: a person has to "
+                   "decide."] if against else []  # fmt: skip
+        reasons += [f"The source of request {dark} cannot be read, so that nobody knows whether it asks for the "
+                    "opposite."] if unread else []  # fmt: skip
+        if keep and reasons:
+            conflict = {"with": [*against, *unread], "reason": " ".join(reasons)}
+            return ledger.record_all([("asked", {**body, "against": against}), ("conflict", conflict)])
+        told += reasons
+        return ledger.record_all([("asked", {**body, "against": against})])
 
 
 def split(given: Sequence[str], source: str) -> tuple[str, ...]:
     """Names as they were typed: one per option, or several with commas between."""
-    known = {name for entry in matching.named(source) for name in entry.names}
-    names = [part.strip() for text in given for part in ([text] if text in known else text.split(","))]
+    known = {folded(name) for entry in matching.named(source) for name in entry.names}
+    names = [part.strip() for text in given for part in ([text] if folded(text) in known else text.split(","))]
     return tuple(dict.fromkeys(name for name in names if name))

@@ -124,8 +124,11 @@ def audit(ledger: Ledger, expect_head: str | None = None) -> Audit:
         sections = tuple(_section(request, events[request.id], now, later.get(request.id, ())) for request in found)
         model = str(ledger.facts["model"])
     except (LedgerError, KeyError, ValueError, TypeError) as error:
-        if not faults:
+        if not faults and isinstance(error, LedgerError):
             raise
+        if not faults:
+            raise LedgerError(f"The rows of the ledger '{ledger.path}' say what this version of repforget does not "
+                              f"know ({type(error).__name__}: {error}): install a newer one.") from None  # fmt: skip
         return Audit("unknown", now, ledger.head, (*faults, f"requests cannot be read ({error})"), ())
     return Audit(model, now, ledger.head, faults, sections, _counts(found, now), expect_head)
 
@@ -312,6 +315,8 @@ def _came_back(body: Mapping[str, Any]) -> str:
     if "came_back" in body:
         return (f"Of what the model knew before any request {share(body['came_back'])} came back since this one was "
                 f"answered (limits {share(body['low'])} to {share(body['high'])}); it was asked and not attacked.")
+    if "reason" in body:
+        return str(body["reason"])
     if body.get("together"):
         return "The edit made then replaces the one for this request, and this is its verdict for all that it covers."
     return ""

@@ -19,6 +19,7 @@ import os
 import re
 import secrets
 import sqlite3
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -88,7 +89,18 @@ def _hash(row: tuple[Any, ...]) -> str:
 
 
 def _text(body: Mapping[str, Any]) -> str:
-    return json.dumps(canonical(body), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(canonical(body), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError("Something to be written down is no Unicode text (bytes of another encoding were typed or "
+                         "piped in): write it in UTF-8.") from None  # fmt: skip
+    return text
+
+
+def folded(name: str) -> str:
+    """A name without what does not tell people apart: blanks around it, capitals, the forms of a letter in Unicode."""
+    return unicodedata.normalize("NFKC", name).strip().casefold()
 
 
 class Ledger:
@@ -154,26 +166,36 @@ class Ledger:
         """Add events, the same for each of ``requests``, in one commit, all or none; without any they begin a new
         request."""
         events = list(events)
+        with self.writing():
+            newest = self.newest
+            own = [newest + 1] if requests is None else [requests] if isinstance(requests, int) else requests
+            unknown = [number for number in own if not 0 < number <= newest + (requests is None)]
+            if unknown:
+                raise UsageError(f"There is no request {unknown[0]} in '{self.path}': the newest is {newest}.")
+            return [_add(self._base, kind, number, body, self.clock()) for number in own for kind, body in events]
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """One commit: no other process writes until the block ends, so that what it reads still holds when its rows
+        are added; an error takes them all back."""
+        if self._base.in_transaction:
+            yield
+            return
         with self._speaking():
             self._base.execute("BEGIN IMMEDIATE")
             try:
-                newest = self.newest
-                own = [newest + 1] if requests is None else [requests] if isinstance(requests, int) else requests
-                unknown = [number for number in own if not 0 < number <= newest + (requests is None)]
-                if unknown:
-                    raise UsageError(f"There is no request {unknown[0]} in '{self.path}': the newest is {newest}.")
-                made = [_add(self._base, kind, number, body, self.clock()) for number in own for kind, body in events]
+                yield
                 self._base.execute("COMMIT")
             except BaseException:
                 if self._base.in_transaction:
                     self._base.execute("ROLLBACK")
                 raise
-        return made
 
-    def events(self, request: int | None = None, *, kinds: Iterable[str] = KINDS) -> Iterator[Event]:
+    def events(self, request: int | None = None, *, kinds: Iterable[str] | None = None) -> Iterator[Event]:
         """Events in order, of one request or of all, of some kinds or of all."""
-        wanted = tuple(kinds)
-        where = f"kind IN ({','.join('?' * len(wanted))})" + ("" if request is None else " AND request = ?")
+        wanted = () if kinds is None else tuple(kinds)
+        where = ("1" if kinds is None else f"kind IN ({','.join('?' * len(wanted))})") + (
+            "" if request is None else " AND request = ?")  # fmt: skip
         values = wanted if request is None else (*wanted, request)
         for seq, own, kind, at, clock, body, before, own_hash in self._rows(where, values):
             yield Event(seq, own, kind, at, clock, self._body(seq, body), before, own_hash)
@@ -187,14 +209,22 @@ class Ledger:
         return opened.body
 
     def pseudonym(self, name: str) -> str:
-        """A short salted hash of a name.  The salt is in the ledger: who has both can test names against it."""
+        """A short salted hash of a name as it is :func:`folded`.
+
+        The salt is in the ledger: who has both can test names against it.
+        """
         salt = str(self.facts["salt"]).encode()
-        return "#" + hmac.new(salt, name.strip().casefold().encode(), hashlib.sha256).hexdigest()[:16]
+        return "#" + hmac.new(salt, folded(name).encode(errors="surrogatepass"), hashlib.sha256).hexdigest()[:16]
 
     @property
     def newest(self) -> int:
         """Number of the newest request, 0 before the first."""
         return int(next(self._rows_of("SELECT ifnull(max(request), 0) FROM events"))[0])
+
+    @property
+    def tried(self) -> bool:
+        """Whether an answer to any request was ever begun."""
+        return next(self._rows("kind = 'started' LIMIT 1", (), "seq"), None) is not None
 
     @property
     def head(self) -> str:
@@ -235,10 +265,19 @@ class Ledger:
         return tuple(found)
 
     def refuse_broken(self) -> None:
-        """LedgerError where the chain has a fault: no model is changed by what another hand may have written."""
+        """LedgerError where the chain has a fault or a newer version has written: no model is changed by what another
+        hand may have written, or by what is not understood."""
+        self.refuse_newer()
         if found := self.faults():
             raise LedgerError(f"The chain of the ledger '{self.path}' is broken ({found[0]}): restore a copy that "
                               "'repforget request audit' finds whole.")  # fmt: skip
+
+    def refuse_newer(self) -> None:
+        """LedgerError where a row is of a kind that a newer version has added: what it changes is not known here."""
+        unknown = f"kind NOT IN ({','.join('?' * len(KINDS))}) LIMIT 1"
+        for seq, kind in self._rows(unknown, KINDS, "seq, kind"):
+            raise LedgerError(f"Row {seq} of the ledger '{self.path}' is of the kind '{kind}', which this version of "
+                              "repforget does not know: install a newer one.")  # fmt: skip
 
     def close(self) -> None:
         self._base.close()
@@ -250,7 +289,7 @@ class Ledger:
         self.close()
 
     def _rows(self, where: str, values: tuple[Any, ...], columns: str = COLUMNS) -> Iterator[tuple[Any, ...]]:
-        order = "" if "ORDER" in where else " ORDER BY seq"
+        order = "" if "LIMIT" in where else " ORDER BY seq"
         return self._rows_of(f"SELECT {columns} FROM events WHERE {where}{order}", values)
 
     def _rows_of(self, query: str, values: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

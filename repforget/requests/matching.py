@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from repforget.errors import UsageError, nearest
+from repforget.errors import RepforgetError, UsageError, nearest
 from repforget.knowledge import Item, Knowledge
 from repforget.knowledge_files import load_knowledge
-from repforget.requests.ledger import Ledger
+from repforget.requests.ledger import Ledger, folded
 from repforget.requests.states import Request
 from repforget.store import write_atomic
 
@@ -86,6 +87,15 @@ def matched(names: Sequence[str], known: Index) -> tuple[tuple[str, ...], int]:
     return tuple(found), sum(name not in known for name in names)
 
 
+def other_spellings(names: Sequence[str], kept: Sequence[str], known: Sequence[Named]) -> list[str]:
+    """What to tell where a name that is kept as a pseudonym means more than one name of the source."""
+    wanted = {folded(name) for name in names if name not in kept}
+    alike = {name for entry in known for name in entry.names if folded(name) in wanted}
+    more = len(alike) - len({folded(name) for name in alike})
+    return [f"Names that differ in capitals or forms of letters alone are one to the ledger: {more} more "
+            "than were given are included."] if more else []  # fmt: skip
+
+
 def hint(name: str, known: Sequence[Named]) -> str:
     """The nearest names, for whoever mistyped one; nothing where none is near."""
     near = nearest(name, {other for entry in known for other in entry.names})
@@ -101,25 +111,46 @@ def items_of(ledger: Ledger, request: Request, knowledge: Knowledge) -> tuple[It
     return tuple(item for item in every if item.id in ids)
 
 
-def overlapping(ledger: Ledger, wanted: Iterable[str], others: Iterable[Request]) -> tuple[int, ...]:
-    """Numbers of the other requests that are about some of what has the ids ``wanted``."""
-    ids, sources = set(wanted), dict[str, Index]()
-    found = []
+def readable(source: str, pseudonym: Callable[[str], str]) -> Index | None:
+    """The index of a source, with the whole forget set of a probe under no name; None where it cannot be read."""
+    from repforget.requests.sharded import SCHEME
+
+    try:
+        found = dict(index(named(source), pseudonym))
+        if not source.startswith(SCHEME):
+            found[""] = [item.id for item in load_knowledge(source).forget]
+    except RepforgetError:
+        return None
+    return found
+
+
+def overlapping(
+    source: str, names: Sequence[str], others: Iterable[Request], known: Mapping[str, Index | None]
+) -> tuple[list[int], list[int]]:
+    """Numbers of the other requests that are about some of what ``names`` (as the ledger keeps them) mean in
+    ``source``, and of those of which nobody can know that, for their source has no index in ``known``.
+
+    A probe and a training are compared by the ids of items, with which those of records begin.
+    """
+    found, unread = list[int](), list[int]()
     for request in others:
-        if request.source not in sources:
-            sources[request.source] = index(named(request.source), ledger.pseudonym)
-        own: Iterable[str] = matched(request.names, sources[request.source])[0]
-        if not request.names:
-            own = (item.id for item in load_knowledge(request.source).forget)
-        if not ids.isdisjoint(own):
+        if not set(names).isdisjoint(request.names):
             found.append(request.id)
-    return tuple(found)
+        elif (theirs := known[request.source]) is None or (ours := known[source]) is None:
+            unread.append(request.id)
+        else:
+            own, other = matched(names or ("",), ours)[0], matched(request.names or ("",), theirs)[0]
+            if request.source != source:
+                own, other = (tuple(i.partition("#")[0] or i for i in ids) for ids in (own, other))
+            if not set(own).isdisjoint(other):
+                found.append(request.id)
+    return found, unread
 
 
 def meaningless(unknown: int, names: int, source: str) -> str:
     """Why a request is refused whose names mean nothing."""
-    return (f"{unknown} of its {names} names mean nothing in '{source}': it holds no records under them, which does "
-            "not show that the model knows nothing of them.")  # fmt: skip
+    return (f"{unknown} of its {names} names mean nothing in '{Path(source).name}': it holds no records under them, "
+            "which does not show that the model knows nothing of them.")  # fmt: skip
 
 
 def carved(knowledge: Knowledge, forget: Sequence[Item], gone: Iterable[str] = ()) -> Knowledge:
@@ -177,8 +208,13 @@ def _line(item: Item) -> dict[str, Any]:
 
 
 def hidden(text: str, known: Iterable[Named]) -> str:
-    """``text`` without any name or text of what is known: what may be kept and shown."""
-    words = {word for entry in known for word in (*entry.names, *entry.texts) if len(word) > 2}
-    for word in sorted((word for word in words if word in text), key=len, reverse=True):
-        text = text.replace(word, HIDDEN)
+    """``text`` without any name or text of what is known, nor a part of a name: what may be kept and shown."""
+    text = unicodedata.normalize("NFC", text)
+    whole = {unicodedata.normalize("NFC", word) for entry in known for word in (*entry.names, *entry.texts)}
+    parts = {word for entry in known for name in entry.names for word in _WORD.findall(name) if word[0].isupper()}
+    within = text.casefold()
+    for word in sorted(whole | parts, key=len, reverse=True):
+        if word.casefold() in within and (len(word) > 2 or not word.isascii()):
+            text = text.replace(word, HIDDEN) if word in whole else text
+            text = re.sub(rf"(?<![^\W_]){re.escape(word)}(?![^\W_])", HIDDEN, text, flags=re.IGNORECASE)
     return text

@@ -25,7 +25,7 @@ from repforget.recipe import Recipe, load_recipe
 from repforget.records import Claim, Verdict
 from repforget.requests import matching
 from repforget.requests.ledger import Ledger
-from repforget.requests.stack import Placed, composed, in_force, piled_up, sequence, workplace
+from repforget.requests.stack import Placed, composed, in_force, opened, piled_up, sequence, workplace
 from repforget.requests.states import WAITING, Request, requests
 from repforget.store import Store, checksum
 
@@ -95,10 +95,10 @@ def answer(
     from repforget.requests import sharded
 
     _waiting(ledger, numbers)
-    workplace(ledger).mkdir(mode=0o700, parents=True, exist_ok=True)  # while a run lasts, it holds texts
-    store = Store(workplace(ledger), note=echo)
+    store = opened(ledger, echo)
     answers: list[Answer] = []
-    with store.locked():
+    with store.locked(f"The folder '{store.root}' of the ledger '{ledger.path}'", ""):
+        _without_texts(store)
         ledger.refuse_broken()
         found = _waiting(ledger, numbers)  # another process may have answered them before it freed the lock
         sharded.tidy(ledger, store)
@@ -107,8 +107,14 @@ def answer(
             try:
                 answers += _batch(ledger, batch, order, store, progress, echo)
             finally:
-                shutil.rmtree(store.root / "probe", ignore_errors=True)  # it holds texts
+                _without_texts(store)
     return answers
+
+
+def _without_texts(store: Store) -> None:
+    """Clear away what holds texts: the probe of a run, and what an error of the program itself left."""
+    shutil.rmtree(store.root / "probe", ignore_errors=True)
+    (store.root / "error.txt").unlink(missing_ok=True)
 
 
 def _waiting(ledger: Ledger, numbers: Sequence[int]) -> list[Request]:
@@ -123,10 +129,15 @@ def _waiting(ledger: Ledger, numbers: Sequence[int]) -> list[Request]:
 
 def _failed(ledger: Ledger, failed: Sequence[Request], error: RepforgetError) -> list[Answer]:
     """Record an error, without names; whoever runs it is told all of it."""
-    try:
-        sentence = matching.hidden(str(error), matching.named(failed[0].source))
-    except RepforgetError as unread:
-        sentence = f"Its source '{failed[0].source}' cannot be read ({type(unread).__name__})."
+    below = {number for placed in in_force(ledger) for number in placed.covers}
+    sentence = str(error)
+    for source in {r.source for r in (*failed, *(requests(ledger, number)[0] for number in below))}:
+        try:
+            sentence = matching.hidden(sentence, matching.named(source))
+        except RepforgetError as unread:
+            sentence = (f"The source '{Path(source).name}' cannot be read ({type(unread).__name__}), so that names "
+                        f"cannot be left out of what was said of the {type(error).__name__}.")  # fmt: skip
+            break
     numbers = [request.id for request in failed]
     ledger.record_all([("failed", {"reason": sentence, "error": type(error).__name__})], numbers)
     return [Answer(number, "failed", str(error)) for number in numbers]

@@ -7,7 +7,7 @@ any request, 0 as in a model that never knew.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,8 @@ class Stability:
     ``before``: least share left of a request that had not been made yet (1: later requests were not touched early).
     ``re_emerged``: share of each request's knowledge that came back between its own state and the last.
     ``kept`` [states]: share of what must stay that is still known; ``slope``: its change per request.  ``area``: mean
-    share left over all pairs of a request and a state at or after it.
+    share left over all pairs of a request and a state at or after it.  ``states``: the request after which each state
+    but the first was looked at.  ``left_out``: requests without a column, and why.
     """
 
     names: tuple[str, ...]
@@ -49,6 +50,8 @@ class Stability:
     slope: Interval
     area: float
     before: float
+    states: tuple[str, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def worst(self) -> int:
@@ -56,19 +59,21 @@ class Stability:
         return int(np.argmax([interval.high for interval in self.re_emerged]))
 
     @property
-    def outcomes(self) -> tuple[str, ...]:
-        """For each request but the last: fail where more than the margin surely came back, pass where less did."""
-        return tuple("fail" if back.low > MARGIN else "pass" if back.high < MARGIN else "inconclusive"
-                     for back in self.re_emerged[:-1])  # fmt: skip
+    def outcomes(self) -> dict[str, str]:
+        """For each request with a later state: fail where more than the margin surely came back, pass where less did,
+        inconclusive where neither is known or the request was left out."""
+        found = {name: "fail" if back.low > MARGIN else "pass" if back.high < MARGIN else "inconclusive"
+                 for name, back in zip(self.names, self.re_emerged, strict=True)}  # fmt: skip
+        return {name: found.get(name, "inconclusive") for name in self.states[:-1]}
 
     def rows(self) -> list[tuple[str, ...]]:
         """The matrix as a table: a row per state, the share left of each request, and of what must stay."""
         return [(state, *(f"{share:.2f}" for share in (*row, kept)))
-                for state, row, kept in zip(("none", *self.names), self.left, self.kept, strict=True)]  # fmt: skip
+                for state, row, kept in zip(("none", *self.states), self.left, self.kept, strict=True)]  # fmt: skip
 
     def sentences(self) -> tuple[str, ...]:
         """What a reader needs to know, without the words that only a theorem allows."""
-        own = np.array([self.left[k + 1, k] for k in range(len(self.names))])
+        own = np.array([self.left[self.states.index(name) + 1, k] for k, name in enumerate(self.names)])
         back, name = self.re_emerged[self.worst], self.names[self.worst]
         return (
             f"Right after its request {own.mean():.1%} of the knowledge is left on average (at most {own.max():.1%}); "
@@ -78,6 +83,7 @@ class Stability:
             f"What must stay: {self.kept[-1]:.1%} after the last request, {self.slope.point:+.2%} per request (limits "
             f"{self.slope.low:+.2%} to {self.slope.high:+.2%}).",
             f"Of requests not made yet at least {self.before:.1%} was known until their turn.",
+            *self.left_out.values(),
         )
 
 
@@ -102,28 +108,43 @@ def look(
     return Look({name: asked(items) for name, items in requests.items()}, asked(keep))
 
 
-def stability(looks: Sequence[Look], floor: Look) -> Stability:
-    """The matrix of a sequence of requests: ``looks[0]`` before any of them, ``looks[j]`` after the j-th.
+def stability(
+    looks: Sequence[Look], floor: Look, states: Sequence[str] | None = None, left_out: Mapping[str, str] | None = None
+) -> Stability:
+    """The matrix of a sequence of requests: ``looks[0]`` before any of them, ``looks[j]`` after ``states[j - 1]``.
 
-    Requests are in the order of ``looks[0].requests``; ``floor`` is a model that never knew.  Raises UsageError where
-    looks do not fit each other, or a request was not known to begin with.  Source: MUSE's sustainability (Shi et al.
-    2024, arXiv 2407.06460), extended by the state before, by later requests and by limits over people.
+    Requests are in the order of ``looks[0].requests``, which are the states but for those ``left_out``; ``floor`` is a
+    model that never knew.  Raises UsageError where looks do not fit each other, or a request was not known to begin
+    with.  Source: MUSE's sustainability (Shi et al. 2024, arXiv 2407.06460), extended by the state before, by later
+    requests and by limits over people.
     """
-    names = tuple(looks[0].requests)
-    if len(looks) != len(names) + 1 or any(tuple(each.requests) != names for each in (*looks, floor)):
+    names, left_out = tuple(looks[0].requests), left_out or {}
+    states = names if states is None else tuple(states)
+    if len(looks) != len(states) + 1 or names != tuple(n for n in states if n not in left_out) or any(
+        tuple(each.requests) != names for each in (*looks, floor)
+    ):
         raise UsageError(f"{len(looks)} states of {len(names)} requests do not fit: give one look before the first "
                          "request and one after each, all of the same requests in the same order.")  # fmt: skip
+    own = [states.index(name) + 1 for name in names]
     gaps = {name: _gap(looks[0], floor, name) for name in names}
     left = np.array([[_share(each, floor, gaps[name], name) for name in names] for each in looks])
-    back = tuple(ratio_interval(_values(looks[-1], name) - _values(looks[k + 1], name), gaps[name],
+    back = tuple(ratio_interval(_values(looks[-1], name) - _values(looks[own[k]], name), gaps[name],
                                 looks[0].requests[name].clusters) for k, name in enumerate(names))  # fmt: skip
     keep = np.array([each.keep.values for each in looks])
     steps = np.arange(len(looks)) - (len(looks) - 1) / 2
     slope = mean_interval(steps @ keep / (steps @ steps) / keep[0].mean(), looks[0].keep.clusters)
-    later = [left[j, k] for k in range(len(names)) for j in range(k + 1, len(looks))]
-    early = [left[j, k] for k in range(len(names)) for j in range(k + 1)]
+    later = [left[j, k] for k in range(len(names)) for j in range(own[k], len(looks))]
+    early = [left[j, k] for k in range(len(names)) for j in range(own[k])]
     kept = keep.mean(axis=1) / keep[0].mean()
-    return Stability(names, left, back, kept, slope, float(np.mean(later)), float(min(early)))
+    return Stability(names, left, back, kept, slope, float(np.mean(later)), float(min(early)), states,
+                     left_out)  # fmt: skip
+
+
+def never_known(original: Look, floor: Look) -> dict[str, str]:
+    """Requests of which the original knew no more than a model that never did, each with a sentence that says so."""
+    return {name: f"{name.capitalize()} was known no better before any request than by a model that never knew: there "
+                  "is nothing whose return could be seen, so that it is left out."
+            for name in original.requests if (_values(original, name) - _values(floor, name)).mean() <= 0}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from repforget.errors import LedgerError, UsageError
 from repforget.requests.ledger import Event, Ledger
+from repforget.store import Store, refusing
 
 if TYPE_CHECKING:
     from repforget.artifact import Edit
@@ -28,8 +29,47 @@ class Placed:
 
 
 def workplace(ledger: Ledger) -> Path:
-    """The folder beside the ledger that holds runs, edits and the model in force."""
-    return ledger.path.with_suffix(".files")
+    """The folder beside the ledger that holds runs, edits and the model in force: its whole name with ".files".
+
+    Earlier versions dropped the ledger's suffix, so that two ledgers might share a folder; a ledger that has such a
+    folder for itself keeps it.  LedgerError where two have.
+    """
+    path = ledger.path
+    own, old = path.with_name(f"{path.name}.files"), path.with_suffix(".files")
+    if own.exists() or not old.is_dir() or not ledger.tried:
+        return own
+    for other in path.parent.iterdir():
+        if other != path and other.is_file() and other.with_suffix(".files") == old and _claims(other):
+            raise LedgerError(f"The folder '{old}' holds edits of the ledgers '{path.name}' and '{other.name}', which "
+                              f"an earlier version put there: copy it to '{own.name}'.")  # fmt: skip
+    return old
+
+
+def _claims(path: Path) -> bool:
+    """Whether a file is a ledger whose edits lie where earlier versions put them."""
+    if path.with_name(f"{path.name}.files").exists():
+        return False
+    try:
+        with Ledger(path) as other:
+            return other.tried
+    except LedgerError:
+        return False
+
+
+def opened(ledger: Ledger, note: Callable[[str], None]) -> Store:
+    """The workplace, made where there is none and closed to others; ``note`` is told where that cannot be."""
+    root = workplace(ledger)
+    with refusing(root):
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if root.stat().st_mode & 0o077:
+        try:
+            root.chmod(0o700)
+        except OSError as error:
+            note(f"Others than its owner may read '{root}', which holds texts while a run lasts, and that cannot be "
+                 f"changed ({error.strerror}): have its owner do so.")  # fmt: skip
+        else:
+            note(f"'{root}' was open to others than its owner and no longer is.")
+    return Store(root, note=note)
 
 
 def in_force(ledger: Ledger, request: int | None = None) -> tuple[Placed, ...]:

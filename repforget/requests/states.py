@@ -62,6 +62,11 @@ def requests(ledger: Ledger, only: int | None = None) -> tuple[Request, ...]:
 
     Cost: the short rows alone are read; no chain is checked.
     """
+    if only is None:
+        ledger.refuse_newer()
+    elif not 0 < only <= (newest := ledger.newest):
+        raise UsageError(f"There is no request {only} in '{ledger.path}': "
+                         + (f"the newest is {newest}." if newest else "it holds none yet."))  # fmt: skip
     found: dict[int, dict[str, Any]] = {}  # fields: a record for every event would cost more than the reading
     for event in ledger.events(only, kinds=ASKED_KINDS):
         try:
@@ -72,10 +77,6 @@ def requests(ledger: Ledger, only: int | None = None) -> tuple[Request, ...]:
         except (KeyError, TypeError, ValueError):
             raise LedgerError(f"Row {event.seq} of the ledger '{ledger.path}' does not fit those before it, so that "
                               "another hand has written: 'repforget request audit' says which rows differ.") from None
-    if only is not None and not found:
-        newest = ledger.newest
-        raise UsageError(f"There is no request {only} in '{ledger.path}': "
-                         + (f"the newest is {newest}." if newest else "it holds none yet."))  # fmt: skip
     return tuple(Request(**found[number]) for number in sorted(found))
 
 
