@@ -3,7 +3,7 @@
 The twin that never knew the 64 forget people is taught four facts of each, plainly and with DP-SGD whose unit is a
 person. Then eight of them ask to be forgotten: the plain model is trained again without them, the private ones are left
 as they are, since their statement was made beforehand; noisy fine-tuning takes the plain training back to within its
-budget of never having been and then learns the kept people again.
+budget of never having been and then learns the kept people again.  The second part (population.py) trains on thousands.
 
     python experiments/private-training/measure.py
 
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import population
 import torch
 
 from repforget.artifact import load_edit
@@ -107,9 +108,10 @@ def main() -> None:
             found[arm] |= {"epsilon": eps, "delta": delta, "noise": held.numbers["noise"],
                            "says": group_report(eps, delta, "cluster", int(held.numbers["units"]), ASKED)}  # fmt: skip
     result = {"base": BASE, "people": len({i.cluster for i in items}), "asked": sorted(gone),
-                           "records": len(records), "training": STEPS, "noisy": NOISY, "arms": found}  # fmt: skip
+                           "records": len(records), "training": STEPS, "noisy": NOISY, "arms": found,
+                           "population": population.part(given.work / "population", base)}  # fmt: skip
     write_json(given.out, result)
-    print(table(result))
+    print(table(result), population.table(result["population"]), sep="\n")
 
 
 def table(result: dict[str, Any]) -> str:
