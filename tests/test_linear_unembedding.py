@@ -100,6 +100,32 @@ def test_requests_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         training(capped)
 
 
+def test_a_training_is_continued_and_no_other_folder_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = contract_tools.tiny_model("llama")
+    records = training(model).records
+    first = unembedding.train_into(tmp_path / "a", model, records, LAM)
+    (tmp_path / "a" / unembedding.JSON).unlink()  # stopped before its last file
+    unembedding.train_into(tmp_path / "a", model, records, LAM)
+    with pytest.raises(ArtifactError, match="other records, penalty or base"):
+        unembedding.train_into(tmp_path / "a", model, records, 2 * LAM)
+    with pytest.raises(ArtifactError, match="other records, penalty or base"):
+        unembedding.train_into(tmp_path / "a", model, records[1:], LAM)
+    monkeypatch.setattr(unembedding, "train", None)
+    assert np.array_equal(unembedding.train_into(tmp_path / "a", model, records, LAM).change, first.change)
+    for name, content in (("notes.txt", b"mine"), ("rows.npz", b"mine"), ("y", b""), ("rows.npz.old", b"PK\x03\x04")):
+        other = tmp_path / name.replace(".", "-")
+        other.mkdir()
+        (other / name).write_bytes(content)
+        with pytest.raises(ArtifactError, match="is no training of an unembedding"):
+            unembedding.train_into(other, model, records, LAM)
+        assert (other / name).read_bytes() == content
+    np.savez(tmp_path / "rows-npz" / "rows.npz", X=np.ones(3))
+    with pytest.raises(ArtifactError, match="is no training of an unembedding"):
+        unembedding.save(first, tmp_path / "rows-npz")
+
+
 def test_features_are_what_the_unembedding_reads() -> None:
     model = contract_tools.tiny_model("llama")
     records = records_of(contract_tools.tiny_knowledge(), ("forget",), "statements")[:5]
