@@ -136,7 +136,8 @@ def _again(
 
     def against(member: Introduction) -> str | None:
         if member.client not in asked:
-            return "is the client that leaves" if member.client == client else "took no part in the training"
+            leaves = member.client == client
+            return "is the client that leaves, and is not asked" if leaves else "took no part in the training"
         trained = report["clients"].get(member.client, member.records)
         return None if member.records == trained else (f"joins with {member.records} records and trained with "
                                                        f"{trained}: bring the same")  # fmt: skip

@@ -23,7 +23,7 @@ from repforget.stats import Statistics
 if TYPE_CHECKING:
     from repforget.federated.clients import Client
 
-MOST = 100_000  # classes that a client may tell
+MOST = 10_000  # classes that a client may tell
 NO_FACTS = ("has no facts to read moments from: give --data JSON lines that each say by 'set' whether they are to "
             "forget, retain or general, with 'relation'")  # fmt: skip
 Arrays = Mapping[str, np.ndarray]

@@ -166,6 +166,7 @@ class Remote:
         try:
             back = proxy.fit(asked, timeout, round)
         except self.flwr.Closed:
+            self.manager.unregister(proxy)
             gone = "died before it answered" if time.monotonic() - started < timeout else late(timeout)
             return Reply(name, round, failed=gone, down=size(packed))
         except UNREADABLE:

@@ -53,8 +53,9 @@ class Together:
     door: Door
     members: Members
     sums: Sums
-    asked: int = 0
     traffic: dict[str, tuple[int, int]] = field(default_factory=dict)
+    asked: int = 0
+    opened: int = 0  # masked sums whose total is known
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,6 +87,7 @@ class Together:
         words = {"of": of, "purpose": agreement.purpose, "public": public}
         sent = self._ask("masked", words, question, lambda told: strange(told.tensors, masked))
         total = unmasked({name: told.tensors["sum"] for name, told in sent.items()}, agreement)
+        self.opened += 1
         return checked("together", moments_of(shape, restored(total, shapes), summed=True), question.minimum)
 
     def _ask(
@@ -139,7 +141,9 @@ def edit_of_fleet(
     """The edit of ``method`` on the facts of all clients together, and the bytes to and from each of them.
 
     Waits for ``clients`` clients.  Where one is lost, or tells that it cannot answer, all is begun again with those
-    that are left: what was masked with it cannot be read without it.  ``layers`` are those of null_space.
+    that are left: what was masked with it cannot be read without it.  But once a masked sum is known, only the same
+    clients may be in another: the difference of two sums is what one client has told.  (A server that lies about who
+    was lost learns that.)  ``layers`` are those of null_space.
 
     Raises UsageError for what cannot be asked for, ResourceError for too few clients, and as
     :func:`repforget.federated.moments.leace`.
@@ -149,30 +153,43 @@ def edit_of_fleet(
     if clients < least:
         Agreement(tuple(f"client {k}" for k in range(clients)), sums.bound or 1.0)  # says why
     door = Door(fleet, model, note, lambda member: None if member.facts > 0 else NO_FACTS)
-    attempt = 0
+    traffic: dict[str, tuple[int, int]] = {}
+    same: frozenset[str] = frozenset()
+    wanted, attempt = clients, 0
     while True:
         attempt += 1
-        wanted = clients if attempt == 1 else least
-        members = door.gathered(lambda here: len(here) >= wanted)  # noqa: B023 (called at once)
-        if len(members) < wanted:
-            why = "; ".join(f"'{name}' {reason}" for name, reason in door.refused.items())
-            raise ResourceError(f"{len(members)} of {wanted} clients are here{f' ({why})' if why else ''}: bring more "
-                                "and give the same command.")  # fmt: skip
-        reader = Together(door, members, sums)
+        members = _gathered(door, wanted, same)
+        reader = Together(door, members, sums, traffic)
         try:
             edit = made(model, {"all": reader}, seed=seed, progress=progress, minimum=sums.minimum)
         except LostError as lost:
             if not fleet.wait:
                 raise UsageError(f"{lost}.") from None
-            if attempt == ATTEMPTS:
-                raise ResourceError(f"Clients were lost {ATTEMPTS} times ({lost}): bring them back and give the same "
+            unable = [name for name, reason in lost.failed.items() if reason.startswith("failed")]  # would be again
+            for name in unable:
+                door.refuse(members[name], lost.failed[name])
+            same = frozenset(members) if same or reader.opened else frozenset()
+            if attempt == ATTEMPTS or same.intersection(unable):
+                raise ResourceError(f"{lost}: nothing was written; put that right and give the same "
                                     "command.") from None  # fmt: skip
-            note(f"{lost}: beginning again with the others")
-            for name, reason in lost.failed.items():
-                if reason.startswith("failed"):  # it would again
-                    door.refuse(members[name], reason)
-            continue
-        return edit, dict(sorted(reader.traffic.items()))
+            note(f"{lost}: beginning again with {'the same clients' if same else 'the others'}")
+            wanted = least
+        else:
+            return edit, {name: traffic[name] for name in reader.names}
+
+
+def _gathered(door: Door, wanted: int, same: frozenset[str]) -> Members:
+    """As many clients as are wanted, and no others than the ``same`` ones where these are named."""
+    members = door.gathered(lambda here: len(here) >= wanted and here.keys() >= same)
+    if lost := sorted(same - members.keys()):
+        raise ResourceError(f"Client '{lost[0]}' did not come back in {door.fleet.wait:g} s, and sums with it are "
+                            "known already: others without it would show what it told; bring it back and give the "
+                            "same command.")  # fmt: skip
+    if len(members) < wanted:
+        why = "; ".join(f"'{name}' {reason}" for name, reason in door.refused.items())
+        raise ResourceError(f"{len(members)} of {wanted} clients are here{f' ({why})' if why else ''}: bring more and "
+                            "give the same command.")  # fmt: skip
+    return {name: member for name, member in members.items() if not same or name in same}
 
 
 def _editor(method: Method, layers: Sequence[int]) -> Callable[..., Edit]:
