@@ -114,7 +114,7 @@ def test_a_training_is_continued_and_no_other_folder_written_over(
         unembedding.train_into(tmp_path / "a", model, records[1:], LAM)
     monkeypatch.setattr(unembedding, "train", None)
     assert np.array_equal(unembedding.train_into(tmp_path / "a", model, records, LAM).change, first.change)
-    for name, content in (("notes.txt", b"mine"), ("rows.npz", b"mine"), ("y", b""), ("rows.npz.old", b"PK\x03\x04")):
+    for name, content in (("notes.txt", b"mine"), ("rows.npz", b"mine"), ("y", b""), ("rows.old", b"PK\x03\x04")):
         other = tmp_path / name.replace(".", "-")
         other.mkdir()
         (other / name).write_bytes(content)

@@ -134,7 +134,7 @@ def refuse(folder: Path) -> None:
 def _ours(path: Path) -> bool:
     """True for rows that a training wrote which was stopped before its last file."""
     try:
-        with np.load(path, allow_pickle=False) as held:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
             return path.name == ROWS and set(held.files) == set(ARRAYS)
     except Exception:  # no file, none of numpy's, cut short: their errors have no common class
         return False
