@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,10 @@ verify:
 
 
 @pytest.mark.slow
-def test_a_request_is_answered_by_a_sealed_verdict_beside_ceiling_and_floor(tmp_path: Path) -> None:
+def test_a_request_is_answered_by_a_sealed_verdict_beside_ceiling_and_floor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # one process for the sealed check; several: test_loop.py
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     people = sorted({item.cluster for item in load_knowledge("bios-people").forget})[:8]
     with asking.opened(tmp_path / "requests.sqlite", None, "bios-people") as book:

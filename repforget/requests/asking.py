@@ -61,8 +61,9 @@ def ask(
     kept = matching.references(names, known, ledger.pseudonym)
     index = matching.index(known, ledger.pseudonym)
     unknown = matching.matched(kept, index)[1]
-    basis = basis.strip()
-    basis = basis if basis in BASES else matching.hidden(basis, known)
+    who, basis = _printable(who), _printable(basis)
+    if basis not in BASES:
+        basis = matching.hidden(basis, known if named else [*known, matching.Named("", (who,), ())])
     now = ledger.clock()
     due = until(deadline, now)
     body = {"who": who if named or not who else ledger.pseudonym(who), "names": kept, "source": source,
@@ -77,6 +78,11 @@ def ask(
     else:
         made = _settled(ledger, body, told)
     return requests(ledger, made[0].request)[0], " ".join(filter(None, told))
+
+
+def _printable(text: str) -> str:
+    """The text without what would steer a terminal."""
+    return "".join(sign if sign.isprintable() else " " for sign in text).strip()
 
 
 def _settled(ledger: Ledger, body: dict[str, Any], told: list[str]) -> list[Event]:

@@ -24,10 +24,11 @@ def _template() -> str:
 
 
 def write(audit: Audit, folder: str | Path, *, show_names: bool = False) -> Path:
-    """Write ``audit.html`` and ``audit.md`` into ``folder``; return the page. ``show_names``: with what identifies."""
-    folder = Path(folder)
-    write_atomic(folder / "audit.md", markdown(audit, show_names).encode())
-    write_atomic(folder / "audit.html", html(audit, show_names).encode())
+    """Write ``audit.html`` and ``audit.md`` into ``folder``; return the page. ``show_names``: with what identifies, for
+    their owner alone."""
+    folder, mode = Path(folder), 0o600 if show_names else 0o666
+    write_atomic(folder / "audit.md", markdown(audit, show_names).encode(), mode)
+    write_atomic(folder / "audit.html", html(audit, show_names).encode(), mode)
     return folder / "audit.html"
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -151,9 +152,10 @@ def _batch(
 
     answers: list[Answer] = []
     left: list[Request] = []
+    index = cache(lambda source: matching.index(matching.named(source), ledger.pseudonym))
     for request in batch:
         try:
-            reason = _refusal(ledger, request, order)
+            reason = _refusal(ledger, request, order, index)
         except RepforgetError as error:
             answers += _failed(ledger, [request], error)
             continue
@@ -184,14 +186,16 @@ def _batch(
     return answers + [Answer(number, made.outcome, made.sentence, made.folder) for number in numbers]
 
 
-def _refusal(ledger: Ledger, request: Request, order: Order) -> str | None:
+def _refusal(
+    ledger: Ledger, request: Request, order: Order, index: Callable[[str], matching.Index]
+) -> str | None:
     """Why there is nothing to answer, or None."""
     from repforget.requests import sharded
 
     known = sharded.known(request, order.training)
     if known is not None:
         return sharded.refusal(ledger, request, known)
-    ids, unknown = matching.matched(request.names, matching.index(matching.named(request.source), ledger.pseudonym))
+    ids, unknown = matching.matched(request.names, index(request.source))
     if unknown:
         return matching.meaningless(unknown, len(request.names), request.source)
     earlier = [requests(ledger, number)[0] for placed in in_force(ledger) for number in placed.covers]

@@ -116,6 +116,9 @@ def piled_up(stack: Sequence[Placed]) -> Edit:
 
     edits = []
     for placed in stack:
+        if not placed.path.is_dir():
+            raise LedgerError(f"The edit that row {placed.seq} of the ledger records is no longer in '{placed.path}': "
+                              "restore that folder from a copy.")  # fmt: skip
         edit = load_edit(placed.path)
         if edit.digest != placed.digest:
             raise LedgerError(f"The edit in '{placed.path}' is not the one that row {placed.seq} of the ledger records"

@@ -64,9 +64,9 @@ def requests(ledger: Ledger, only: int | None = None) -> tuple[Request, ...]:
     """
     if only is None:
         ledger.refuse_newer()
-    elif not 0 < only <= (newest := ledger.newest):
+    elif not 0 < only <= ledger.newest:
         raise UsageError(f"There is no request {only} in '{ledger.path}': "
-                         + (f"the newest is {newest}." if newest else "it holds none yet."))  # fmt: skip
+                         + (f"the newest is {ledger.newest}." if ledger.newest else "it holds none yet."))  # fmt: skip
     found: dict[int, dict[str, Any]] = {}  # fields: a record for every event would cost more than the reading
     for event in ledger.events(only, kinds=ASKED_KINDS):
         try:
