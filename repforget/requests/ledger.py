@@ -90,12 +90,7 @@ def _hash(row: tuple[Any, ...]) -> str:
 
 def _text(body: Mapping[str, Any]) -> str:
     text = json.dumps(canonical(body), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UsageError("Something to be written down is no Unicode text (bytes of another encoding were typed or "
-                         "piped in): write it in UTF-8.") from None  # fmt: skip
-    return text
+    return text.encode(errors="replace").decode()  # names of files may hold bytes that are no text
 
 
 def folded(name: str) -> str:
