@@ -42,6 +42,7 @@ def test_from_training_to_a_request(cli: Cli, data: Path, tmp_path: Path) -> Non
     outcome = json.loads(said)
     held = Guarantee.from_json(outcome["guarantee"])
     assert code == 0 and outcome["records"] == 2 and held.kind == "exact"
+    assert "on what is left (records: 8), without the 2 records" in held.statement
     assert not any(f.exists() for f in files)
     code, said, _ = cli("shards", "remove", "folder", "Bo-0")
     assert code == 0 and "records taken out: 1, from shards: 1" in said and unearned(said, [held]) == ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import shard_tools
@@ -20,6 +21,18 @@ from repforget.training import Record
 
 GROUP = (("layer.q",),)
 MANY = tuple(Record(f"r{i}", f"c{i}", "a", " b") for i in range(600))
+
+
+@pytest.mark.parametrize("changes", [
+    {"lr": 0.1}, {"rank": 2}, {"alpha": 1.0}, {"epochs": 2}, {"batch_size": 3}, {"seed": 1}, {"schedule": "cosine"},
+    {"weight_decay": 0.1}, {"groups": (("layer.k",),)}, {"unit": "record"},
+])  # fmt: skip
+def test_a_stage_is_known_by_all_that_its_bytes_follow_from(changes: dict[str, Any]) -> None:
+    settings = Settings(GROUP, shards=2, slices=2)
+    known = {digest(s.key) for s in planned(settings, "base", MANY[:9])}
+    assert known.isdisjoint(digest(s.key) for s in planned(replace(settings, **changes), "base", MANY[:9]))
+    assert known.isdisjoint(digest(s.key) for s in planned(settings, "another base", MANY[:9]))
+    assert known == {digest(s.key) for s in planned(replace(settings, combine="mean"), "base", MANY[:9])}
 
 
 @pytest.mark.parametrize(("shards", "slices"), [(1, 1), (1, 4), (3, 3), (4, 8)])

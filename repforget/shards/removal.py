@@ -162,7 +162,9 @@ def guarantee_of(training: Training, records: int, numbers: Mapping[str, float])
     s, seen = training.settings, environments(training)
     count = "1 record" if records == 1 else f"{records} records"
     same = "are, bit for bit," if seen < 2 else f"are, up to the rounding of {seen} environments,"
-    whose = (f"those of a training from scratch without the {count} taken out" if s.order == "sisa" else
+    left = len(training.records)  # true whatever was taken out by earlier requests, which ``records`` may not count
+    whose = (f"those of a training from scratch on what is left (records: {left}), without the {count} taken out"
+             if s.order == "sisa" else
              f"those of a training whose blocks never saw the {count} taken out")  # fmt: skip
     return Guarantee("exact", f"the adapters {same} {whose}", s.unit, THEOREMS[s.order], ASSUMPTIONS,
                      {**numbers, "environments": float(seen)})  # fmt: skip
