@@ -22,7 +22,7 @@ from repforget.errors import KnowledgeError, NumericalError, SiteError, UnknownN
 from repforget.guarantee import unearned
 from repforget.influence import curvature, linear_maps, rank, scores
 from repforget.influence.ask import Ask, asked, cache_folder, forget_set, some, trained_on
-from repforget.influence.audit import Ranking, _controls, cluster_lines, sentences
+from repforget.influence.audit import Ranking, _controls, _limit, cluster_lines, sentences
 from repforget.influence.score import scores_and_likeness
 from repforget.knowledge import Item, Knowledge
 from repforget.knowledge_files import load_knowledge
@@ -167,6 +167,14 @@ def test_what_it_says_uses_no_word_that_only_a_theorem_allows(knows: LoadedModel
     assert len(body["records"]) == 3 and "prompt" not in json.dumps(body)
 
 
+@pytest.mark.parametrize("draws", [2, 10, 19, 20, 39, 59])
+def test_one_more_random_set_is_above_the_limit_as_often_as_is_said(draws: int) -> None:
+    limit, chance = _limit(range(draws))
+    assert (chance < 0.0501) == (draws >= 19) and chance > 0
+    ranks = [sum(other < new for other in range(draws + 1)) for new in range(draws + 1)]  # of equal chances
+    assert np.mean([rank > limit for rank in ranks]) == pytest.approx(chance)
+
+
 def test_a_ranking_without_others_or_controls_is_refused(knows: LoadedModel) -> None:
     known = records(1)
     with pytest.raises(UsageError, match="no other"):
@@ -202,6 +210,9 @@ def test_what_is_asked_about(probe: Knowledge, tmp_path: Path, monkeypatch: pyte
     for wrong in (Ask(), Ask(prompt="a"), Ask(prompt="a", answer="b", query="forget"), Ask(answer="b", query="forget")):
         with pytest.raises(UsageError, match="--prompt with --answer"):
             asked(probe, wrong)
+    for unused in (Ask("a", "b", of=("f-Ada-60",)), Ask("a", "b", split="all")):
+        with pytest.raises(UsageError, match="leave them out"):
+            asked(probe, unused)
     with pytest.raises(UnknownNameError, match="forget"):
         asked(probe, Ask(query="forgot"))
     with pytest.raises(UnknownNameError, match="dev"):

@@ -41,19 +41,23 @@ def trained_on(knowledge: Knowledge, data: Path | None, sets: Sequence[str] | No
 
 
 def asked(knowledge: Knowledge, ask: Ask) -> tuple[Record, ...]:
-    """The answers in question as records; UsageError where nothing, or both kinds, or no such item was asked for."""
+    """The answers in question as records; UsageError where nothing, or both kinds, or no such item was asked for, and
+    for a choice among items of a probe beside one prompt."""
     single = ask.prompt is not None and ask.answer is not None
     if single == (ask.query is not None) or (ask.prompt is None) != (ask.answer is None):
         raise UsageError("No answer was named whose sources are sought: give --prompt with --answer, or --query with a "
                          "set of the probe.")  # fmt: skip
+    if single and (ask.of or ask.split != Ask.split):
+        raise UsageError("One answer is asked about by --prompt, and --of and --split choose items of a set of the "
+                         "probe: leave them out, or ask with --query.")  # fmt: skip
     if single:
         answer = str(ask.answer)
         return (Record("query", "query", str(ask.prompt), answer if answer[:1].isspace() else " " + answer),)
     items = _items(knowledge, _known(str(ask.query), SETS, "set"), ask.split)
     if ask.of:
-        names = {item.id for item in items} | {item.cluster for item in items}
-        for name in ask.of:
-            _known(name, names, f"item or cluster of the {ask.query} set on the split {ask.split}")
+        clusters = {item.cluster for item in items}
+        for name in set(ask.of) - {item.id for item in items}:
+            _known(name, clusters, f"item or cluster of the {ask.query} set on the split {ask.split}")
         items = tuple(item for item in items if item.cluster in ask.of or item.id in ask.of)
     if not items:
         raise UsageError(f"The {ask.query} set of '{knowledge.name}' has no items on the split {ask.split}: take "

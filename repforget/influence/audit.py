@@ -110,10 +110,15 @@ def rank(
         # less is outside a control than outside the forget set, which it leaves out: counted as if it were as much
         shares.append(_share(row[~ours], within[~ours], (~ours).sum() / (~(within | ours)).sum()))
     low, high = np.quantile(shares, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    place = min(len(tops), math.ceil(LEVEL * (len(tops) + 1)))  # one more draw is above it in `chance` of all cases
-    return Ranking(tuple(records), values[0], alike[0], ours, _share(values[0], ours), sorted(tops)[place - 1],
-                   1 - place / (len(tops) + 1), (float(low), float(high)), len(controls), min(map(len, controls)),
-                   len(queries))  # fmt: skip
+    limit, chance = _limit(tops)
+    return Ranking(tuple(records), values[0], alike[0], ours, _share(values[0], ours), limit, chance,
+                   (float(low), float(high)), len(controls), min(map(len, controls)), len(queries))  # fmt: skip
+
+
+def _limit(tops: Sequence[float]) -> tuple[float, float]:
+    """A limit that one more draw like ``tops`` exceeds with the chance beside it, at most 5 % where 19 are enough."""
+    place = min(len(tops), math.ceil(LEVEL * (len(tops) + 1)))
+    return sorted(tops)[place - 1], 1 - place / (len(tops) + 1)
 
 
 def _controls(

@@ -108,8 +108,12 @@ def per_record(inputs: Tensor, gradients: Tensor, factors: Factors | None) -> Te
     return g.mT @ a
 
 
-def slices(inputs: Tensor, gradients: Tensor, most: int = 1 << 25) -> Iterable[slice]:
-    """Slices of a batch whose gradients of the weight have no more than so many entries in all."""
+def slices(inputs: Tensor, gradients: Tensor, most: int = 1 << 21) -> Iterable[slice]:
+    """Slices of a batch whose gradients of the weight have no more than so many entries in all.
+
+    Memory of this size is used again; of 2^25 entries the system takes back and clears every piece, which costs more
+    time than the arithmetic.
+    """
     size = max(1, most // (inputs.shape[-1] * gradients.shape[-1]))
     return (slice(k, k + size) for k in range(0, len(inputs), size))
 
