@@ -22,6 +22,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from repforget.influence import curvature, linear_maps, scores
+from repforget.influence.score import scores_and_likeness
 from repforget.knowledge_files import load_knowledge
 from repforget.models.load import LoadedModel, copy_of, load
 from repforget.scoring import answer_logprobs
@@ -90,6 +91,8 @@ def methods(base: LoadedModel, train: Sequence[Record], queries: Sequence[Record
         for damping in DAMPINGS if not at else (0.1,):
             found[f"EK-FAC{at}, damping {damping:g}"] = scores(model, asked, examples, names, made, damping=damping)
         found[f"gradient dot product{at}"] = scores(model, asked, examples, names)
+        one = [[k] for k in range(len(asked))]  # a question each; cosines, which have no unit
+        found[f"likeness (cosine){at}"] = scores_and_likeness(model, asked, examples, names, made, one)[1]
     same = np.array([[fact(q) == fact(r) for r in train] for q in queries], float)
     drawn = np.random.default_rng(0)
     best = found["EK-FAC, damping 0.1"]
