@@ -16,7 +16,7 @@ from repforget.artifact import Edit
 from repforget.errors import UsageError
 from repforget.knowledge import Item, Knowledge
 from repforget.models.load import load
-from repforget.requests import asking, matching
+from repforget.requests import asking, matching, page
 from repforget.requests.audit import audit
 from repforget.requests.ledger import Ledger
 from repforget.requests.run import Order, answer, composed, in_force, sequence, workplace
@@ -169,15 +169,21 @@ def test_the_loop_does_not_edit_what_a_training_serves(book: Ledger) -> None:
     assert "is a sharded training" in requests(book, 2)[0].reason
 
 
+def _towns(folder: Path) -> str:
+    """A probe about the cities of eight people of the training, and of twelve others."""
+
+    def item(name: str) -> Item:
+        return Item(id=f"{name}-city", cluster=name, prompt=f"Where is city {name} ?", answer="Rome")
+
+    probe = Knowledge.build("towns", [item(f"w4{k}") for k in range(8)], [item(f"r{k}") for k in range(12)])
+    return str(matching.write_probe(probe, folder))
+
+
 def test_a_request_about_a_probe_is_answered_by_a_training_on_it(
     book: Ledger, training: Path, tmp_path: Path, base: str
 ) -> None:
-    def item(name: str, prefix: str) -> Item:
-        return Item(id=f"{name}-{prefix}", cluster=name, prompt=f"Where is {prefix} {name} ?", answer="Rome")
-
     names = [f"w4{k}" for k in range(8)]
-    probe = Knowledge.build("towns", [item(n, "city") for n in names], [item(f"r{k}", "city") for k in range(12)])
-    source = str(matching.write_probe(probe, tmp_path / "towns"))
+    source = _towns(tmp_path / "towns")
     asking.ask(book, ["w43"], source=source), asking.ask(book, source=source), asking.ask(book, ["r3"], source=source)
     outcomes = [a.outcome for a in answer(book, [1, 3], Order(training=training))]
     assert outcomes == ["exact", "refused"]
@@ -202,3 +208,26 @@ def test_in_union_every_request_of_a_training_is_taken_out_itself(book: Ledger, 
 def test_a_new_ledger_of_a_training_is_about_its_base(tmp_path: Path, base: str, training: Path) -> None:
     with asking.opened(tmp_path / "new.sqlite", None, f"training:{training}") as made:
         assert made.facts["model"] == shards.opened(training).base["model"] == base
+
+
+def test_a_training_and_a_probe_are_about_the_same_people(book: Ledger, training: Path, tmp_path: Path) -> None:
+    source = _towns(tmp_path / "towns")
+    asking.ask(book, ["w41"])  # of the training
+    assert asking.ask(book, ["w42"], source=source, keep=True)[0].state == "kept"
+    made, _ = asking.ask(book, ["w41"], source=source, keep=True)
+    assert made.state == "conflict" and "by request 1:" in made.reason
+    assert answer(book, [1], Order())[0].outcome == "exact"  # nothing is left in the training to compare with
+    assert asking.ask(book, ["w41"], source=source, keep=True)[0].state == "conflict"
+
+
+def test_a_training_that_was_moved_fails_without_its_path_and_is_answered_where_it_is(
+    book: Ledger, training: Path, tmp_path: Path
+) -> None:
+    asking.ask(book, ["w41"])
+    training.rename(tmp_path / "moved")
+    (failed,) = answer(book, [1], Order())
+    assert failed.outcome == "failed" and str(training) in failed.sentence
+    reason = requests(book, 1)[0].reason
+    assert "The source 'training' cannot be read" in reason and str(tmp_path) not in reason
+    assert str(tmp_path) not in page.markdown(audit(book), True)
+    assert answer(book, [1], Order(training=tmp_path / "moved"))[0].outcome == "exact"
