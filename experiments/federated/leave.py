@@ -149,17 +149,23 @@ def judged(trial: Trial) -> dict[str, Any]:
     return {"leaves": trial.leaving, "rows": rows}
 
 
+def interval(values: Sequence[float]) -> list[float]:
+    """Mean and half the width of the 95 % interval (Student's t over the seeds)."""
+    half = student_t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return [float(np.mean(values)), float(half)]
+
+
 def summary(seeds: Mapping[str, Any]) -> dict[str, Any]:
-    """Mean and half the width of the 95 % interval (Student's t over seeds) of every number of every row."""
-    found: dict[str, Any] = {}
-    for way in next(iter(seeds.values()))["rows"]:
-        rows = [seed["rows"][way] for seed in seeds.values()]
-        found[way] = {}
-        for key in (key for key, value in rows[0].items() if isinstance(value, (int, float))):
-            values = np.array([row[key] for row in rows], dtype=float)
-            half = student_t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-            found[way][key] = [float(values.mean()), float(half)]
-    return found
+    """Intervals of every number and every share of a claim, way by way, and of what distillation changed."""
+    flat: dict[str, list[dict[str, float]]] = {}
+    for seed in seeds.values():
+        for way, row in seed["rows"].items():
+            shares = {name: rho for name, (_, rho) in row.get("claims", {}).items() if rho is not None}
+            flat.setdefault(way, []).append({k: v for k, v in row.items() if isinstance(v, (int, float))} | shares)
+    flat["distillation"] = [{key: after[key] - before[key] for key in after if key in before}
+                            for before, after in zip(flat["rollback"], flat["rollback, distilled"], strict=True)]
+    return {way: {key: interval([row[key] for row in rows]) for key in rows[0] if all(key in row for row in rows)}
+            for way, rows in flat.items()}  # fmt: skip
 
 
 def main() -> None:
