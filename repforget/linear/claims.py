@@ -66,14 +66,15 @@ def guarantee(head: Head) -> Guarantee:
 def _released(head: Head, release: Release, rows: str, if_true: tuple[str, ...]) -> Guarantee:
     used, bound, now = spent(head), head.distance, f", now without the {rows}" if head.log else ""
     promise = f"({at_most(release.epsilon)}, {at_most(release.delta)})"
+    near = "the penalty" + " and curvature (Bach 2010, arXiv 0910.4627)" * isinstance(head.model, Logistic)
     return Guarantee(
         "certified",
         f"Up to (epsilon, delta) = {promise} all publications of this head together, past and next, cannot be told "
         f"from those of heads trained to the minimum on the rows left at each{now}, and published with the same noise.",
         "row",
-        "Strong convexity, |w - w*| <= |gradient at w| / penalty; one publication by Balle and Wang 2018, arXiv "
-        "1805.06530, theorem 8; several, with requests that depend on them, by Smith and Thakurta 2022, arXiv "
-        "2210.17520; of the output alone, as in Neel et al. 2021, arXiv 2007.02923",
+        f"Strong convexity, by {near}; one publication by Balle and Wang 2018, arXiv 1805.06530, theorem 8; several, "
+        "with requests that depend on them, by Smith and Thakurta 2022, arXiv 2210.17520; of the output alone, as in "
+        "Neel et al. 2021, arXiv 2007.02923",
         (FOLDER, EARLIER, REALS, *if_true),
         {"epsilon": release.epsilon, "delta": release.delta, "output noise": release.tau, "distance bound": bound,
          "publications": len(head.published), "distance of all publications": used, "distance covered": release.limit,

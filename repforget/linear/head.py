@@ -6,17 +6,19 @@ import datetime
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from repforget.errors import UsageError, nearest
-from repforget.linear._arrays import EPS, Array
+from repforget.linear import logistic, ridge
+from repforget.linear._arrays import Array
 from repforget.linear.budget import Budget, draw_noise, for_rows, steps_left, within
 from repforget.linear.logistic import Logistic, change_logistic, fit_logistic, leaving, refit, within_unit
 from repforget.linear.release import Release, covered, left
-from repforget.linear.ridge import Ridge, change_ridge, distance, fit_ridge
+from repforget.linear.ridge import Ridge, change_ridge, fit_ridge
 from repforget.linear.rows import Index, Table, prepared
 from repforget.linear.softmax import Softmax, fit_softmax
 
@@ -56,12 +58,18 @@ class Head:
     def n(self) -> int:
         return len(self.index)
 
-    @property
+    @cached_property
     def distance(self) -> float:
         """Upper bound on the distance (Frobenius) of the weights to the minimiser on the rows that are left."""
         if isinstance(self.model, Logistic):
-            return self.model.residual / (self.model.lam * self.model.n) * (1 + 4 * EPS)
-        return distance(self.model) if isinstance(self.model, Ridge) else self.model.distance
+            return logistic.distance(self.model, self._curvature)
+        return ridge.distance(self.model) if isinstance(self.model, Ridge) else self.model.distance
+
+    @property
+    def _curvature(self) -> float:
+        """Known where rows were checked to be within 1, under a release."""
+        known = isinstance(self.model, Logistic) and self.release is not None
+        return logistic.least_curvature(self.model) if known else 0.0  # type: ignore[arg-type]
 
     def scores(self, x: NDArray[Any]) -> Array:
         """What the columns say of rows ``x`` [n, d]: [n, k]."""
@@ -195,7 +203,7 @@ def removals_left(head: Head) -> int | None:
     """About how many more single rows a promise on steps covers, an estimate; None where no such promise is made."""
     model = head.model
     if isinstance(model, Logistic) and head.release is not None:
-        return steps_left(left(head, head.release) * model.lam * model.n, model)
+        return steps_left(logistic.residual_at(model, left(head, head.release), head._curvature), model)
     return steps_left(head.budget.limit, model) if isinstance(model, Logistic) and head.budget is not None else None
 
 
