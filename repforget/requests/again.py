@@ -37,7 +37,7 @@ def again(
     another process changed what is in force meanwhile.
     """
     ledger.refuse_broken()
-    states = list(sequence(ledger))
+    placed, states = in_force(ledger), list(sequence(ledger))
     if len(states) < 2:
         raise UsageError(f"{len(states)} requests of '{ledger.path}' have an edit in force: two are needed before an "
                          "earlier one can be checked again.")  # fmt: skip
@@ -53,7 +53,6 @@ def again(
     asked = {name: own for name, own in items.items() if own}
     keep = _keep(knowledge, {item.id for own in asked.values() for item in own})
     _refuse_none(asked, left_out)
-    placed = in_force(ledger)
     looks = [look(base if before is None else load(before), knowledge, asked, keep)]
     for _, edit in track(progress, states, "asking again", len(states)):
         looks.append(look(edit.applied_to(base), knowledge, asked, keep))

@@ -217,7 +217,7 @@ class Ledger:
         return int(next(self._rows_of("SELECT ifnull(max(request), 0) FROM events"))[0])
 
     @property
-    def tried(self) -> bool:
+    def begun(self) -> bool:
         """Whether an answer to any request was ever begun."""
         return next(self._rows("kind = 'started' LIMIT 1", (), "seq"), None) is not None
 

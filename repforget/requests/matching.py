@@ -209,12 +209,13 @@ def _line(item: Item) -> dict[str, Any]:
 
 def hidden(text: str, known: Iterable[Named]) -> str:
     """``text`` without any name or text of what is known, nor a part of a name: what may be kept and shown."""
-    text = unicodedata.normalize("NFC", text)
-    whole = {unicodedata.normalize("NFC", word) for entry in known for word in (*entry.names, *entry.texts)}
+    text = unicodedata.normalize("NFKC", text)
+    whole = {unicodedata.normalize("NFKC", word) for entry in known for word in (*entry.names, *entry.texts)}
     parts = {word for entry in known for name in entry.names for word in _WORD.findall(name) if word[0].isupper()}
     within = text.casefold()
     for word in sorted(whole | parts, key=len, reverse=True):
         if word.casefold() in within and (len(word) > 2 or not word.isascii()):
             text = text.replace(word, HIDDEN) if word in whole else text
-            text = re.sub(rf"(?<![^\W_]){re.escape(word)}(?![^\W_])", HIDDEN, text, flags=re.IGNORECASE)
+            either = f"{re.escape(word)}|{re.escape(word.casefold())}"  # a sharp s is two letters in capitals
+            text = re.sub(rf"(?<![^\W_])(?:{either})(?![^\W_])", HIDDEN, text, flags=re.IGNORECASE)
     return text

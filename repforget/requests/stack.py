@@ -36,7 +36,7 @@ def workplace(ledger: Ledger) -> Path:
     """
     path = ledger.path
     own, old = path.with_name(f"{path.name}.files"), path.with_suffix(".files")
-    if own.exists() or not old.is_dir() or not ledger.tried:
+    if own.exists() or not old.is_dir() or not ledger.begun:
         return own
     for other in path.parent.iterdir():
         if other != path and other.is_file() and other.with_suffix(".files") == old and _claims(other):
@@ -51,7 +51,7 @@ def _claims(path: Path) -> bool:
         return False
     try:
         with Ledger(path) as other:
-            return other.tried
+            return other.begun
     except LedgerError:
         return False
 
