@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import edit_models
+import forked
 import numpy as np
 import pytest
 import tiny_models
+from test_federated_moments import distance
 
 from repforget.artifact import load_edit
 from repforget.errors import ResourceError, UsageError
 from repforget.federated.clients import Client, Worker
+from repforget.federated.dealt import dealt, write_part
 from repforget.federated.faults import Fault, Faulty
 from repforget.federated.history import History
+from repforget.federated.leave import leave
 from repforget.federated.messages import Local
 from repforget.federated.run import simulate
-from repforget.federated.serve import Certificates, checked_address, join, serve
+from repforget.federated.serve import Certificates, Post, checked_address, join, serve
 from repforget.federated.server import Plan
+from repforget.federated.simulate import Here
 from repforget.federated.sources import Source, of_folder
+from repforget.federated.together import SECURE, Sums, edit_of_fleet
 from repforget.models.load import LoadedModel, load, wrap
 from repforget.training import read_records
 
@@ -90,33 +94,48 @@ def test_ray_gives_the_same_and_a_process_that_dies_takes_nobody_along(
 
 
 @pytest.mark.slow
-def test_processes_over_grpc_give_the_same_and_one_that_dies_is_named(
+def test_commands_over_grpc_train_forget_and_tell_moments_as_one_process_does(
     world: tuple[str, dict[str, Source]], tmp_path: Path
 ) -> None:
     model, sources = world
-    address = f"127.0.0.1:{free_port()}"
     base = load(model, device="cpu")
-    server = threading.Thread(target=lambda: serve(base, plan(model), tmp_path / "run", address=address, clients=2,
-                                                   wait=300))  # fmt: skip
-    server.start()
-    data = {name: str(tmp_path / "data" / f"{name}.jsonl") for name in ("ann", "bob")}
-    ann = start("join", "ann", "--data", data["ann"], "--model", model, "--address", address, "--json")
-    bob = start("join", "bob", "--data", data["bob"], "--model", model, "--address", address, "--inject", "bob:2:die")
-    server.join(300)
-    assert ann.communicate(timeout=60)[0] == json.dumps({"client": "ann", "rounds": 2}, indent=1) + "\n"
-    bob.communicate(timeout=60)
-    assert bob.returncode == 1
+    parts = dealt(edit_models.people().for_editor(), 4)
+    for name, part in parts.items():
+        write_part(tmp_path / "data" / f"{name}.jsonl", part)
+    at = ("--address", f"127.0.0.1:{free_port()}", "--wait", "100", "--json")
+
+    def command(kind: str, *more: str) -> list[str]:
+        return ["federated", kind, *more, *at]
+
+    def joins(name: str, *more: str) -> list[str]:
+        return command("join", name, "--data", str(tmp_path / "data" / f"{name}.jsonl"), "--model", model, *more)
+
+    local = ("--rank", "2", "--alpha", "4", "--lr", "0.01", "--batch-size", "2", "--rounds", "2", "--clients", "2")
+    lost = "client-1"
+    train, forget, tell = forked.run(model, [
+        [command("serve", "--model", model, "--out", str(tmp_path / "run"), *local),
+         joins("ann"), joins("bob", "--inject", "bob:2:die")],
+        [command("forget", "bob", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "left"), "--keep-record"),
+         joins("ann")],
+        [command("moments", "--model", model, "--out", str(tmp_path / "moments"), "--clients", "4", "--minimum", "1"),
+         *(joins(name, *(("--inject", f"{lost}:3:die") if name == lost else ())) for name in parts)],
+    ])  # fmt: skip
+    assert [code for code, _ in train] == [0, 0, -9] and '"rounds": 2' in train[1][1]
     body = json.loads((tmp_path / "run" / "report.json").read_text())
     assert body["clients"] == {"ann": 2, "bob": 3} and body["totals"]["up"] > 0
     assert [row["failed"] for row in body["rounds"]] == [{}, {"bob": "died before it answered"}]
     two = {name: sources[name] for name in ("ann", "bob")}
-    same(tmp_path / "run", expected(model, two, tmp_path / "here", "bob:2:error"))
-
-
-def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", "repforget", "federated", *arguments], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    here = expected(model, two, tmp_path / "here", "bob:2:error")
+    same(tmp_path / "run", here)
+    assert [code for code, _ in forget] == [0, 0]
+    leave(base, here, "bob", "retrain", tmp_path / "kept")
+    same(tmp_path / "left", tmp_path / "kept")
+    assert sorted(code for code, _ in tell) == [-9, 0, 0, 0, 0]
+    told = {name: Client(name, base, (), data=part) for name, part in parts.items() if name != lost}
+    wanted, _ = edit_of_fleet(Here(told), base, "leace", 3, sums=Sums(SECURE.bound, 1))
+    assert distance(load_edit(tmp_path / "moments"), wanted) < 1e-4  # rounding of other processes
+    sent = json.loads(tell[0][1][tell[0][1].index("{"):])["bytes"]
+    assert sent.keys() == told.keys() and all(each["up"] > 1000 for each in sent.values())
 
 
 def free_port() -> int:
@@ -200,8 +219,13 @@ def client(model: str, sources: dict[str, Source], name: str, *faults: Fault, pa
     return Faulty(own, faults, patience)
 
 
-def together(base: LoadedModel, asked: Plan, folder: Path, workers: list[Worker], **more: Any) -> dict[str, Any]:
-    """A server and its clients in threads of this process; what each came to, and what the server said."""
+def apart(
+    server: Callable[[str, list[str]], Any], workers: list[Worker], first: list[Worker] | None = None, wait: float = 8.0
+) -> dict[str, Any]:
+    """A server and its clients in threads of this process; what each came to, and what the server said.
+
+    The others join when the ``first`` are through.
+    """
     address = f"127.0.0.1:{free_port()}"
     came: dict[str, Any] = {"said": []}
 
@@ -216,13 +240,22 @@ def together(base: LoadedModel, asked: Plan, folder: Path, workers: list[Worker]
         thread.start()
         return thread
 
-    threads = [act("server", lambda: serve(base, asked, folder, address=address, clients=len(workers), wait=20,
-                                           note=came["said"].append, **more))]  # fmt: skip
-    threads += [act(worker.name, lambda worker=worker: join(worker, address=address, wait=8))  # type: ignore[misc]
-                for worker in workers]  # fmt: skip
-    for thread in threads:
-        thread.join(120)
+    def joining(group: list[Worker]) -> list[threading.Thread]:
+        return [act(worker.name, lambda worker=worker: join(worker, address=address, wait=wait))  # type: ignore[misc]
+                for worker in group]  # fmt: skip
+
+    serving = act("server", lambda: server(address, came["said"]))
+    for group in (first or [], workers):
+        for thread in joining(group):
+            thread.join(120)
+    serving.join(120)
     return came
+
+
+def together(base: LoadedModel, asked: Plan, folder: Path, workers: list[Worker], **more: Any) -> dict[str, Any]:
+    """A training over gRPC in this process."""
+    return apart(lambda address, said: serve(base, asked, folder, address=address, clients=len(workers), wait=20,
+                                             note=said.append), workers, **more)  # fmt: skip
 
 
 def test_a_late_client_is_left_out_of_its_round_and_the_others_go_on(
@@ -231,11 +264,11 @@ def test_a_late_client_is_left_out_of_its_round_and_the_others_go_on(
     model, sources = world
     base = load(model, device="cpu")
     workers = [client(model, sources, "ann"),
-               client(model, sources, "bob", Fault("bob", 1, "late"), patience=5.0)]  # fmt: skip
-    came = together(base, plan(model, timeout=5.0), tmp_path / "run", workers)
+               client(model, sources, "bob", Fault("bob", 1, "late"), patience=3.0)]  # fmt: skip
+    came = together(base, plan(model, timeout=3.0), tmp_path / "run", workers, wait=1.0)
     assert not isinstance(came["server"], Exception), came["server"]
-    assert failed(tmp_path / "run")[0] == {"bob": "did not answer within 5 s"}
-    assert any("round 1: client 'bob' did not answer within 5 s" in line for line in came["said"])
+    assert failed(tmp_path / "run")[0] == {"bob": "did not answer within 3 s"}
+    assert any("round 1: client 'bob' did not answer within 3 s" in line for line in came["said"])
     assert History.open(tmp_path / "run" / "history")[0].clients == ("ann",)
     assert came["ann"] == 2
 
@@ -247,12 +280,47 @@ def test_a_client_with_another_model_is_told_and_the_others_train(
     base = load(model, device="cpu")
     other = wrap(tiny_models.build("llama", seed=5), base.tokenizer)
     stranger = Client.of("eve", other, read_records(sources["bob"].path))
-    came = together(base, plan(model), tmp_path / "run", [client(model, sources, "ann"), stranger])
+    came = together(base, plan(model), tmp_path / "run", [client(model, sources, "ann")], first=[stranger])
     assert isinstance(came["eve"], UsageError) and "refuses 'eve': it has a base model" in str(came["eve"])
     assert "eve" in json.loads((tmp_path / "run" / "report.json").read_text())["refused"]
     assert sum("refused: client 'eve'" in line for line in came["said"]) == 1
     assert came["ann"] == 2
     same(tmp_path / "run", expected(model, {"ann": sources["ann"]}, tmp_path / "here"))
+
+
+@pytest.mark.parametrize("method", ["retrain", "federaser", "client"])
+def test_forgetting_over_grpc_is_forgetting_here_bit_for_bit(
+    method: Any, world: tuple[str, dict[str, Source]], tmp_path: Path
+) -> None:
+    model, sources = world
+    base, run = load(model, device="cpu"), expected(model, sources, tmp_path / "run")
+    more = {"keep_record": True, "editor": "grad_ascent"}
+    wanted = leave(base, run, "bob", method, tmp_path / "here", **more)
+    other = Client.of("eve", base, read_records(sources["ann"].path))
+    few = Client.of("cid", base, read_records(sources["cid"].path)[:1])
+
+    def server(address: str, said: list[str]) -> Any:
+        return leave(base, run, "bob", method, tmp_path / "there", note=said.append, **more,
+                     meet=lambda: Post.at(address).open(60.0, 20.0, said.append))  # fmt: skip
+
+    members = [client(model, sources, name) for name in sources]
+    leaving = [each for each in members if each.name == "bob" and method != "client"]
+    came = apart(server, [each for each in members if each not in leaving],
+                 [*leaving, other, few] if method == "retrain" else leaving)  # fmt: skip
+    found = came["server"]
+    for a, b in zip(wanted.operations, found.operations, strict=True):
+        assert a.kind == b.kind and all(np.array_equal(getattr(a, part), getattr(b, part))
+                                        for part in ("u", "v", "delta") if hasattr(a, part))  # fmt: skip
+    costs = [json.loads((tmp_path / name / "forget.json").read_text()) for name in ("here", "there")]
+    assert costs[0]["trainings"] == costs[1]["trainings"] and costs[0]["down"] == costs[1]["down"]
+    if method == "client":
+        assert (came["bob"], came["ann"]) == (1, 2)  # it unlearns, and nothing else
+    else:
+        assert "is the client that leaves" in str(came["bob"]) and came["ann"] == (2 if method == "retrain" else 1)
+    if method == "retrain":
+        assert "took no part in the training" in str(came["eve"])
+        assert any("joins with 1 records and trained with 4" in line for line in came["said"])
+        assert any("server compared their number alone" in line for line in found.manifest.guarantee.assumptions)
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:8080", "192.0.2.7:8080", "[::]:8080", "example.org:8080"])

@@ -39,7 +39,13 @@ class LostError(ResourceError):
 
     def __init__(self, failed: Mapping[str, str], between: str) -> None:
         self.failed = failed
-        super().__init__("; ".join(f"Client '{name}' {reason}{between}" for name, reason in failed.items()))
+        super().__init__("; ".join(f"Client '{name}' {reason}{'' if unable(reason) else between}"
+                                   for name, reason in failed.items()))  # fmt: skip
+
+
+def unable(reason: str) -> bool:
+    """Whether a client said that it cannot do what it was asked: it would say so again."""
+    return reason.startswith("failed")
 
 
 @dataclass
@@ -165,11 +171,11 @@ def edit_of_fleet(
         except LostError as lost:
             if not fleet.wait:
                 raise UsageError(f"{lost}.") from None
-            unable = [name for name, reason in lost.failed.items() if reason.startswith("failed")]  # would be again
-            for name in unable:
+            final = [name for name, reason in lost.failed.items() if unable(reason)]
+            for name in final:
                 door.refuse(members[name], lost.failed[name])
             same = frozenset(members) if same or reader.opened else frozenset()
-            if attempt == ATTEMPTS or same.intersection(unable):
+            if attempt == ATTEMPTS or same.intersection(final):
                 raise ResourceError(f"{lost}: nothing was written; put that right and give the same "
                                     "command.") from None  # fmt: skip
             note(f"{lost}: beginning again with {'the same clients' if same else 'the others'}")
