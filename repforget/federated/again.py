@@ -62,13 +62,13 @@ class Again:
         packed = pack_task(task)
         keys = {name: {"client": name, "records": self.records[name], "task": _sha(packed),
                        "base": self.base.fingerprint} for name in names}  # fmt: skip
-        for attempt in range(1, ATTEMPTS + 1):
-            places = {name: self._place(key) for name, key in keys.items()}
-            missing = [name for name, place in places.items() if place is None]
-            if not missing:
+        attempt = 0
+        while True:
+            found = {name: place for name, key in keys.items() if (place := self._place(key)) is not None}
+            if not (missing := [name for name in names if name not in found]):
                 break
-            failed = self._asked(task, missing, keys)
-            for name, reason in failed.items():
+            attempt += 1
+            for name, reason in self._asked(task, missing, keys).items():
                 if self.apart and attempt < ATTEMPTS:
                     self.door.note(f"{_named(task)}: client '{name}' {reason}; it is asked again")
                     continue
@@ -76,7 +76,6 @@ class Again:
                 if self.apart:
                     raise ResourceError(f"{text}nothing was changed; bring it back and give the same command.")
                 raise NumericalError(f"{text}nothing was changed.")
-        found = {name: place for name, place in places.items() if place is not None}
         for place in found.values():
             reply = _read(place)
             self.seconds, self.up = self.seconds + reply.seconds, self.up + reply.up
