@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from request_tools import FakeLoop
 from test_requests_run import _answer, fake, quick  # noqa: F401
+from test_requests_stability import a_look
 
 from repforget.errors import ResourceError, UsageError
 from repforget.guarantee import unearned
@@ -106,6 +107,20 @@ def test_a_request_that_was_never_known_is_named_and_the_others_are_checked(
     first = next(book.events(1, kinds=("reverified",))).body
     assert first["outcome"] == "inconclusive" and first["reason"] in audit(book).sections[0].again[0]
     assert requests(book, 1)[0].state == "done" and "came_back" in second
+
+
+@pytest.mark.parametrize(("left_out", "code"), [({}, 0), ({"c": "C was never known."}, 11)])
+def test_where_one_was_left_out_the_check_is_no_pass(
+    book: Ledger, cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch,
+    left_out: dict[str, str], code: int,
+) -> None:  # fmt: skip
+    levels = [(0.9, 0.9, 0.9), (0.1, 0.9, 0.9), (0.1, 0.1, 0.9), (0.1, 0.1, 0.1)]
+    *looks, floor = (Look({name: own for name, own in each.requests.items() if name not in left_out}, each.keep)
+                     for each in (*map(a_look, levels), a_look((0.1, 0.1, 0.1))))  # fmt: skip
+    made = stability(looks, floor, ("a", "b", "c"), left_out)
+    monkeypatch.setattr("repforget.requests.again.again", lambda *given, **more: made)
+    found = cli("request", "check", "--ledger", str(book.path), "--json")
+    assert found[0] == code and json.loads(found[1])["outcomes"] == ["pass", "pass"]
 
 
 def test_what_changed_while_it_was_asked_is_not_recorded_as_checked(

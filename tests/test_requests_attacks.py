@@ -171,6 +171,7 @@ def test_killed_between_the_edit_and_its_verdict_it_is_answered_once_and_no_text
     assert requests(book, 1)[0].state == "open" and in_force(book) == () and book.faults() == ()
     assert _texts_in(workplace(book)), "the probe is there when it is killed, or nothing is shown by what follows"
     (workplace(book) / "error.txt").write_text("Secretville3")  # what an error of the program itself leaves
+    assert _answer(book) == [] and not _texts_in(workplace(book))
     assert _answer(book, 1) == ["pass"] and requests(book, 1)[0].attempts == 2
     assert len(in_force(book)) == 1 and not _texts_in(workplace(book)) and len([*workplace(book).glob("run-*")]) == 1
 
