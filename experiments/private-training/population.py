@@ -28,12 +28,12 @@ from repforget.training import Record
 from repforget.verify.statistics.separation import auc
 
 PEOPLE = 8000  # each in by a coin
-SEED = 1  # of people, coins and training; settings and the share of guesses were chosen on seed 0
+SEED = 2  # of people, coins and training; settings, scores and the share of guesses were chosen on seeds 0 and 1
 KEEPS = 0.9  # of people follow the rule
 ASKED = 8  # of those who are in ask to be forgotten
 DELTA = 1e-5
 SHARE = 0.1  # of people about whom the audit guesses
-PLAIN: dict[str, Any] = {"rank": None, "epochs": 12.0, "lr": 2e-3, "batch": 64}
+PLAIN: dict[str, Any] = {"rank": None, "epochs": 20.0, "lr": 2e-3, "batch": 64}
 PRIVATE: dict[str, Any] = {"rank": 2, "epochs": 4.0, "lr": 4e-2, "batch": 250}
 PLAYED = ("flute", "fiddle", "horn", "viol", "drum", "lute", "oboe", "recorder", "harp", "organ", "zither", "bugle")
 AGAIN = "plain, trained again without them"
@@ -104,10 +104,9 @@ def measured(model: LoadedModel, base: LoadedModel, folk: Sequence[Person], with
     """The rule on people who are not in, what of each person's own can be asked for, and what attacks see of it."""
     rule = answer_logprobs(model, [p.common(p.rule) for p, inside in zip(folk, within, strict=True) if not inside])
     own, before = (answer_logprobs(m, [p.own() for p in folk]) for m in (model, base))
-    plays, played = (answer_logprobs(m, [p.common(p.plays) for p in folk]) for m in (model, base))
     gone = np.array([p.id in asked for p in folk])
-    scores = {"loss": own.mean_logprob, "min_k": min_k(own.token_logprobs), "reference":
-              own.sum_logprob + plays.sum_logprob - before.sum_logprob - played.sum_logprob}  # fmt: skip
+    scores = {"loss": own.mean_logprob, "min_k": min_k(own.token_logprobs),
+              "reference": own.sum_logprob - before.sum_logprob}  # fmt: skip
 
     def facts(which: np.ndarray) -> dict[str, float]:
         return {"said": float(own.greedy_match[which].mean()),
