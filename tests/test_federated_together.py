@@ -83,7 +83,7 @@ class Fleet(Here):
 def spoiled(told: Told, how: str) -> Told:
     if how == "words":
         return Told({"classes": [["a"]]})
-    name, value = next(iter(told.tensors.items()))
+    name, value = max(told.tensors.items(), key=lambda pair: (pair[1].size, pair[0]))
     changed = {"shape": value[1:], "dtype": value.astype(np.float32), "nan": np.full_like(value, np.nan)
                if value.dtype == np.float64 else value[:0]}[how]  # fmt: skip
     return Told(told.words, {**told.tensors, name: changed})

@@ -151,18 +151,16 @@ def moments(
     """
     from contextlib import nullcontext
 
-    from repforget.errors import UsageError, nearest
     from repforget.federated.dealt import fleet_of
-    from repforget.federated.together import SECURE, Sums, edit_of_fleet
+    from repforget.federated.together import SECURE, Sums, edit_of_fleet, editor_of
     from repforget.knowledge_files import load_knowledge
     from repforget.models.load import load
 
-    if method not in ("leace", "null_space"):
-        raise UsageError(f"There is no method '{method}' from moments: {nearest(method, ('leace', 'null_space'))}")
+    sums = Sums(None if in_clear else SECURE.bound, minimum)
+    editor_of(method, clients, layers or (), sums)
     context.obj.interrupted = "Interrupted: nothing was written; the clients' data are where they were."
     post = _post(address, authority, certificate, key)
     base = load(model, device=device, dtype=dtype)
-    sums = Sums(None if in_clear else SECURE.bound, minimum)
     with display(as_json) as (progress, echo):
         fleet = (post.open(timeout, wait, echo) if post is not None else
                  nullcontext(fleet_of(base, load_knowledge(knowledge).for_editor(), clients, seed)))  # fmt: skip
@@ -303,13 +301,14 @@ def forget(
     from functools import partial
 
     from repforget.federated.distil import Distillation
-    from repforget.federated.leave import leave
+    from repforget.federated.leave import known, leave
     from repforget.federated.run import Setup
     from repforget.models.load import load
     from repforget.store import read_json
 
     context.obj.interrupted = f"Interrupted: what is finished is kept in '{out}'; the same command continues."
     how = Distillation(distil_steps, texts=str(texts or "")) if distil and method == "rollback" else None
+    known(method)
     plan = Setup.read(run).plan
     post = _post(address, authority, certificate, key)
     base = load(plan.model, device=device, dtype=dtype)

@@ -84,11 +84,11 @@ class Again:
 
     def _asked(self, task: Task, missing: Sequence[str], keys: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
         """Ask, and keep every good answer as it comes; who failed and why."""
-        members = self.door.gathered(lambda here: here.keys() >= set(missing))
+        members = self.door.gathered(lambda here: here.keys() >= set(missing), " and ".join(map(repr, missing)))
         if absent := [name for name in missing if name not in members]:
             why = self.door.refused.get(absent[0], f"did not join in {self.door.fleet.wait:g} s")
-            raise ResourceError(f"{_named(task)} needs client '{absent[0]}', which {why}: bring it back and give "
-                                "the same command; what is finished is kept.")  # fmt: skip
+            raise ResourceError(f"{_named(task)} lacks client '{absent[0]}' (it {why}): bring it back and give the "
+                                "same command; what is finished is kept.")  # fmt: skip
         failed: dict[str, str] = {}
         shapes = {name: value.shape for name, value in untouched(self.base, task.local).items()}
         shapes = shapes if task.kind == "unlearn" else shapes_of(self.base, task.local)

@@ -70,13 +70,17 @@ class Door:
         self.refused[client] = reason
         self.fleet.refuse(member, reason)
 
-    def gathered(self, enough: Callable[[Members], bool]) -> dict[str, Introduction]:
-        """:meth:`members`, once they are enough or the fleet's time to wait is over."""
+    def gathered(self, enough: Callable[[Members], bool], whom: str) -> dict[str, Introduction]:
+        """:meth:`members`, once they are enough or the fleet's time to wait for ``whom`` is over."""
         end = time.monotonic() + self.fleet.wait
+        told = False
         while True:
             members = self.members()
             if enough(members) or time.monotonic() >= end:
                 return members
+            if not told:
+                self.note(f"waiting for {whom}")
+            told = True
             time.sleep(PAUSE)
 
     def ask(

@@ -60,8 +60,7 @@ def leave(
     else, and where clients are needed that are not here.  Costs and what each way leaves behind:
     :mod:`repforget.federated.forget`.
     """
-    if method not in METHODS:
-        raise UsageError(f"There is no way to forget '{method}': {nearest(method, METHODS)}")
+    known(method)
     if meet and method == "rollback":
         raise UsageError("Rollback asks no client: leave the address out, or choose another method.")
     if distil and method != "rollback":
@@ -102,6 +101,12 @@ def leave(
     return load_edit(out / EDIT)
 
 
+def known(method: str) -> None:
+    """UsageError for what is no way to forget."""
+    if method not in METHODS:
+        raise UsageError(f"There is no way to forget '{method}': {nearest(method, METHODS)}")
+
+
 def _answers(request: Mapping[str, Any], client: str, out: Path) -> bool:
     """Whether ``out`` was made for this very request; False where it holds no result, UsageError where another's."""
     if (out / REQUEST).exists():
@@ -115,14 +120,14 @@ def _answers(request: Mapping[str, Any], client: str, out: Path) -> bool:
 
 def _here(history: History, client: str, setup: Setup, folder: Path) -> None:
     """Refuse a client that is not in the record."""
-    known = history.clients()
-    if client in known:
+    names = history.clients()
+    if client in names:
         return
     if setup.has_left(client):
         raise UsageError(f"Client '{client}' was already forgotten in '{folder}': the result is in the --out of that "
                          "time.")  # fmt: skip
     raise UsageError(f"Client '{client}' never took part in the training in '{folder}', so that there is nothing to "
-                     f"forget: {nearest(client, known)}")  # fmt: skip
+                     f"forget: {nearest(client, names)}")  # fmt: skip
 
 
 @contextmanager

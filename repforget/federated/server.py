@@ -93,7 +93,7 @@ def federate(
                 report.body["refused"])  # fmt: skip
     fault = partial(fault_of, shapes=shapes_of(base, plan.local), norm=weights_norm(base, plan.local))
     if len(history) < plan.rounds:
-        door.gathered(lambda members: len(members) >= first)
+        door.gathered(lambda members: len(members) >= first, f"{first} clients")
     for number in track(progress, range(len(history) + 1, plan.rounds + 1), "rounds"):
         updates, row = _round(door, report, plan, Task(number, plan.local, state), fault)
         after = applied(state, aggregate(updates, plan.local.rule, adam=plan.adam, state=moments))
@@ -110,7 +110,7 @@ def _round(door: Door, report: Report, plan: Plan, task: Task, fault: Fault) -> 
     failed: dict[str, str] = {}
     for attempt in range(1, ATTEMPTS + 1):
         started = time.monotonic()
-        members = door.gathered(lambda members: len(members) >= plan.min_clients)
+        members = door.gathered(lambda members: len(members) >= plan.min_clients, f"{plan.min_clients} clients")
         report.body["clients"] |= {name: member.records for name, member in members.items()}
         replies, failed = _asked(door, task, members, fault) if len(members) >= plan.min_clients else ([], {})
         good = [reply.update for reply in replies if reply.client not in failed and reply.update is not None]

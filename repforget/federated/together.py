@@ -5,12 +5,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from repforget.artifact import Edit
-from repforget.errors import ResourceError, UsageError
+from repforget.errors import ResourceError, UsageError, nearest
 from repforget.federated.door import ATTEMPTS, Door, Fleet, Members
 from repforget.federated.messages import UNREADABLE, Introduction, Kind, Local, Reply, Task, Told
 from repforget.federated.moments import MINIMUM, Classes, Moments, Question, checked, leace, null_space
@@ -20,6 +20,7 @@ from repforget.models.load import LoadedModel
 from repforget.progress import Progress
 
 Method = Literal["leace", "null_space"]
+METHODS: tuple[str, ...] = get_args(Method)
 BETWEEN = {"masked": " after the exchange of keys, so that the masks of the others stay on"}
 
 
@@ -154,10 +155,8 @@ def edit_of_fleet(
     Raises UsageError for what cannot be asked for, ResourceError for too few clients, and as
     :func:`repforget.federated.moments.leace`.
     """
-    made = _editor(method, layers)
+    made = editor_of(method, clients, layers, sums)
     least = LEAST if sums.bound is not None else 1
-    if clients < least:
-        Agreement(tuple(f"client {k}" for k in range(clients)), sums.bound or 1.0)  # says why
     door = Door(fleet, model, note, lambda member: None if member.facts > 0 else NO_FACTS)
     traffic: dict[str, tuple[int, int]] = {}
     same: frozenset[str] = frozenset()
@@ -186,7 +185,7 @@ def edit_of_fleet(
 
 def _gathered(door: Door, wanted: int, same: frozenset[str]) -> Members:
     """As many clients as are wanted, and no others than the ``same`` ones where these are named."""
-    members = door.gathered(lambda here: len(here) >= wanted and here.keys() >= same)
+    members = door.gathered(lambda here: len(here) >= wanted and here.keys() >= same, f"{wanted} clients")
     if lost := sorted(same - members.keys()):
         raise ResourceError(f"Client '{lost[0]}' did not come back in {door.fleet.wait:g} s, and sums with it are "
                             "known already: others without it would show what it told; bring it back and give the "
@@ -198,16 +197,19 @@ def _gathered(door: Door, wanted: int, same: frozenset[str]) -> Members:
     return {name: member for name, member in members.items() if not same or name in same}
 
 
-def _editor(method: Method, layers: Sequence[int]) -> Callable[..., Edit]:
-    if method == "leace":
-        if layers:
-            raise UsageError("leace chooses its sites by itself: leave the layers out.")
-        return leace
-    if not layers:
+def editor_of(method: str, clients: int, layers: Sequence[int], sums: Sums) -> Callable[..., Edit]:
+    """The editor of moments by its name; UsageError for what cannot be asked for."""
+    if method not in METHODS:
+        raise UsageError(f"There is no method '{method}' from moments: {nearest(method, METHODS)}")
+    if method == "leace" and layers:
+        raise UsageError("leace chooses its sites by itself: leave the layers out.")
+    if method == "null_space" and not layers:
         raise UsageError("null_space needs the layers that it changes: give --layers, for example those that "
                          "'repforget locate' names.")  # fmt: skip
+    if sums.bound is not None and clients < LEAST:
+        Agreement(tuple(f"client-{k}" for k in range(clients)), sums.bound)  # says why
 
     def chosen(model: LoadedModel, readers: Mapping[str, Any], **settings: Any) -> Edit:
         return null_space(model, readers, layers, **settings)
 
-    return chosen
+    return leace if method == "leace" else chosen
