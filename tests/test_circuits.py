@@ -108,7 +108,7 @@ def test_integrated_edges_out_of_the_embedding_add_up_to_the_gap(name: str) -> N
     """Not where tokens are routed to experts: the metric then jumps along the line."""
     model, items = model_of(name), runs((8, 6))
     gap = patch_effects(model, items, []).gap
-    np.testing.assert_allclose(scored(model, items, steps=100)[:, 0].sum(1), gap, rtol=0.05, atol=0.05)
+    np.testing.assert_allclose(scored(model, items, steps=25)[:, 0].sum(1), gap, rtol=0.05, atol=0.05)
 
 
 def test_the_midpoint_rule_needs_fewer_steps_than_the_plain_gradient() -> None:
