@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repforget.errors import UsageError
-from repforget.federated.secure import Agreement, Party, flattened, restored, summed, unmasked
+from repforget.federated.secure import Agreement, Party, flattened, restored, unmasked
 
 pytest.importorskip("cryptography")
 NAMES = ("ann", "bob", "cy", "dee")
@@ -125,7 +125,8 @@ def test_tensors_travel_flat_and_come_back() -> None:
     assert all(np.array_equal(back[name], tensors[name]) and back[name].shape == shapes[name] for name in tensors)
     with pytest.raises(UsageError, match="numbers were summed"):
         restored(np.zeros(3), shapes)
-    total = summed(dict.fromkeys(NAMES, tensors), bound=10)
+    agreement, sent = run(dict.fromkeys(NAMES, flattened(tensors)), 10.0)
+    total = restored(unmasked(sent, agreement), shapes)
     assert all(np.allclose(total[name], 4 * tensors[name], rtol=0, atol=1e-14) for name in tensors)
 
 

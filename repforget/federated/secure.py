@@ -134,17 +134,6 @@ def restored(vector: np.ndarray, shapes: Shapes) -> dict[str, np.ndarray]:
     return {name: part.reshape(shapes[name]) for name, part in zip(sorted(shapes), parts, strict=True)}
 
 
-def summed(
-    vectors: Mapping[str, Mapping[str, np.ndarray]], *, bound: float, purpose: str = ""
-) -> dict[str, np.ndarray]:
-    """The sum of the clients' tensors by the whole protocol, all parties in this process: for simulations and tests."""
-    agreement = Agreement(tuple(sorted(vectors)), bound, purpose)
-    parties = {name: Party(name, agreement) for name in agreement.clients}
-    public = {name: party.public for name, party in parties.items()}
-    sent = {name: party.masked(flattened(vectors[name]), public) for name, party in parties.items()}
-    return restored(unmasked(sent, agreement), {k: v.shape for k, v in vectors[agreement.clients[0]].items()})
-
-
 def _stream(key: X25519PrivateKey, public: bytes, told: str, count: int) -> np.ndarray:
     """``count`` uniform 64-bit numbers that only the two owners of the keys can make."""
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
