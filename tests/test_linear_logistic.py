@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -23,7 +24,7 @@ from repforget.linear import (
 )  # fmt: skip
 from repforget.linear._arrays import gram, largest_singular_value
 from repforget.linear.budget import LARGEST, for_rows, steps_left, within
-from repforget.linear.logistic import LIPSCHITZ
+from repforget.linear.logistic import LIPSCHITZ, curvature, distance, least_curvature, residual_at
 
 LAM = 1e-3
 
@@ -269,6 +270,36 @@ def test_the_residual_covers_the_rounding_of_large_noise() -> None:
         wide, w = (x * 1e-6).astype(np.longdouble), head.weights.astype(np.longdouble)
         gradient = wide.T @ (-y / (1 + np.exp(y * (wide @ w)))) + np.longdouble(head.lam) * 30 * w + head.noise
         assert float(np.sqrt((gradient**2).sum())) <= head.residual
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 3), st.floats(0, 6), st.floats(0, 4), st.sampled_from([1e-3, 0.1]),
+       st.integers(0, 99))  # fmt: skip
+def test_distance_and_curvature_hold_far_from_reference_and_minimum(
+    d: int, k: int, out: float, way: float, lam: float, seed: int
+) -> None:
+    """Weights anywhere, a Hessian from elsewhere: the curvature is no larger than it is, the distance no smaller."""
+    x, y = rows(40, d, k, seed, signal=9.0)
+    best, rng = fit_logistic(x, y, lam), np.random.default_rng(seed)
+    w, off = out * rng.normal(size=(2, d, k))
+    reference = w + way * off / max(1e-9, float(np.linalg.norm(off)))
+    head = dataclasses.replace(best, weights=w, reference=reference,
+                               hessian=np.stack([curvature(x, r) for r in reference.T]))  # fmt: skip
+    head = dataclasses.replace(head, residual=residual(head, x, y))
+    least = least_curvature(head)
+    assert least <= min(np.linalg.eigvalsh(curvature(x, column))[0] for column in w.T) + 1e-12
+    assert np.linalg.norm(w - best.weights) <= distance(head, least) + 1e-6
+    assert residual_at(head, distance(head, least), least) == pytest.approx(head.residual, rel=0.05)
+
+
+def test_the_curvature_falls_on_the_way_to_a_far_minimum() -> None:
+    x, y = np.ones((50, 1)), np.ones((50, 1))
+    best, zeros = fit_logistic(x, y, 1e-3), np.zeros((1, 1))
+    head = dataclasses.replace(best, weights=zeros, reference=zeros, hessian=curvature(x, zeros[:, 0])[None])
+    head = dataclasses.replace(head, residual=residual(head, x, y))
+    far, least = float(best.weights[0, 0]), least_curvature(head)
+    assert least == pytest.approx(12.5) and far <= distance(head, least) < distance(head)
+    assert head.residual / (head.lam * head.n + least) < far, "curvature that stayed would have said too little"
 
 
 def test_rows_longer_than_one_have_no_bound() -> None:
