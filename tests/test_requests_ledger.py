@@ -334,15 +334,15 @@ for attempt in range(50):
                 made = ledger.record_all([("asked", {"number": 1}), ("started", {"text": "x" * 3000})])
                 os.write(write, b"%d\\n" % made[0].request)
     os.close(write)
-    os.read(read, 1)  # it has begun
+    said = os.read(read, 1)  # it has begun
     time.sleep(dice.random() * 0.02)
     os.kill(child, 9)
     os.waitpid(child, 0)
-    said = os.read(read, 1 << 20).decode()
+    said = (said + os.read(read, 1 << 20)).decode()
     with Ledger(sys.argv[1]) as ledger:
         kept = ledger.newest
         assert ledger.faults() == (), ledger.faults()
-        acknowledged = max([acknowledged, *(int(n) for n in said.split("\\n")[1:-1])])
+        acknowledged = max([acknowledged, *(int(n) for n in said.split("\\n")[:-1])])
         assert kept >= acknowledged, (kept, acknowledged)
         counts = [len(list(ledger.events(n))) for n in range(max(1, kept - 3), kept + 1)]
         assert set(counts) <= {2}, counts
@@ -357,4 +357,4 @@ def test_killed_at_fifty_random_points_it_loses_nothing_that_was_acknowledged(le
     ended = subprocess.run([sys.executable, "-c", WRITER, str(ledger.path), str(root)], capture_output=True, text=True,
                            timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert ended.returncode == 0, ended.stderr
-    assert int(ended.stdout) > 50, "the writers were killed before they had written anything"
+    assert int(ended.stdout) >= 50, "the writers were killed before they had written anything"
