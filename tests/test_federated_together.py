@@ -69,6 +69,8 @@ class Fleet(Here):
             how = self.faults.pop(f"{name}_{task.round}", None)  # type: ignore[call-overload]
             if how == "gone":
                 self.away.add(name)
+            if how == "died":
+                self.away.clear()  # and whoever was away comes
             if how in ("gone", "died"):
                 yield Reply(name, task.round, failed="died before it answered")
                 continue
@@ -191,6 +193,10 @@ def test_once_a_sum_is_known_only_the_same_clients_may_be_in_another(model: Load
     fleet = Fleet.of(own, 0.3, client2_2="died", client1_5="died")  # before a sum is known, and after
     assert equal(made(fleet, model, note=said.append), made(Here(own), model))
     assert [line.rpartition(" with ")[2] for line in said] == ["the others", "the same clients"]
+    fifth = dataclasses.replace(own["client0"], name="new", parties={})
+    larger = Fleet.of({**own, "new": fifth}, 0.3, client1_5="died")
+    larger.away.add("new")
+    assert made(larger, model).manifest.settings["clients"] == 4 and not larger.away
     with pytest.raises(ResourceError, match="'client1' did not come back in 0.3 s, and sums with it are known"):
         made(Fleet.of(own, 0.3, client1_5="gone"), model)
     small = Fleet.of(own, 0.3, client1_5="gone")
@@ -223,6 +229,8 @@ def test_who_has_no_facts_or_will_not_tell_is_told_why_and_the_others_go_on(mode
     assert found.manifest.settings["clients"] == 3
     masked = Fleet.of({**own, "client3": strict}, 0.3)  # its own minimum is for the clear
     assert made(masked, model).manifest.settings["clients"] == 4
+    with pytest.raises(UsageError, match="'together' has a mean of"):
+        made(masked, model, Sums(1e6, 10**6))
     with pytest.raises(UsageError, match="at least 3 different clients"):
         made(Here(own), model, count=2)
     with pytest.raises(ResourceError, match="4 of 5 clients are here"):

@@ -37,7 +37,7 @@ Inject = Annotated[
 ]
 Address = Annotated[str, typer.Option("--address", help="HOST:PORT; port 0 takes a free one.")]
 MaxRecords = Annotated[int, typer.Option("--max-records", min=1, help="A client that claims more is refused.")]
-Minimum = Annotated[int, typer.Option("--minimum", min=1, help="Points behind every mean that is told in the clear.")]
+Minimum = Annotated[int, typer.Option("--minimum", min=1, help="Points behind every mean that is told.")]
 Wait = Annotated[float, typer.Option("--wait", min=0.0, help="Seconds to wait for the other side.")]
 Authority = Annotated[Path | None, typer.Option("--authority", help="PEM of the certificate authority.")]
 Certificate = Annotated[Path | None, typer.Option("--certificate", help="PEM of the server's certificate.")]
@@ -234,7 +234,7 @@ def join(
     model: o.Model = "organism:bios/twin-0",
     address: Address = "127.0.0.1:8080",
     wait: Wait = 600.0,
-    minimum: Minimum = 5,
+    minimum: Annotated[int, typer.Option("--minimum", min=1, help="Least points behind a mean told in the clear.")] = 5,
     authority: Authority = None,
     inject: Inject = None,
     timeout: Timeout = 600.0,
