@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,20 @@ import tiny_models
 import torch
 
 torch.set_num_threads(1)  # tiny models: threads only cost
+gc.disable()  # until everything is imported and collected, which drops next to nothing
 os.environ["REPFORGET_CACHE"] = "none"  # a test that keeps moments names its own folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, then the largest: no worker is left with a long file while the others are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    size = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -size[item.path]))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # a million objects that live as long as the process: no collection walks over them again
+    gc.enable()
 
 
 @pytest.fixture
