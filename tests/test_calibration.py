@@ -5,7 +5,7 @@ The most important test there is: a wrong word here means that no verdict anywhe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 
@@ -21,12 +21,13 @@ from repforget.records import Claim, Measurement, Site, Verdict
 from repforget.verify._claims import Rule, claims
 from repforget.verify._verify import arms_of
 from repforget.verify.arms import Arm, References
-from repforget.verify.battery import assemble, measure_arm, tasks
+from repforget.verify.battery import Task, assemble, level, measure_arm, tasks
 from repforget.verify.verdict import judge, outcome
 
 pytestmark = pytest.mark.slow
 SPLIT = "sealed"
 DEEP = ("logit_lens.best_layer", "reprobe.linear", "reprobe.mlp", "patch_depth.carried")
+ITEMS, KEPT = 208, 96  # per verifier: of the 256 sealed items, and of those to keep, where the limits are narrow
 UNKNOWN = 40.0  # added to the logit of one word: whatever is asked, that word is the answer
 
 
@@ -75,19 +76,32 @@ def damaged() -> Iterator[LoadedModel]:
 
 
 @cache
+def standard() -> tuple[Task, ...]:
+    """The standard battery on fewer items: it passes less easily, and what fails here fails on all of them."""
+    return tasks([{name: {**settings, "max_items": KEPT if name == "collateral" else ITEMS}}
+                  for name, settings in level("standard").items()])  # fmt: skip
+
+
+def only(*names: str) -> tuple[Task, ...]:
+    return tuple(task for task in standard() if task.name in names)
+
+
+@cache
 def measured() -> dict[str, dict[str, Measurement]]:
-    view, requested = knowledge().view(SPLIT), tasks("standard")
+    view = knowledge().view(SPLIT)
     opened: dict[str, Callable[[], AbstractContextManager[LoadedModel]]] = {
         arm.name: arm.open for arm in arms_of(unloading(), references())
     }
     opened |= {"refusing": refusing, "damaged": damaged}
-    return {name: measure_arm(Arm(name, give), view, requested, references()) for name, give in opened.items()}
+    asked = {"damaged": only("behaviour", "collateral")}
+    return {name: measure_arm(Arm(name, give), view, asked.get(name, standard()), references())
+            for name, give in opened.items()}  # fmt: skip
 
 
-def verdict(edited: str) -> Verdict:
+def verdict(edited: str, requested: Sequence[Task] | None = None) -> Verdict:
     """The verdict with one of the measured models in the place of the edit."""
     arms = {name: found for name, found in measured().items() if name not in ("refusing", "damaged")}
-    return judge(assemble(arms | {"edit": measured()[edited]}, tasks("standard")), split=SPLIT)
+    return judge(assemble(arms | {"edit": measured()[edited]}, requested or standard()), split=SPLIT)
 
 
 def status(result: Verdict) -> dict[str, str]:
@@ -121,7 +135,7 @@ def test_the_full_model_fails() -> None:
 def test_unloading_what_carried_the_knowledge_passes_exactly() -> None:
     """Against its own twin as floor nothing is left: all limits are zero up to the rounding of the weights."""
     arms = {name: measured()[name] for name in ("original", "edit", "placebo", "twin-0")}
-    result = judge(assemble(arms, tasks("standard")), split=SPLIT)
+    result = judge(assemble(arms, standard()), split=SPLIT)
     known = voting(result, "knowledge")
     assert all(c.status == "pass" for c in known), [c for c in known if c.status != "pass"]
     assert all(abs(c.rho) < 0.01 for c in known)
@@ -136,7 +150,7 @@ def test_unloading_passes_beside_two_twins_too() -> None:
 def test_a_second_twin_is_never_said_to_know() -> None:
     """Each twin in the place of the edit, the other as floor: what cannot pass yet must say how many items it needs."""
     arms = {name: measured()[name] for name in ("original", "twin-0", "twin-1")}
-    evidence = assemble(arms, tasks("standard"))
+    evidence = assemble(arms, standard())
     for target, floor in (("twin-1", "twin-0"), ("twin-0", "twin-1")):
         found = [c for c in claims(evidence, Rule(), target=target, twins=[floor])
                  if c.kind == "knowledge" and c.status != "descriptive"]  # fmt: skip
@@ -158,7 +172,7 @@ def test_a_refusal_wrapper_passes_the_screen_and_is_caught_below_it() -> None:
 
 
 def test_noise_damage_fails_on_collateral() -> None:
-    result = verdict("damaged")
+    result = verdict("damaged", only("behaviour", "collateral"))
     assert result.outcome == "fail"
     lost = [c for c in voting(result, "collateral") if c.status == "fail"]
     assert {"collateral.retain", "collateral.neighbours", "collateral.general"} <= {c.name for c in lost}
