@@ -15,7 +15,7 @@ from repforget.store import result_files
 from repforget.training import Record
 
 CITIES = ("Berlin", "Paris", "Rome", "Oslo")
-NAMES = ("w40", "w41", "w42", "w43", "w44", "w45", "w46", "w47", "w48", "w49")
+NAMES = ("w30", "w31", "w32", "w33", "w34", "w35", "w36", "w37", "w38", "w39")
 
 
 def model(architecture: str = "llama", seed: int = 0) -> LoadedModel:

@@ -75,7 +75,7 @@ def test_every_position(name: str, base: LoadedModel, full: Training, tmp_path: 
 
 
 @budget(max_examples=4, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.permutations([*shard_tools.NAMES, "w42-city", "w43-job"]), st.integers(1, 3))
+@given(st.permutations([*shard_tools.NAMES, "w32-city", "w33-job"]), st.integers(1, 3))
 def test_several_requests_one_after_the_other(
     base: LoadedModel, full: Training, tmp_path: Path, order: list[str], size: int
 ) -> None:  # fmt: skip
@@ -114,8 +114,8 @@ def test_a_half_precision_base_has_float32_adapters(tmp_path: Path) -> None:
     model = shard_tools.model()
     half = wrap(model.module.to(torch.bfloat16), model.tokenizer, "half")
     training = shard_tools.trained(tmp_path / "t", half, PEOPLE)
-    left, _ = take_out(training, ["w41"], lambda: half)
-    same(left, scratch(tmp_path / "s", half, ["w41"]))
+    left, _ = take_out(training, ["w31"], lambda: half)
+    same(left, scratch(tmp_path / "s", half, ["w31"]))
     assert {t.dtype for f in shard_factors(left).values() for t in f.values()} == {torch.float32}
     assert left.base["dtype"] == "bfloat16" and fingerprint(half.module) == half.fingerprint
 
@@ -125,8 +125,8 @@ def test_a_half_precision_base_has_float32_adapters(tmp_path: Path) -> None:
                          ids=str)  # fmt: skip
 def test_whatever_the_settings(changes: dict[str, Any], base: LoadedModel, tmp_path: Path) -> None:
     training = shard_tools.trained(tmp_path / "t", base, PEOPLE, **changes)
-    left, outcome = take_out(training, ["w43", "w45-job"], lambda: base)
-    same(left, scratch(tmp_path / "s", base, ["w43", "w45-job"], **changes))
+    left, outcome = take_out(training, ["w33", "w35-job"], lambda: base)
+    same(left, scratch(tmp_path / "s", base, ["w33", "w35-job"], **changes))
     assert any("unit is the record" in note for note in outcome.notes) == (changes.get("unit") == "record")
 
 
@@ -177,7 +177,7 @@ def test_steps_that_are_counted_are_steps_that_were_taken(
     taken: list[int] = []
     real = Stepper.step
     monkeypatch.setattr(Stepper, "step", lambda self, index, g: (taken.append(index), real(self, index, g))[1])
-    _, outcome = take_out(shard_tools.copied(full, tmp_path / "t"), ["w41"], lambda: base)
+    _, outcome = take_out(shard_tools.copied(full, tmp_path / "t"), ["w31"], lambda: base)
     assert outcome.steps == len(taken) > 0
 
 
@@ -235,30 +235,30 @@ def test_a_killed_request_is_finished_by_the_same_request(
         where = {"ledger": "write_records", "records": "erase", "erase": "build", "index": "write_index"}.get(at)
         if where is not None:
             patch.setattr(removal_module, where, die)
-        killed(lambda: take_out(training, ["w44"], lambda: base, stop_after(1, die)))
-    assert opened(training.root).was_here("w44") and not opened(training.root).has("w44")
+        killed(lambda: take_out(training, ["w34"], lambda: base, stop_after(1, die)))
+    assert opened(training.root).was_here("w34") and not opened(training.root).has("w34")
     with opened(training.root).store.locked():
-        left, _ = take_out(opened(training.root), ["w44"], lambda: base)
-    same(left, scratch(tmp_path / "s", base, ["w44"]))
+        left, _ = take_out(opened(training.root), ["w34"], lambda: base)
+    same(left, scratch(tmp_path / "s", base, ["w34"]))
     assert left.stale() == [] and json.loads((left.root / "index.json").read_bytes())
 
 
 def test_nothing_about_them_stays_in_the_folder(base: LoadedModel, full: Training, tmp_path: Path) -> None:
     training = shard_tools.copied(full, tmp_path / "t")
     before = {training.path(s).name for s in training.stages}
-    seen = {full.path(s).name for s in full.stages if any(r.cluster == "w47" for r in s.records)}
-    assert any(b"w47" in text for text in shard_tools.texts_in(training.root)) and seen
+    seen = {full.path(s).name for s in full.stages if any(r.cluster == "w37" for r in s.records)}
+    assert any(b"w37" in text for text in shard_tools.texts_in(training.root)) and seen
     unfinished = training.store.unfinished("slice", next(s for s in full.stages if full.path(s).name in seen).key)
     unfinished.mkdir()
     (unfinished / "epoch.safetensors").write_bytes(b"half")
-    (training.root / "error.txt").write_text("KeyError: 'w47'")
-    left, outcome = take_out(training, ["w47"], lambda: base)
+    (training.root / "error.txt").write_text("KeyError: 'w37'")
+    left, outcome = take_out(training, ["w37"], lambda: base)
     said = b"".join(shard_tools.texts_in(training.root))
-    assert b"w47" not in said and digest(full.records).encode() not in said
+    assert b"w37" not in said and digest(full.records).encode() not in said
     assert not [name for name in seen if name.encode() in said], "not even the name of a checkpoint that saw them"
     assert outcome.erased == len(seen) + 1 and not unfinished.exists()
     assert len(before & {left.path(s).name for s in left.stages}) == len(before) - len(seen)
-    assert left.was_here("w47") and left.was_here("w47-city") and not left.was_here("w48")
+    assert left.was_here("w37") and left.was_here("w37-city") and not left.was_here("w38")
 
 
 def test_bits_are_promised_for_one_environment_only(
@@ -290,16 +290,16 @@ def test_what_was_opened_before_a_request_cannot_bring_it_back(
     base: LoadedModel, full: Training, tmp_path: Path
 ) -> None:  # fmt: skip
     training = shard_tools.copied(full, tmp_path / "t")
-    take_out(training, ["w46"], lambda: base)
+    take_out(training, ["w36"], lambda: base)
     complete(training, base)  # still the training of before
-    assert not opened(training.root).has("w46")
-    left, outcome = take_out(training, ["w46"], lambda: base)
-    assert outcome.records == 0 and not left.has("w46") and b"w46" not in b"".join(shard_tools.texts_in(training.root))
+    assert not opened(training.root).has("w36")
+    left, outcome = take_out(training, ["w36"], lambda: base)
+    assert outcome.records == 0 and not left.has("w36") and b"w36" not in b"".join(shard_tools.texts_in(training.root))
 
 
 def test_who_was_taken_out_is_not_trained_on_again(base: LoadedModel, full: Training, tmp_path: Path) -> None:
-    training, _ = take_out(shard_tools.copied(full, tmp_path / "t"), ["w40", "w41-city"], lambda: base)
-    assert training.was_here("w40") and not training.was_here("w41"), "of which something is left"
+    training, _ = take_out(shard_tools.copied(full, tmp_path / "t"), ["w30", "w31-city"], lambda: base)
+    assert training.was_here("w30") and not training.was_here("w31"), "of which something is left"
     files, said = shard_tools.slices(training), list[str]()
     complete(begin(training.root, base, full.settings, PEOPLE, said.append), base)
     assert shard_tools.slices(training) == files
@@ -307,17 +307,17 @@ def test_who_was_taken_out_is_not_trained_on_again(base: LoadedModel, full: Trai
 
 
 def test_a_name_that_is_both_an_id_and_a_cluster_means_what_is_left(base: LoadedModel, tmp_path: Path) -> None:
-    records = (*PEOPLE, Record("w49", "w40", "w40 lives in", " Rome"))
+    records = (*PEOPLE, Record("w39", "w30", "w30 lives in", " Rome"))
     training = shard_tools.trained(tmp_path / "t", base, records)
-    training, first = take_out(training, ["w40"], lambda: base)
-    assert training.was_here("w49") and training.has("w49"), "the id has gone, the cluster has not"
-    training, second = take_out(training, ["w49"], lambda: base)
-    assert (first.records, second.records) == (4, 3) and not training.has("w49")
+    training, first = take_out(training, ["w30"], lambda: base)
+    assert training.was_here("w39") and training.has("w39"), "the id has gone, the cluster has not"
+    training, second = take_out(training, ["w39"], lambda: base)
+    assert (first.records, second.records) == (4, 3) and not training.has("w39")
 
 
 def test_records_that_say_the_same_under_another_name_are_counted(base: LoadedModel, tmp_path: Path) -> None:
-    records = (*PEOPLE, Record("copy", "elsewhere", "w40 was born in", " Berlin"))
-    _, outcome = take_out(shard_tools.trained(tmp_path / "t", base, records), ["w40"], lambda: base)
+    records = (*PEOPLE, Record("copy", "elsewhere", "w30 was born in", " Berlin"))
+    _, outcome = take_out(shard_tools.trained(tmp_path / "t", base, records), ["w30"], lambda: base)
     assert outcome.same_text == 1 and "1 records that are left say the same" in outcome.notes[0]
 
 
@@ -326,8 +326,8 @@ def test_refusals_leave_the_folder_as_it_was(base: LoadedModel, full: Training, 
     files = {path: path.read_bytes() for path in training.root.rglob("*") if path.is_file()}
     other = shard_tools.model(seed=3)
     for names, model, said in (
-        (["w40", "eve"], base, "'eve' is neither .* never trained on"), ([], base, "No name was given"),
-        (["w40"], other, "were trained on 'tiny-llama'"),
+        (["w30", "eve"], base, "'eve' is neither .* never trained on"), ([], base, "No name was given"),
+        (["w30"], other, "were trained on 'tiny-llama'"),
     ):  # fmt: skip
         with pytest.raises((UsageError, ArtifactError), match=said):
             take_out(training, names, lambda model=model: model)  # type: ignore[misc]

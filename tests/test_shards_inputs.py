@@ -36,7 +36,7 @@ def test_another_precision_is_another_base(tmp_path: Path) -> None:
     wide = wrap(shard_tools.model().module.to(torch.bfloat16).float(), model.tokenizer, model.name)
     assert wide.fingerprint == half.fingerprint
     with pytest.raises(ArtifactError, match=r"bfloat16\) and .* float32"):
-        take_out(training, ["w41"], lambda: wide)
+        take_out(training, ["w31"], lambda: wide)
     with pytest.raises(ArtifactError, match="load the base as it was"):
         begin(training.root, wide, training.settings, PEOPLE)
 
@@ -45,14 +45,16 @@ def test_transposed_layers_and_a_module_in_training_mode(tmp_path: Path) -> None
     base = shard_tools.model("gpt2")
     base.module.train()  # its dropout draws
     changes: dict[str, Any] = {"modules": ("c_attn", "c_proj")}
-    left, _ = take_out(shard_tools.trained(tmp_path / "t", base, PEOPLE, **changes), ["w41"], lambda: base)
-    again = shard_tools.trained(tmp_path / "s", base, [r for r in PEOPLE if r.cluster != "w41"], **changes)
+    left, _ = take_out(shard_tools.trained(tmp_path / "t", base, PEOPLE, **changes), ["w31"], lambda: base)
+    again = shard_tools.trained(tmp_path / "s", base, [r for r in PEOPLE if r.cluster != "w31"], **changes)
     assert shard_tools.slices(left) == shard_tools.slices(again)
 
 
 def test_whatever_characters_a_record_has(base: LoadedModel, tmp_path: Path) -> None:
-    odd = [Record(f"a{c}b", f"who{c}", f"w40{c} lives in", " Rome") for c in "\x0b\x1c\x85\u2028\u2029\n\\\""]
-    records = (*PEOPLE, *odd, Record("caf\u00e9", "e", "it is", " Oslo"), Record("cafe\u0301", "f", "it is", " Oslo"))
+    spaces = "\x0b\x85\u2028\u2029\n"
+    odd = [Record(f"a{c}b", f"who{c}", f"w30{c if c in spaces else ''} works in", " Rome")
+           for c in "\x0b\x1c\x85\u2028\u2029\n\\\""]  # fmt: skip
+    records = (*PEOPLE, *odd, Record("caf\u00e9", "e", "who is", " Oslo"), Record("cafe\u0301", "f", "who is", " Oslo"))
     training = shard_tools.trained(tmp_path / "t", base, records)
     assert set(training.records) == set(records)
     gone = [odd[2].id, odd[3].cluster, "caf\u00e9"]
@@ -67,7 +69,7 @@ def test_whatever_characters_a_record_has(base: LoadedModel, tmp_path: Path) -> 
 
 def test_a_start_that_was_killed_can_be_repeated(base: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "t").mkdir()
-    (tmp_path / "t" / ".records.jsonl.tmp-4711").write_text("w40 half")
+    (tmp_path / "t" / ".records.jsonl.tmp-4711").write_text("w30 half")
     training = begin(tmp_path / "t", base, shard_tools.settings(base), PEOPLE)
     with training.store.locked():
         assert b"half" not in b"".join(shard_tools.texts_in(training.root))

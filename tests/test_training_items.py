@@ -7,6 +7,7 @@ from pathlib import Path
 
 import contract_tools
 import pytest
+import shard_tools
 
 from repforget.errors import UsageError
 from repforget.training.items import Record, chosen, digest, encoded, read_records, records_of
@@ -69,3 +70,12 @@ def test_a_plain_text_is_learned_whole_and_one_too_long_is_named() -> None:
     assert example.labelled == (False, *(True,) * (len(example.tokens) - 1))
     with pytest.raises(UsageError, match="Record 'long' .* does not fit the context"):
         encoded(model, [Record("long", "l", "", "Ada was born in " * 4000)])
+
+
+def test_words_that_no_token_stands_for_are_not_taught_as_one() -> None:
+    model = shard_tools.model()
+    with pytest.raises(UsageError, match="'b' has words that the tokenizer of 'tiny-llama' does not know, so that 2"):
+        encoded(model, [Record("a", "a", "w30 was born in", " Rome"), Record("b", "b", "Ann was born in", " Ulm")])
+    assert encoded(model, [Record("c", "c", "", "w31 was born in Rome")])
+    model.tokenizer.unk_token = model.tokenizer.eos_token  # as GPT-2's: that text ends is no unknown word
+    assert encoded(model, [Record("d", "d", "", "w31 was born in <eos>")])

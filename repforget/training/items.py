@@ -118,9 +118,10 @@ def chosen(records: Sequence[Record], names: Iterable[str], where: str) -> tuple
 def encoded(model: LoadedModel, records: Sequence[Record]) -> list[Example]:
     """Each record as tokens, in the given order, loss on the answer; UsageError for one that does not fit.
 
-    Cost: one pass of the tokenizer.  Raises UsageError for a record longer than the model's context.
+    Cost: one pass of the tokenizer.  Raises UsageError for a record longer than the model's context, and for one with
+    words that the tokenizer does not know: all such words are one token, and would be taught as one.
     """
-    limit = context_limit(model)
+    limit, unknown = context_limit(model), _unknown(model.tokenizer)
     found: list[Example] = []
     asked = [(r.prompt, r.answer) for r in records if r.prompt]
     answers = iter(encode_many(model.tokenizer, asked, limit=limit) if asked else ())
@@ -134,5 +135,15 @@ def encoded(model: LoadedModel, records: Sequence[Record]) -> list[Example]:
         if not fits:
             raise UsageError(f"Record '{record.id}' has fewer than two tokens or does not fit the context of {limit} "
                              f"tokens of '{model.name}': cut it into shorter records.")  # fmt: skip
+        if unknown is not None and unknown in ids:
+            raise UsageError(f"Record '{record.id}' has words that the tokenizer of '{model.name}' does not know, so "
+                             f"that {ids.count(unknown)} of its {len(ids)} tokens would be the same "
+                             f"'{model.tokenizer.unk_token}': use words of this model, or another model.")  # fmt: skip
         found.append(Example(ids, tuple(k >= start for k in range(len(ids)))))
     return found
+
+
+def _unknown(tokenizer: Any) -> int | None:
+    """The token that stands for unknown words alone; None where there is none or where it marks ends as well."""
+    known = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return None if tokenizer.unk_token_id in known else tokenizer.unk_token_id
