@@ -109,8 +109,8 @@ def test_every_layer_is_coded_by_itself() -> None:
 @pytest.mark.slow
 def test_planted_layers() -> None:
     """One of four, as by chance: the last MLP saves most bits whichever layer holds the facts."""
-    firsts = [located(layer, "mdl_probe", nodes=("mlp_out",), items=60).layers("mlp_out")[0] for layer in planted.LAYERS]
-    assert firsts == [3, 3, 3, 3]
+    found = [located(layer, "mdl_probe", nodes=("mlp_out",), items=60) for layer in planted.LAYERS]
+    assert [one.layers("mlp_out")[0] for one in found] == [3, 3, 3, 3]
 
 
 def test_the_unknown_cannot_be_learnt() -> None:
