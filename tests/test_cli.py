@@ -18,8 +18,9 @@ import typer
 from repforget import report
 from repforget.cli import docs, main
 from repforget.cli._app import app
+from repforget.cli._options import located
 from repforget.cli._progress import display, plain_progress
-from repforget.errors import ControlError, MissingExtraError, ResourceError, SiteError
+from repforget.errors import ControlError, MissingExtraError, ResourceError, SiteError, UsageError
 from repforget.recipe import Recipe
 from repforget.records import Verdict
 
@@ -241,3 +242,10 @@ def test_help_explains_every_argument_and_option(cli: Run, monkeypatch: pytest.M
         for parameter in command.params:
             told = " ".join((parameter.help or "").split())
             assert told and told in shown, f"{' '.join(path)} does not explain '{parameter.name}'"
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"band": {}}', '{"method": "eap", "band": 3}'])
+def test_another_file_is_no_localization(content: str, tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text(content)
+    with pytest.raises(UsageError, match="other.json' holds no localization"):
+        located(tmp_path / "other.json")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from repforget.records import Localization
 
 Model = Annotated[str, typer.Option(help="Hub id, local folder or organism:NAME.")]
 KnowledgeName = Annotated[str, typer.Option("--knowledge", help="A probe in probes/, or the path of one.")]
@@ -50,3 +53,18 @@ def parse_settings(pairs: Sequence[str] | None) -> dict[str, Any]:
         except yaml.YAMLError:
             raise typer.BadParameter(f"the value of '{name}' cannot be read: {value}", param_hint="--set") from None
     return settings
+
+
+def located(where: Path | None) -> Localization | None:
+    """What ``repforget locate --out`` wrote to ``where``; UsageError for another file."""
+    from repforget.errors import UsageError
+    from repforget.records import Localization
+    from repforget.store import read_json
+
+    if where is None:
+        return None
+    try:
+        return Localization.from_json(read_json(where))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UsageError(f"'{where}' holds no localization ({type(error).__name__}: {error}): give a file that "
+                         "'repforget locate --out' wrote.") from None  # fmt: skip

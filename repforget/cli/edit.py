@@ -44,14 +44,13 @@ def command(
     from repforget.edit._dispatch import edit
     from repforget.edit.train._checkpoint import discard
     from repforget.models.load import load
-    from repforget.records import Localization
     from repforget.report import tables
     from repforget.store import read_json, refusing
 
     with together() as first:
         if not first:
             return
-        located = Localization.from_json(read_json(where)) if where is not None else None
+        located = o.located(where)
         loaded, data = load(model, device=device, dtype=dtype), probe.for_editor()
         ask(loaded, data, method, given, where=located, seed=seed, checkpoint=resume)
         with display(as_json) as (progress, _):

@@ -131,12 +131,10 @@ def _ranked(
     from repforget.influence.ask import cache_folder, some
     from repforget.influence.score import check
     from repforget.models.load import load
-    from repforget.records import Localization
-    from repforget.store import read_json
     from repforget.training import encoded
 
     check(damping)
-    located = Localization.from_json(read_json(where)) if where is not None else None
+    located = o.located(where)
     loaded: LoadedModel = load(model, device=device, dtype=dtype)
     names, folder = linear_maps(loaded, located), cache_folder(cache)
     train, asked = encoded(loaded, records), encoded(loaded, queries)
