@@ -1,13 +1,15 @@
 """Processes that start with everything imported: forked, as often as asked, from one that imported it once.
 
 Importing torch and transformers costs four seconds of a core, more than most of these processes then do. A fork of a
-process without threads is a process like any other: with its own environment, killed by its own signals.
+process without threads is a process like any other: with its own environment, killed by its own signals.  All have
+one hash seed, so that two of them must not be what shows that the order of a set changes nothing.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -46,8 +48,8 @@ class Warm:
     """One such process, with the part of ``subprocess.Popen`` that tests use."""
 
     def __init__(self, code: str, arguments: Sequence[str] = (), env: Mapping[str, str] | None = None) -> None:
-        folder = Path(tempfile.mkdtemp())
-        self._out, self._err = folder / "out", folder / "err"
+        self._folder = Path(tempfile.mkdtemp())
+        self._out, self._err = self._folder / "out", self._folder / "err"
         for path in (self._out, self._err):
             path.touch()
         given = (code, tuple(arguments), dict(os.environ if env is None else env), str(self._out), str(self._err))
@@ -74,4 +76,7 @@ class Warm:
         self._process.join(timeout)
         if self._process.is_alive():
             raise TimeoutError(f"The process still runs after {timeout} s.")
-        return self.stdout.read(), self._err.read_text()
+        said = self.stdout.read(), self._err.read_text()
+        self.stdout.close()
+        shutil.rmtree(self._folder)
+        return said
