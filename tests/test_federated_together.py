@@ -30,7 +30,7 @@ from repforget.models.load import LoadedModel, wrap
 from repforget.training import Record
 
 pytest.importorskip("cryptography", reason="the extra 'federated' is not installed")
-MASKED, CLEAR = Sums(1e6, 1), Sums(None, 1)
+MASKED, CLEAR = Sums(1e6, 5), Sums(None, 1)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_masked_sums_give_the_edit_of_added_integers_bit_for_bit_and_that_of_all
     found, traffic = edit_of_fleet(fleet, model, "leace", 4, sums=MASKED)
     readers = [Local(name, model, each.data) for name, each in own.items()]  # type: ignore[arg-type]
     plain = Integers(readers, Agreement(tuple(own), 1e6))
-    assert equal(found, leace(model, {"all": plain}, minimum=1))
+    assert equal(found, leace(model, {"all": plain}, minimum=5))
     assert distance(found, leace_of_one(model, data)) < 1e-7
     assert distance(made(Here(own), model, CLEAR), leace_of_one(model, data)) < 1e-10
     assert traffic.keys() == own.keys() and all(min(pair) > 1000 for pair in traffic.values())
@@ -229,8 +229,9 @@ def test_who_has_no_facts_or_will_not_tell_is_told_why_and_the_others_go_on(mode
     assert found.manifest.settings["clients"] == 3
     masked = Fleet.of({**own, "client3": strict}, 0.3)  # its own minimum is for the clear
     assert made(masked, model).manifest.settings["clients"] == 4
-    with pytest.raises(UsageError, match="'together' has a mean of"):
-        made(masked, model, Sums(1e6, 10**6))
+    for how, name in ((Sums(1e6, 10**6), "together"), (Sums(None, 5), "client0")):  # fewer than five, but together
+        with pytest.raises(UsageError, match=f"'{name}' has a mean of"):
+            made(Here(own), model, how)
     with pytest.raises(UsageError, match="at least 3 different clients"):
         made(Here(own), model, count=2)
     with pytest.raises(ResourceError, match="4 of 5 clients are here"):
