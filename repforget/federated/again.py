@@ -26,7 +26,7 @@ class Again:
     """Who is asked through ``door``, what that costs, and where in ``kept`` each answer lies.
 
     All clients of a round (``group`` of its 0-based number) are asked together, when its first update is wanted.  An
-    answer that is kept already, to the same question by a client with the same ``records``, is read instead.
+    answer that is kept already, to the same question, is read instead.
     """
 
     base: LoadedModel
@@ -34,7 +34,6 @@ class Again:
     door: Door
     kept: Store
     group: Callable[[int], Sequence[str]]
-    records: Mapping[str, str]
     apart: bool = False  # the clients are elsewhere: they may come back, and are waited for
     rounds: dict[int, dict[str, Path]] = field(default_factory=dict)
     down: int = 0
@@ -60,8 +59,7 @@ class Again:
     def _answers(self, task: Task, names: Sequence[str]) -> dict[str, Path]:
         """Where the answers of the named clients lie, asked for as often as they may be."""
         packed = pack_task(task)
-        keys = {name: {"client": name, "records": self.records[name], "task": _sha(packed),
-                       "base": self.base.fingerprint} for name in names}  # fmt: skip
+        keys = {name: {"client": name, "task": _sha(packed), "base": self.base.fingerprint} for name in names}
         attempt = 0
         while True:
             found = {name: place for name, key in keys.items() if (place := self._place(key)) is not None}

@@ -151,8 +151,7 @@ def _again(
         return others if method == "client" else [name for name in history[number].clients if name != client]
 
     def again(fleet: Fleet) -> Again:
-        records = {name: setup.sources[name].sha256 if meet is None else str(report["clients"][name]) for name in asked}
-        return Again(base, setup.plan, Door(fleet, base, note, against), kept, group, records, meet is not None)
+        return Again(base, setup.plan, Door(fleet, base, note, against), kept, group, meet is not None)
 
     if meet is not None:
         with meet() as fleet:
