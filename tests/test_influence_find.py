@@ -226,7 +226,7 @@ def test_what_is_asked_about(probe: Knowledge, tmp_path: Path, monkeypatch: pyte
     assert len(forget_set(probe, trained_on(probe, None, None), None, "x")) == len(probe.forget)
     with pytest.raises(UsageError, match="never trained on"):
         forget_set(probe, known, ["nobody"], "x")
-    with pytest.raises(UsageError, match="--forget"):
+    with pytest.raises(UsageError, match="by ids or clusters"):
         forget_set(probe, records(), None, "x")
     assert cache_folder("none") is None and cache_folder(str(tmp_path)) == tmp_path / "factors"
     monkeypatch.setenv("REPFORGET_CACHE", "none")
@@ -252,7 +252,7 @@ def data(tmp_path: Path) -> Path:
 def test_the_commands_rank_and_tell_no_texts(cli: Callable[..., tuple[int, str, str]], data: Path) -> None:
     shared = ("--data", str(data), "--draws", "4", "--cache", "factors")
     written = ("--clusters", "c.jsonl", "--out", "all.json")
-    code, out, err = cli("influence", "audit", "--forget", "p003", *written, *shared)
+    code, out, err = cli("influence", "audit", "p003", *written, *shared)
     assert code == 0, err
     assert "copy" in out.splitlines()[3] and "Milo" not in out and "MB" in err
     assert not unearned(out)
@@ -275,11 +275,11 @@ def test_the_commands_rank_and_tell_no_texts(cli: Callable[..., tuple[int, str, 
 def test_the_commands_refuse_in_one_sentence(cli: Callable[..., tuple[int, str, str]], data: Path) -> None:
     code, _, err = cli("influence", "find", "--data", str(data))
     assert code == 2 and "--query" in err
-    code, _, err = cli("influence", "audit", "--data", str(data), "--forget", "p999")
+    code, _, err = cli("influence", "audit", "--data", str(data), "p999")
     assert code == 2 and "'p999'" in err and err.count("\n") == 1
     where = data.parent / "where.json"
     where.write_text(json.dumps(located("resid_post.1").to_json()))
-    code, _, err = cli("influence", "audit", "--data", str(data), "--forget", "p003", "--where", str(where))
+    code, _, err = cli("influence", "audit", "--data", str(data), "p003", "--where", str(where))
     assert code == 2 and "no linear map" in err
 
 

@@ -381,16 +381,16 @@ def test_after_every_command_no_file_holds_a_name(
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError(f"{PEOPLE[21]} of Secretville21")
 
-    for command in (("add", "--model", base, "--knowledge", str(probe), "--what", people, *words),
-                    ("add", "--what", f"{PEOPLE[22]},Zora Nobody", *words),
-                    ("add", "--keep", "--what", PEOPLE[21], *words), ("add", "--what", ",".join(_clusters(8, 16))),
+    for command in (("add", "--model", base, "--knowledge", str(probe), people, *words),
+                    ("add", f"{PEOPLE[22]},Zora Nobody", *words),
+                    ("add", "--keep", PEOPLE[21], *words), ("add", ",".join(_clusters(8, 16))),
                     ("list",), ("show", "1", "--json"), ("run", "1"), ("run", "4", "--json"), ("run", "3"),
                     ("audit",), ("audit", "--json"), ("check",)):  # fmt: skip
         _, out, _ = cli("request", *command)
         assert not _texts_in(mine), command
         assert command[0] == "add" or not [w for w in ("Ada Berg", "Secretville", "Zora") if w in out], command
     monkeypatch.setattr(loop, "run", broken)
-    cli("request", "add", "--what", ",".join(_clusters(0, 8)))
+    cli("request", "add", ",".join(_clusters(0, 8)))
     assert cli("request", "run", "5")[0] == 1 and _texts_in(mine) == [str(mine / "requests.sqlite.files" / "error.txt")]
     monkeypatch.setattr(loop, "run", fake)
     assert cli("request", "run", "5")[0] == 0 and not _texts_in(mine)

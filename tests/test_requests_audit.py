@@ -271,14 +271,14 @@ def test_the_page_is_whole_loads_nothing_and_prints(book: Ledger) -> None:
 
 
 def test_the_commands_from_the_asking_to_the_audit(cli: Cli, tmp_path: Path) -> None:
-    code, out, _ = cli("request", "add", "--what", "p003,p004", "--who", "Eva Paris", "--deadline", "2w")
+    code, out, _ = cli("request", "add", "p003,p004", "--who", "Eva Paris", "--deadline", "2w")
     assert (code, out) == (0, "request 1: open\n")
-    code, out, said = cli("request", "add", "--what", "Milo Garrov", "--json")
+    code, out, said = cli("request", "add", "Milo Garrov", "--json")
     assert code == 2 and json.loads(out)["state"] == "refused" and "did you mean 'Milo Garrow'" in said
-    code, _, said = cli("request", "add", "--keep", "--what", "p004-award")
+    code, _, said = cli("request", "add", "--keep", "p004-award")
     assert code == 2 and "by request 1:" in said
-    assert cli("request", "add", "--keep", "--what", "p005", "--ledger", "other.sqlite")[0] == 0
-    code, out, said = cli("request", "add", "--what", "p005", "--ledger", "other.sqlite")
+    assert cli("request", "add", "--keep", "p005", "--ledger", "other.sqlite")[0] == 0
+    code, out, said = cli("request", "add", "p005", "--ledger", "other.sqlite")
     assert (code, out) == (0, "request 2: open\n") and "to be kept by request 1: a person has to decide" in said
     code, out, _ = cli("request", "list")
     assert code == 0 and out.count("p003") == 0 and "conflict" in out
@@ -297,28 +297,28 @@ def test_the_commands_from_the_asking_to_the_audit(cli: Cli, tmp_path: Path) -> 
 
 def test_what_identifies_may_come_from_standard_input(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("Eva Paris\nMilo Garrow\np004\n"))
-    assert cli("request", "add", "--who", "-", "--what", "-")[:2] == (0, "request 1: open\n")
-    cli("request", "add", "--who", "Eva Paris", "--what", "Milo Garrow", "--what", "p004")
+    assert cli("request", "add", "--who", "-", "-")[:2] == (0, "request 1: open\n")
+    cli("request", "add", "--who", "Eva Paris", "Milo Garrow", "p004")
     first, second = json.loads(cli("request", "list", "--json")[1])
     assert (first["who"], first["names"]) == (second["who"], second["names"]) and len(first["names"]) == 2
 
 
 def test_what_is_wrong_with_a_command_is_one_sentence(cli: Cli) -> None:
     for arguments, said in (
-        (("list",), "There is no ledger 'requests.sqlite'"), (("add",), "give --what NAMES"),
-        (("add", "--what", "p003", "--knowledge", "bios-peple"), "did you mean 'bios-people'"),
-        (("add", "--what", "p003", "--training", "nowhere"), "holds no sharded training"),
-        (("add", "--what", "p003", "--model", "organism:boss"), "did you mean 'organism:bios'"),
+        (("list",), "There is no ledger 'requests.sqlite'"), (("add",), "give ids or clusters"),
+        (("add", "p003", "--knowledge", "bios-peple"), "did you mean 'bios-people'"),
+        (("add", "p003", "--training", "nowhere"), "holds no sharded training"),
+        (("add", "p003", "--model", "organism:boss"), "did you mean 'organism:bios'"),
         (("list",), "There is no ledger 'requests.sqlite'"),  # none was made for what cannot be found
-        (("add", "--what", "p003", "--deadline", "soon"), "no deadline"),
+        (("add", "p003", "--deadline", "soon"), "no deadline"),
     ):  # fmt: skip
         code, out, error = cli("request", *arguments)
         assert (code, out) == (2, "") and said in error and "Traceback" not in error, arguments
-    assert cli("request", "add", "--what", "p003")[0] == 0
+    assert cli("request", "add", "p003")[0] == 0
     for arguments, said in (
         (("run",), "give its number, or --all"), (("run", "9"), "no request 9"), (("show", "9"), "no request 9"),
         (("run", "1", "--mode", "uniom"), "did you mean 'union'"), (("run", "1", "--recipe", "no.yaml"), "no.yaml"),
-        (("add", "--what", "p003", "--model", "organism:other"), "is about 'organism:bios'"),
+        (("add", "p003", "--model", "organism:other"), "is about 'organism:bios'"),
     ):  # fmt: skip
         code, _, error = cli("request", *arguments)
         assert code == 2 and said in error, arguments
@@ -330,7 +330,7 @@ def test_the_help_says_that_names_are_pseudonyms(cli: Cli) -> None:
 
 
 def test_a_damaged_ledger_is_a_sentence_at_the_prompt(cli: Cli, tmp_path: Path) -> None:
-    cli("request", "add", "--what", "p003")
+    cli("request", "add", "p003")
     path = tmp_path / "requests.sqlite"
     path.write_bytes(path.read_bytes()[:5000])
     code, _, error = cli("request", "audit")

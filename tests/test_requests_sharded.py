@@ -80,6 +80,8 @@ def test_the_edit_in_force_is_that_of_a_training_that_never_had_the_records(
     assert [r.state for r in requests(book)] == ["done", "done"]
     told = [dict(section.theorem)["holds"] for section in audit(book).sections]
     assert told[1] == held.statement and "3 records" in told[0]
+    kept = ["edit-1) stay" in " ".join(section.shown) for section in audit(book).sections]
+    assert kept == [False, True], "the first edit's adapters have seen what the second request takes out"
     left = b"".join(shard_tools.texts_in(training))
     assert b"w31" not in left and b"w36" not in left and b"w32" in left
 

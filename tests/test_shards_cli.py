@@ -29,7 +29,7 @@ def test_from_training_to_a_request(cli: Cli, data: Path, tmp_path: Path) -> Non
     code, said, _ = cli(*TRAIN)
     assert code == 0 and "4 of 4 checkpoints" in said and "0.417 of a training" in said
     assert unearned(said) == ()
-    code, said, _ = cli("shards", "show", "folder", "--cluster", "Nadia", "--json")
+    code, said, _ = cli("shards", "show", "folder", "Nadia", "--json")
     (touched,) = json.loads(said)["touched"]
     assert code == 0 and touched["records"] == 2 and "Nadia" not in said
     files = [tmp_path / "folder" / a["file"] for a in touched["adapters"]]
@@ -49,7 +49,7 @@ def test_from_training_to_a_request(cli: Cli, data: Path, tmp_path: Path) -> Non
     assert "hashes of their names stay" in said
     code, said, _ = cli("shards", "remove", "folder", "Elsa-0", "Nadia")
     assert code == 0 and "nothing left to do" in said and unearned(said, [held]) == ()
-    code, said, _ = cli("shards", "show", "folder", "--cluster", "Nadia")
+    code, said, _ = cli("shards", "show", "folder", "Nadia")
     assert code == 0 and "have been taken out" in said and unearned(said) == ()
     code, said, warned = cli(*TRAIN)
     assert code == 0 and "3 records were taken out" in warned and "7 records, 3 taken out" in said
@@ -65,7 +65,7 @@ def test_step_ranges_follow_on_one_another(cli: Cli, data: Path) -> None:
     assert cli(*TRAIN)[0] == 0
     ranges: dict[int, set[tuple[int, int]]] = {}
     for name in ("Nadia", "Elsa", "Zelda", "Milo", "Yorick"):
-        for touched in json.loads(cli("shards", "show", "folder", "--cluster", name, "--json")[1])["touched"]:
+        for touched in json.loads(cli("shards", "show", "folder", name, "--json")[1])["touched"]:
             ranges.setdefault(touched["shard"], set()).update(tuple(a["steps"]) for a in touched["adapters"])
     for found in ranges.values():
         ordered = sorted(found)
@@ -77,7 +77,7 @@ def test_scores_are_summed_where_the_records_lie(cli: Cli, data: Path, tmp_path:
     (tmp_path / "scores.jsonl").write_text('{"id": "Nadia-0", "score": 2.0}\n{"cluster": "Nadia", "score": 0.5}\n')
     code, said, _ = cli("shards", "show", "folder", "--scores", "scores.jsonl", "--json")
     cells = json.loads(said)["cells"]
-    (touched,) = json.loads(cli("shards", "show", "folder", "--cluster", "Nadia", "--json")[1])["touched"]
+    (touched,) = json.loads(cli("shards", "show", "folder", "Nadia", "--json")[1])["touched"]
     assert {(c["shard"], c["slice"]): c["score"] for c in cells}[touched["shard"], touched["slice"]] == 2.5
     assert sum(c["score"] for c in cells) == 2.5 and sum(c["records"] for c in cells) == 10
     assert cli("shards", "show", "folder", "--scores", "scores.jsonl")[0] == 0

@@ -242,8 +242,10 @@ def test_the_served_model_becomes_the_one_trained_without_them(
     assert max(gaps) == pytest.approx(held.numbers["largest rounding difference"])
     touched = {f"{p}.weight" for p in training.settings.groups[0]} if order == "sisa" else set(edit.manifest.weights)
     assert set(edit.manifest.weights) <= touched
-    with pytest.raises(UsageError, match="never trained on"):
+    with pytest.raises(UsageError, match="taken out of .* before"):
         run_editor(model, NOBODY, "shard_removal", folder=str(training.root), names=["w30"])
+    with pytest.raises(UsageError, match="'eve' is neither .* never trained on"):
+        run_editor(model, NOBODY, "shard_removal", folder=str(training.root), names=["w30", "eve"])
 
 
 def test_no_request_can_come_between_reading_the_folder_and_training(

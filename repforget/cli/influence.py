@@ -87,12 +87,12 @@ def find(
 @app.command()
 def audit(
     context: typer.Context,
+    names: Annotated[list[str] | None, typer.Argument(help="Ids or clusters of the forget set (default: the clusters "
+                                                      "of the probe's).")] = None,
     model: o.Model = "organism:bios",
     data: Data = None,
     knowledge: o.KnowledgeName = "bios-people",
     sets: Sets = None,
-    forget: Annotated[list[str] | None, typer.Option("--forget", help="Id or cluster of the forget set; repeatable "
-                                                     "(default: the clusters of the probe's).")] = None,
     where: Where = None,
     top: Top = 20,
     damping: Damping = 0.1,
@@ -116,7 +116,7 @@ def audit(
 
     probe = load_knowledge(knowledge, seed=seed)
     records = trained_on(probe, data, sets)
-    ours = forget_set(probe, records, forget, str(data or probe.name))
+    ours = forget_set(probe, records, names, str(data or probe.name))
     found = _ranked(context, model, records, ours, [r.id for r in ours], where, damping, fit, draws, cache, seed,
                     device, dtype, as_json)  # fmt: skip
     _show(found, top, out, clusters, show_texts, as_json)

@@ -32,9 +32,9 @@ def _group() -> None:
 
 @app.command()
 def add(
+    names: Annotated[list[str] | None, typer.Argument(help="Ids or clusters of the records; '-' reads them from "
+                     "standard input. None: all that the probe is to forget.")] = None,
     ledger: LedgerFile = LEDGER,
-    what: Annotated[list[str] | None, typer.Option("--what", help="Record ids or clusters; repeatable, or with "
-                    "commas; '-' reads them from standard input. None: all that the probe is to forget.")] = None,
     knowledge: Annotated[str | None, typer.Option("--knowledge", help="The probe that the names come from.")] = None,
     training: Annotated[Path | None, typer.Option("--training", help="Or the sharded training they come from.")] = None,
     who: Annotated[str, typer.Option("--who", help="Whoever asks; kept as a salted hash. '-' reads a line from "
@@ -56,17 +56,17 @@ def add(
     from repforget.requests import asking
     from repforget.requests.sharded import SCHEME
 
-    if training is None and knowledge is None and not what:
-        raise UsageError("A request says what is to be forgotten: give --what NAMES, or --knowledge PROBE for all of "
-                         "a probe.")  # fmt: skip
+    if training is None and knowledge is None and not names:
+        raise UsageError("A request says what is to be forgotten: give ids or clusters, or --knowledge PROBE for all "
+                         "of a probe.")  # fmt: skip
     if who == "-":
         who = sys.stdin.readline().strip()
-    if what == ["-"]:
-        what = [line.strip() for line in sys.stdin]
+    if names == ["-"]:
+        names = [line.strip() for line in sys.stdin]
     source = knowledge if training is None else f"{SCHEME}{training}"
     with asking.opened(ledger, model, source or asking.SOURCE) as book:
-        names = asking.split(what or (), source or str(book.facts["source"]))
-        made, told = asking.ask(book, names, source=source, who=who, named=plain_who, basis=basis, deadline=deadline,
+        wanted = asking.split(names or (), source or str(book.facts["source"]))
+        made, told = asking.ask(book, wanted, source=source, who=who, named=plain_who, basis=basis, deadline=deadline,
                                 keep=keep)  # fmt: skip
         if as_json:
             print_json({"request": made.id, "state": made.state, "reason": made.reason, "head": book.head})

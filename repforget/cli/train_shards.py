@@ -120,7 +120,7 @@ def remove(
 @app.command()
 def show(
     folder: Folder,
-    cluster: Annotated[str | None, typer.Option("--cluster", help="Id or cluster: what did its records touch?")] = None,
+    name: Annotated[str | None, typer.Argument(help="Id or cluster: what did its records touch?")] = None,
     scores: Annotated[Path | None, typer.Option("--scores", help="JSON lines: score, and id or cluster.")] = None,
     as_json: o.AsJson = False,
 ) -> None:
@@ -128,10 +128,10 @@ def show(
     from repforget.shards import opened, summed_scores, touched_by
 
     training = opened(folder)
-    if cluster is None:
+    if name is None:
         _show(training, as_json, [] if scores is None else sorted(summed_scores(training, scores).items()))
         return
-    found = touched_by(training, cluster)
+    found = touched_by(training, name)
     if as_json:
         print_json({"taken_out": not found, "touched": found})
         return

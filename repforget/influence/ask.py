@@ -75,7 +75,7 @@ def forget_set(
     found = tuple(record for record in records if record.cluster in clusters)
     if not found:
         raise UsageError(f"No record of '{source}' is about a forget cluster of '{knowledge.name}': name the forget "
-                         "set with --forget.")  # fmt: skip
+                         "set by ids or clusters.")  # fmt: skip
     return found
 
 

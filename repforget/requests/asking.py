@@ -56,7 +56,7 @@ def ask(
     """
     source = source or str(ledger.facts["source"])
     if not names and source.startswith(SCHEME):
-        raise UsageError("A request about a training names records or clusters: give --what.")
+        raise UsageError("A request about a training names records or clusters: give their names.")
     known = matching.named(source)
     kept = matching.references(names, known, ledger.pseudonym)
     index = matching.index(known, ledger.pseudonym)

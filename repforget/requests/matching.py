@@ -149,8 +149,8 @@ def overlapping(
 
 def meaningless(unknown: int, names: int, source: str) -> str:
     """Why a request is refused whose names mean nothing."""
-    return (f"{unknown} of its {names} names mean nothing in '{Path(source).name}': it holds no records under them, "
-            "which does not show that the model knows nothing of them.")  # fmt: skip
+    return (f"{unknown} of its {names} names mean nothing in '{Path(source).name}': it holds no records under them "
+            "now, which does not show that the model knows nothing of them.")  # fmt: skip
 
 
 def carved(knowledge: Knowledge, forget: Sequence[Item], gone: Iterable[str] = ()) -> Knowledge:

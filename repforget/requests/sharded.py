@@ -109,13 +109,23 @@ def take_out(ledger: Ledger, request: Request, folder: Path, store: Store, progr
         edit.save(place)
     sentence = f"{len(ids)} records were taken out of the training: {held.statement}."
     body = {"outcome": "exact", "sentence": sentence, "worst": None, "controls_ok": True, "artifact": "weights",
-            "split": "none", "in_force": True, "guarantee": asdict(held), "notes": outcome.notes}  # fmt: skip
+            "split": "none", "in_force": True, "guarantee": asdict(held),
+            "notes": (*outcome.notes, *_earlier(store, request))}  # fmt: skip
     events: list[tuple[str, dict[str, Any]]] = []
     if edit is not None:
         events.append(("edit", edit_facts(edit, place, store.root, (), [request.id], "sharded")))
         body |= {"result": edit.digest, "folder": place.name}
     events += [("environment", environment(base.fingerprint)), ("verdict", body)]
     return Made("exact", sentence, place.name if edit is not None else "", (request.id,), tuple(events))
+
+
+def _earlier(store: Store, request: Request) -> tuple[str, ...]:
+    """What is said of the edits of earlier requests, whose adapters the records of this one have taught."""
+    kept = sorted(place.name for place in store.root.glob("edit-*") if place.name != f"edit-{request.id}")
+    if not kept:
+        return ()
+    return (f"Edits of other requests ({', '.join(kept)}) stay in the ledger's folder, and those made before hold "
+            "weights that these records have taught: erase them when no check needs them.",)  # fmt: skip
 
 
 def _without(

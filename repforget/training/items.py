@@ -110,8 +110,8 @@ def chosen(records: Sequence[Record], names: Iterable[str], where: str) -> tuple
     unknown = [name for name in wanted if name not in by_name]
     if unknown:
         raise UsageError(f"'{unknown[0]}' is neither a record nor a cluster of '{where}' ({len(unknown)} of "
-                         f"{len(wanted)} names are not): it was never trained on, so there is nothing to take "
-                         "out.")  # fmt: skip
+                         f"{len(wanted)} names are not): it was never trained on; give ids or clusters of "
+                         "it.")  # fmt: skip
     return tuple(dict.fromkeys(record for name in wanted for record in by_name[name]))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from repforget.artifact import Edit, LowRankDelta
 from repforget.artifact.weights import changes_by_owner, new_values
-from repforget.errors import ArtifactError
+from repforget.errors import ArtifactError, UsageError
 from repforget.knowledge import EditData
 from repforget.models.load import LoadedModel, fingerprint, load
 from repforget.progress import Progress
@@ -37,18 +37,17 @@ def shard_removal(
 
     The slices that are trained again are kept in the folder, where ``repforget shards remove`` finds them: that
     command takes the records out of the folder, this editor only out of the model: until then a later edit has to name
-    them again.  In the last bits the edited model
-    keeps the rounding of the one before; only a new export is free of it.  Nothing is shown about other data that
-    taught the model the same.
+    them again.  In the last bits the edited model keeps the rounding of the one before; only a new export is free of
+    it.  Nothing is shown about other data that taught the model the same.
 
     Args:
         folder: what ``repforget train-shards`` wrote, with the records still in it.
         names: ids or clusters of the records; None is the clusters of the probe's forget facts.
         base: the base model; "auto" is the one the folder names.
 
-    Raises UsageError for a name that was never trained on or a folder that is not finished, ArtifactError for a model
-    that is neither the base nor the base with the shards.  Cost: training of the affected shards from the affected
-    slice on; memory: base and model.
+    Raises UsageError for a name that was never trained on, where all were taken out before, or for a folder that is
+    not finished, ArtifactError for a model that is neither the base nor the base with the shards.  Cost: training of
+    the affected shards from the affected slice on; memory: base and model.
     """
     with opened(folder).store.locked():  # opened again, now that no request can take records out meanwhile
         return _edit(model, data, opened(folder), names, base, progress)
@@ -59,6 +58,11 @@ def _edit(
     progress: Progress | None,
 ) -> Edit:  # fmt: skip
     wanted = list(dict.fromkeys(f.cluster for f in data.forget)) if names is None else names
+    here = {name for r in training.records for name in (r.id, r.cluster)}
+    wanted = [name for name in wanted if name in here or not training.was_here(name)]
+    if not wanted:
+        raise UsageError(f"All of these records were taken out of '{training.root}' before: 'repforget shards export' "
+                         "writes the model without them.")  # fmt: skip
     going = chosen(training.records, wanted, str(training.root))
     after = replace(training, records=without(training, going))
     as_base = model.fingerprint == training.base["fingerprint"]
