@@ -115,8 +115,9 @@ def test_names_and_rows_that_do_not_fit_are_refused() -> None:
         Table(rows.x[:2], rows.y[:2], np.array(["a", "a"]), np.array(["a", "b"]))
     with pytest.raises(UsageError, match="2 ids and 2 clusters"):
         Table(rows.x[:2], rows.y[:2], rows.ids[:2, None], rows.clusters[:2])
-    with pytest.raises(UsageError, match="finite real numbers"):
-        Table(rows.x[:2].astype(np.str_), rows.y[:2], rows.ids[:2], rows.clusters[:2])
+    for x, y in ((rows.x[:2].astype(np.str_), rows.y[:2]), (rows.x[:2], np.ones(2) * 1j)):
+        with pytest.raises(UsageError, match="finite real numbers"):
+            Table(x, y, rows.ids[:2], rows.clusters[:2])
     # the rows to take out are all that ridge and a bounded step read; others need what remains as well
     few = rows.only(np.arange(8))
     assert remove(head, few, ["r1"]).n == remove(made("promise"), few, ["r1"]).n == 239
@@ -147,7 +148,12 @@ def test_rows_are_brought_to_norm_one_each_by_itself() -> None:
     lengths = np.linalg.norm(prepared(x, 10.0, True), axis=1)
     assert lengths.max() <= 1 + 1e-12
     assert np.allclose(prepared(x, 10.0, False), [[0.3, 0.4], [0.6, 0.8], [0.03, 0.04]])
-    assert np.array_equal(prepared(x[:1], 10.0, True), prepared(x, 10.0, True)[:1])
+    wide = np.random.default_rng(0).normal(size=(20, 41))
+    many = prepared(wide, 1.0, True)
+    for order in "CF":  # as a file keeps it: the hash of a row is that of its bits
+        held = np.array(wide, order=order)
+        assert np.array_equal(prepared(held, 1.0, True), many)
+        assert all(np.array_equal(prepared(held[[k]], 1.0, True)[0], many[k]) for k in range(20))
 
 
 def test_noise_is_the_systems_own_and_normal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,6 +273,15 @@ def test_files_without_pickle(tmp_path: Path) -> None:
     np.savez(tmp_path / "half.npz", X=np.ones((2, 2)))
     with pytest.raises(UsageError, match="no array 'y'"):
         read_table(tmp_path / "half.npz")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "junk.npz").write_bytes(b"no array")
+    np.save(tmp_path / "one.npy", np.ones(3))
+    np.savez(tmp_path / "names.npz", X=np.ones((1, 2)), y=np.ones(1), ids=np.array([b"\xff"]))
+    np.savez(tmp_path / "numbers.npz", X=np.float64(1), y=np.float64(1), ids=np.array("a"))
+    for name, word in (("empty.npz", "No data left"), ("junk.npz", "no readable"), ("one.npy", "without a name"),
+                       ("names.npz", "are no text"), ("numbers.npz", "one of each for every row")):  # fmt: skip
+        with pytest.raises(UsageError, match=word):
+            read_table(tmp_path / name)
     from safetensors.numpy import save_file
 
     save_file({"X": np.ones((2, 2)), "y": np.array([0.5, 1.0])}, tmp_path / "rows.safetensors")
@@ -311,3 +326,14 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ):
         code, _, err = run(capsys, *arguments)
         assert code == 2 and word in " ".join(err.split()), err
+
+
+def test_a_file_cut_short_is_no_interruption(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(_: Any) -> None:
+        raise EOFError("No data left in file")
+
+    monkeypatch.setattr("repforget.linear.load_head", short)
+    code, _, err = run(capsys, "head", "show", tmp_path)
+    assert code == 1 and "Unexpected EOFError: No data left in file" in err and "Interrupted" not in err

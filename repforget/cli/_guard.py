@@ -41,15 +41,15 @@ def guarded(arguments: Sequence[str]) -> int:
         code = app(list(arguments), obj=state, standalone_mode=False, prog_name="repforget")
     except click.UsageError as error:
         return _usage(error)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
+        if isinstance(error.__cause__, EOFError):  # a file cut short, which typer takes for Ctrl-D
+            return _unexpected(error.__cause__, state)
         return _interrupted(state)
     except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
         sys.stderr.close()
         return 0
     except Exception as error:
-        if state.debug:
-            traceback.print_exc()
-        return _failed(error, state)
+        return _unexpected(error, state)
     if code == INTERRUPTED:  # how typer reports Ctrl-C
         return _interrupted(state)
     return code if isinstance(code, int) else 0
@@ -80,6 +80,12 @@ def _interrupted(state: State) -> int:
     else:
         _say(f"Interrupted: every finished stage is kept in '{state.folder}'; the same command continues from there.")
     return INTERRUPTED
+
+
+def _unexpected(error: Exception, state: State) -> int:
+    if state.debug:
+        traceback.print_exc()
+    return _failed(error, state)
 
 
 def _failed(error: Exception, state: State) -> int:

@@ -29,18 +29,19 @@ class Table:
     name: str = "the rows"
 
     def __post_init__(self) -> None:
-        n = len(self.ids)
+        n = len(np.atleast_1d(self.ids))
         shapes = (self.x.ndim, self.ids.shape, self.clusters.shape)
-        if shapes != (2, (n,), (n,)) or not n == len(self.x) == len(self.y) or not n:
+        if shapes != (2, (n,), (n,)) or not self.x.shape[:1] == self.y.shape[:1] == (n,) or not n:
             raise UsageError(f"'{self.name}' holds features of shape {self.x.shape}, targets of shape {self.y.shape}, "
-                             f"{n} ids and {len(self.clusters)} clusters: give one of each for every row, and at least "
+                             f"{n} ids and {self.clusters.size} clusters: give one of each for every row, and at least "
                              "one row.")  # fmt: skip
         if len(np.unique(self.ids)) < n:
             raise UsageError(f"'{self.name}' has ids that name more than one row: give every row its own id, so that "
                              "a request can name it.")  # fmt: skip
-        if not np.issubdtype(self.x.dtype, np.number) or np.iscomplexobj(self.x) or not np.isfinite(self.x).all():
-            raise UsageError(f"'{self.name}' holds features of kind {self.x.dtype}, NaN or infinite: give finite real "
-                             "numbers.")  # fmt: skip
+        real = np.issubdtype(self.x.dtype, np.number) and not np.iscomplexobj(self.x) and not np.iscomplexobj(self.y)
+        if not real or not np.isfinite(self.x).all():
+            raise UsageError(f"'{self.name}' holds features of kind {self.x.dtype} and targets of kind {self.y.dtype}, "
+                             "or NaN or infinite features: give finite real numbers.")  # fmt: skip
 
     def only(self, chosen: NDArray[Any]) -> Table:
         return Table(self.x[chosen], self.y[chosen], self.ids[chosen], self.clusters[chosen], self.name)
@@ -58,19 +59,26 @@ def read_table(path: str | Path) -> Table:
 
             held = dict(load_file(path))
         else:
-            with np.load(path, allow_pickle=False) as opened:
+            opened = np.load(path, allow_pickle=False)
+            if isinstance(opened, np.ndarray):
+                raise ValueError("one array without a name")
+            with opened:
                 held = {name: opened[name] for name in opened.files}
     except FileNotFoundError:
         raise UsageError(f"There is no file '{path}': give an .npz or .safetensors file with X and y.") from None
     except Exception as error:  # zip, header and pickle errors have no common class
-        raise UsageError(f"'{path}' is no readable .npz or .safetensors file ({error}): write arrays of numbers and "
-                         "strings, without pickled objects.") from None  # fmt: skip
+        raise UsageError(f"'{path}' is no readable .npz or .safetensors file ({str(error).split('. ')[0]}): write "
+                         "arrays of numbers and strings, without pickled objects.") from None  # fmt: skip
     missing = [name for name in ("X", "y") if name not in held]
     if missing:
         raise UsageError(f"'{path}' has no array '{missing[0]}' (it has {', '.join(sorted(held)) or 'none'}): give "
                          "features X [n, d] and targets y.")  # fmt: skip
-    ids = held.get("ids", np.arange(len(held["X"]))).astype(np.str_)
-    return Table(held["X"], held["y"], ids, held.get("clusters", ids).astype(np.str_), str(path))
+    try:
+        ids = held.get("ids", np.arange(len(np.atleast_1d(held["X"])))).astype(np.str_)
+        clusters = held.get("clusters", ids).astype(np.str_)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"'{path}' has ids or clusters that are no text ({error}): write strings.") from None
+    return Table(held["X"], held["y"], ids, clusters, str(path))
 
 
 def write_table(table: Table, path: Path) -> Path:
@@ -91,7 +99,7 @@ def prepared(x: NDArray[Any], radius: float | None, intercept: bool) -> Array:
     With a ``radius`` a row is divided by it, and cut to norm 1 where it is longer.  An ``intercept`` is one more
     feature (penalised like the others), with both parts scaled by 1/sqrt(2) so that the norm stays within 1.
     """
-    held = x.astype(np.float64)
+    held = x.astype(np.float64, order="C")  # by columns a row's norm would be summed otherwise among many than alone
     if radius is not None:
         if not radius > 0:
             raise UsageError(f"The radius is {radius}: give a positive length, chosen without looking at the rows.")
