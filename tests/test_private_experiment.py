@@ -1,4 +1,4 @@
-"""The experiment on private training: its page shows what was stored; the audit gives what is published."""
+"""The experiment on private training: its page shows what was stored, and no attack refutes what was promised."""
 
 from __future__ import annotations
 
@@ -38,9 +38,25 @@ def result() -> dict[str, Any]:
 def test_the_page_shows_the_stored_result(measure: ModuleType, result: dict[str, Any]) -> None:
     page = (FOLDER / "README.md").read_text()
     assert measure.table(result) in page
+    assert measure.population.table(result["population"]) in page
     assert result["people"] * measure.DELTA < 1
     private = {name: arm for name, arm in result["arms"].items() if "epsilon" in arm}
     assert private and all(arm["epsilon"] <= measure.ARMS[name] for name, arm in private.items())
+
+
+def test_no_attack_refutes_a_promise_and_the_same_attack_would_have_refuted_it_of_plain_training(
+    measure: ModuleType, result: dict[str, Any]
+) -> None:
+    part, promised = result["population"], measure.population.ARMS
+    arms = part["arms"]
+    assert part["in"] * part["delta"] < 0.1 and part["seed"] == measure.population.SEED
+    budgets = {name: budget for name, budget in promised.items() if budget is not None}
+    for name, budget in budgets.items():
+        assert arms[name]["audit"]["epsilon"] <= arms[name]["epsilon"] <= budget
+    assert arms["plain"]["audit"]["epsilon"] > min(budgets.values())
+    for body in (body for body in arms.values() if "audit" in body):
+        own = body["audit"]
+        assert refuted(part["people"], own["guesses"], own["correct"], part["delta"]) == pytest.approx(own["epsilon"])
 
 
 def test_the_rule_is_in_the_towns_and_nothing_tells_who_is_in(measure: ModuleType) -> None:
