@@ -69,6 +69,11 @@ def made(name: str, **settings: Any) -> tuple[Knows, Knows, Knows]:
     return after(edit(subject(), data(), name, **settings))
 
 
+@cache
+def by_objective(name: str) -> Edit:
+    return edit(subject(), data(), name, **OF_OBJECTIVE.get(name, USUAL))
+
+
 def test_the_model_knows_everything_by_heart() -> None:
     forget, retain, others = before()
     assert len(data().forget) == 50
@@ -84,7 +89,7 @@ def chance() -> float:
 
 @pytest.mark.parametrize("name", FORGETS)
 def test_it_forgets_and_keeps(name: str) -> None:
-    forget, retain, _ = made(name, **OF_OBJECTIVE.get(name, USUAL))
+    forget, retain, _ = after(by_objective(name))
     assert forget.probability < max(GONE, 1.5 * chance())
     assert retain.loss < before()[1].loss + KEPT
 
@@ -104,8 +109,7 @@ def test_ascent_with_guards_keeps_what_it_has_to() -> None:
 def test_states_of_forget_texts_move_and_those_of_retained_texts_stay(name: str) -> None:
     layers = [1]
     start = [states(subject(), facts, layers) for facts in (data().forget, data().retain)]
-    done = edit(subject(), data(), name, **{**OF_OBJECTIVE.get(name, USUAL), "layers": layers})
-    with done.attach(subject()):
+    with by_objective(name).attach(subject()):
         now = [states(subject(), facts, layers) for facts in (data().forget, data().retain)]
     moved = [float((b - a).norm(dim=-1).mean() / a.norm(dim=-1).mean()) for a, b in zip(start, now, strict=True)]
     assert moved[0] > 0.3 and moved[1] < 0.5 * moved[0]
