@@ -31,7 +31,7 @@ def audit(scores: ArrayLike, was_in: ArrayLike, delta: float, *, share: float = 
 
     ``scores`` [m], higher for those rather in; the highest ``share / 2`` are called in, the lowest out.  The score and
     the share must not depend on the coins.  With chance at most ``alpha`` the epsilon lies above the true one.  Source:
-    Steinke, Nasr and Jagielski 2023, arXiv 2305.08846, Theorem 5.2.  A low epsilon shows that this attack is weak, not
+    Steinke, Nasr and Jagielski 2023, arXiv 2305.08846, appendix D.  A low epsilon shows that this attack is weak, not
     that the training is private.
     """
     values, truth = np.asarray(scores, dtype=np.float64), np.asarray(was_in, dtype=bool)
