@@ -173,17 +173,25 @@ def test_softmax_agrees_with_scikit_learn_and_forgets_exactly() -> None:
     assert np.abs(found.change.T - peer.coef_).max() < 1e-5
 
 
-def test_softmax_towards_a_base_returns_to_it_without_rows() -> None:
-    rng = np.random.default_rng(0)
-    x, y, base = rng.normal(size=(30, 5)), rng.integers(0, 7, 30), rng.normal(size=(5, 7))
-    none = fit_softmax(x[:0], y[:0], 7, 1.0, base=base, start=rng.normal(size=(5, 7)))
+@pytest.mark.parametrize("n", [30, 5, 1])
+def test_softmax_towards_a_base_returns_to_it_without_rows(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer rows than features only as many directions are solved for: what inverses cost is told by the rows."""
+    rng, sizes, inverted = np.random.default_rng(0), [], np.linalg.inv
+    monkeypatch.setattr(np.linalg, "inv", lambda held: sizes.append(held.shape[-1]) or inverted(held))
+    x, y, base, bias = rng.normal(size=(n, 8)), rng.integers(0, 7, n), rng.normal(size=(8, 7)), rng.normal(size=7)
+    if n == 5:
+        x[4] = x[3]
+    start = rng.normal(size=(8, 7))
+    none = fit_softmax(x[:0], y[:0], 7, 1.0, base=base, start=start)
     assert np.abs(none.change).max() < 1e-10
-    some = fit_softmax(x, y, 7, 1.0, base=base)
-    z = x @ (base + some.change)
+    some, other = (fit_softmax(x, y, 7, 1.0, base=base, bias=bias, start=s) for s in (None, start))
+    z = x @ (base + some.change) + bias
     chances = np.exp(z - z.max(1, keepdims=True))
     chances /= chances.sum(1, keepdims=True)
     gradient = x.T @ (chances - np.eye(7)[y]) + some.change
     assert np.linalg.norm(gradient) <= some.residual < 1e-8
+    assert np.linalg.norm(some.change - other.change) <= some.distance + other.distance
+    assert set(sizes) == {min(n, 8)}
 
 
 def test_shared_blocks_precondition_as_well(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,8 +46,8 @@ def fit_softmax(
 
     With ``start`` near the solution (rows that go are few) this is the removal of those rows: the minimiser is unique,
     so that the start shows in the result by ``residual / lam`` at most.  ``told`` hears the norm after each step.
-    Cost: some ten Newton steps of as many Hessian products as conjugate gradients need, each 6 n d k multiplications;
-    memory of a block of rows times k.
+    Cost: some ten Newton steps of as many Hessian products as conjugate gradients need, each 6 n min(n, d) k
+    multiplications; memory of a block of rows times k.
     """
     _check(x, y, classes, lam)
     shape = (x.shape[1], classes)
@@ -56,9 +56,39 @@ def fit_softmax(
     held = np.zeros(shape) if start is None else start.astype(np.float64)
     problem = _Problem(x, y, np.zeros(shape) if base is None else base.astype(np.float64),
                        np.zeros(classes) if bias is None else bias.astype(np.float64), float(lam))  # fmt: skip
+    if len(x) < len(held):  # the change is a sum of rows: as many numbers per class as there are rows say it all
+        axes, within = np.linalg.qr(x.T.astype(np.float64))
+        small = _Problem(within.T, y, np.zeros((len(x), classes)), x @ problem.base + problem.bias, problem.lam)
+        held = axes @ _minimised(small, axes.T @ held, tolerance, told)[0]
+        norm = float(np.linalg.norm(problem.measured(held)[1]))
+    else:
+        held, norm = _minimised(problem, held, tolerance, told)
+    if norm > 1e-6 * (1 + lam):
+        raise NumericalError(f"The softmax head was not fitted: its gradient has the norm {norm:.2g} after {MAX_STEPS} "
+                             "Newton steps; raise the L2 penalty, or scale the features.")  # fmt: skip
+    logits = float(np.linalg.norm(problem.base + held)) * x.shape[1] * EPS
+    size, given = float(np.linalg.norm(x)), 4 * EPS * float(np.abs(problem.bias).max())
+    doubt = ((rounding(len(x)) + given) * np.sqrt(len(x) + 1.0) + logits * size) * size
+    return Softmax(held, len(x), float(lam), float(norm + doubt))
+
+
+def _check(x: NDArray[Any], y: NDArray[Any], classes: int, lam: float) -> None:
+    if x.ndim != 2 or y.shape != (len(x),) or not np.isfinite(x).all():
+        raise UsageError(f"Rows of shape {x.shape} with classes of shape {y.shape} do not fit: give finite [n, d] and "
+                         "[n].")  # fmt: skip
+    if len(y) and not (np.issubdtype(y.dtype, np.integer) and 0 <= int(y.min()) <= int(y.max()) < classes):
+        raise UsageError(f"The classes of a softmax head are whole numbers from 0 to {classes - 1}: encode them so.")
+    if not (np.isfinite(lam) and lam > 0):
+        raise UsageError(f"The L2 penalty is {lam}: give a positive number, so that there is one solution.")
+
+
+def _minimised(
+    problem: _Problem, held: Array, tolerance: float, told: Callable[[float], None] | None
+) -> tuple[Array, float]:
+    """The change and the norm of the gradient reached, by damped Newton steps from ``held``."""
     value, gradient = problem.measured(held)
     norm = float(np.linalg.norm(gradient))
-    floor = 64 * EPS * np.sqrt(len(x) + 1.0)
+    floor = 64 * EPS * np.sqrt(len(problem.x) + 1.0)
     for _ in range(MAX_STEPS):
         if told is not None:
             told(norm)
@@ -76,27 +106,13 @@ def fit_softmax(
         else:
             break  # rounding: no shorter step helps
         held, value, gradient, norm = held - size * step, lower, trial, reached
-    if norm > 1e-6 * (1 + lam):
-        raise NumericalError(f"The softmax head was not fitted: its gradient has the norm {norm:.2g} after {MAX_STEPS} "
-                             "Newton steps; raise the L2 penalty, or scale the features.")  # fmt: skip
-    logits = float(np.linalg.norm(problem.base + held)) * x.shape[1] * EPS
-    size = float(np.linalg.norm(x)) if len(x) else 0.0
-    doubt = (rounding(len(x)) * np.sqrt(len(x) + 1.0) + logits * size) * size
-    return Softmax(held, len(x), float(lam), float(norm + doubt))
-
-
-def _check(x: NDArray[Any], y: NDArray[Any], classes: int, lam: float) -> None:
-    if x.ndim != 2 or y.shape != (len(x),) or not np.isfinite(x).all():
-        raise UsageError(f"Rows of shape {x.shape} with classes of shape {y.shape} do not fit: give finite [n, d] and "
-                         "[n].")  # fmt: skip
-    if len(y) and not (np.issubdtype(y.dtype, np.integer) and 0 <= int(y.min()) <= int(y.max()) < classes):
-        raise UsageError(f"The classes of a softmax head are whole numbers from 0 to {classes - 1}: encode them so.")
-    if not (np.isfinite(lam) and lam > 0):
-        raise UsageError(f"The L2 penalty is {lam}: give a positive number, so that there is one solution.")
+    return held, norm
 
 
 @dataclass(frozen=True)
 class _Problem:
+    """Rows, their classes, what is added to the change (``base`` [d, k]) and to the logits (``bias`` [k] or [n, k])."""
+
     x: NDArray[Any]
     y: NDArray[Any]
     base: Array
@@ -105,7 +121,7 @@ class _Problem:
 
     def _chances(self, block: slice, weights: Array) -> tuple[Array, Array]:
         held = self.x[block].astype(np.float64, copy=False)
-        z = held @ weights + self.bias
+        z = held @ weights + (self.bias if self.bias.ndim == 1 else self.bias[block])
         chances: Array = np.exp(z - logsumexp(z, axis=1, keepdims=True))
         return held, chances
 
