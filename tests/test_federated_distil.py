@@ -170,7 +170,7 @@ def test_the_command_distils_unless_told_not_to(
     go(base, dataclasses.replace(plan(1, rank=1), model=str(saved(tmp_path / "model"))), data, run)
 
     def forget(out: str, *more: str) -> Any:
-        return cli("federated", "forget", "bob", "--run", str(run), "--out", str(tmp_path / out), "--method",
+        return cli("federated", "forget", str(run), "bob", "--out", str(tmp_path / out), "--method",
                    "rollback", "--keep-record", *more)  # fmt: skip
 
     code, _, err = forget("a")

@@ -337,14 +337,14 @@ def test_commands(data: dict[str, Source], tmp_path: Path, cli: Callable[..., tu
     code, out, err = cli("federated", "simulate", "--model", model, "--data", str(tmp_path / "data"), "--out", run,
                          *small, "--inject", "bob:2:nan")  # fmt: skip
     assert code == 0 and "round 2: sent NaN" in out.replace("\n", "") and "'bob'" in err and not unearned(out + err)
-    code, out, err = cli("federated", "forget", "bobb", "--run", run, "--out", str(tmp_path / "x"))
+    code, out, err = cli("federated", "forget", run, "bobb", "--out", str(tmp_path / "x"))
     assert code == 2 and "did you mean 'bob'" in err
-    code, out, err = cli("federated", "forget", "bob", "--run", run, "--out", str(tmp_path / "y"), "--method",
+    code, out, err = cli("federated", "forget", run, "bob", "--out", str(tmp_path / "y"), "--method",
                          "rollbak")  # fmt: skip
     assert code == 2 and "did you mean 'rollback'" in err
     code, out, err = cli("federated", "serve", "--model", model, "--out", str(tmp_path / "z"), "--address", "0.0.0.0:0")
     assert code == 2 and "Without certificates" in err and not (tmp_path / "z").exists()
-    code, out, err = cli("federated", "forget", "bob", "--run", run, "--out", str(tmp_path / "g"), "--json")
+    code, out, err = cli("federated", "forget", run, "bob", "--out", str(tmp_path / "g"), "--json")
     made = load_edit(tmp_path / "g" / "edit")
     assert code == 0 and json.loads(out)["trainings"] == 4 and made.manifest.guarantee is not None
     assert not unearned(out + err, [made.manifest.guarantee])

@@ -115,7 +115,7 @@ def test_commands_over_grpc_train_forget_and_tell_moments_as_one_process_does(
     train, forget, tell = forked.run(model, [
         [command("serve", "--model", model, "--out", str(tmp_path / "run"), *local),
          joins("ann"), joins("bob", "--inject", "bob:2:die")],
-        [command("forget", "bob", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "left"), "--keep-record"),
+        [command("forget", str(tmp_path / "run"), "bob", "--out", str(tmp_path / "left"), "--keep-record"),
          joins("ann")],
         [command("moments", "--model", model, "--out", str(tmp_path / "moments"), "--clients", "4", "--minimum", "1"),
          *(joins(name, *(("--inject", f"{lost}:3:die") if name == lost else ())) for name in parts)],

@@ -320,18 +320,26 @@ def test_a_server_killed_between_its_report_and_its_history_goes_on(
         assert [row["round"] for row in body["rounds"]] == [1] and body["totals"]["up"] > 0
 
 
-def test_what_was_trained_again_can_be_asked_for_again(
-    base: LoadedModel, data: dict[str, Source], tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
+def test_what_was_trained_again_can_be_asked_for_again_from_anywhere(
+    base: LoadedModel, data: dict[str, Source], tmp_path: Path, cli: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base.module.save_pretrained(tmp_path / "model")
     base.tokenizer.save_pretrained(tmp_path / "model")
     run, small = tmp_path / "run", ("--rank", "2", "--lr", "0.01", "--rounds", "1", "--engine", "here")
-    train = ("federated", "simulate", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "data"), *small)
+    train = ("federated", "simulate", "--model", "model", "--data", str(tmp_path / "data"), *small)
+    monkeypatch.chdir(tmp_path)
     assert cli(*train, "--out", str(run))[0] == 0
-    forget = ("federated", "forget", "bob", "--run", str(run), "--out", str(tmp_path / "out"), "--json")
+    relative = (run / "run.json").read_text().replace(str(tmp_path / "model"), "model")
+    assert relative.count('"model"') == 2
+    (run / "run.json").write_text(relative)  # as it was written once
+    assert cli(*train, "--out", str(run))[0] == 0
+    monkeypatch.chdir(tmp_path / "data")
+    forget = ("federated", "forget", str(run), "bob", "--out", str(tmp_path / "out"), "--json")
     first, second = cli(*forget), cli(*forget)
     assert first[0] == second[0] == 0 and json.loads(first[1]) == json.loads(second[1])
     assert json.loads(first[1])["client"] == "bob"
     (tmp_path / "data" / "bob.jsonl").unlink()
+    monkeypatch.chdir(tmp_path)
     code, out, err = cli(*train, "--out", str(tmp_path / "out"))
     assert code == 0 and "0.0 MB to the clients" in out, err

@@ -269,8 +269,8 @@ def join(
 @app.command()
 def forget(
     context: typer.Context,
+    run: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the finished training.")],
     client: Annotated[str, typer.Argument(help="Name of the client that leaves.")],
-    run: Annotated[Path, typer.Option("--run", help="Folder of the finished training.")],
     out: Annotated[Path, typer.Option("--out", help="New folder for the result.")],
     method: Annotated[str, typer.Option("--method", help="retrain, federaser, rollback or client.")] = "retrain",
     interval: Annotated[int, typer.Option("--interval", min=1, help="FedEraser: use every so many rounds.")] = 1,
@@ -292,7 +292,7 @@ def forget(
     """Make the result of a finished training without one of its clients.
 
     Only 'retrain' is exact; 'rollback' distils on the probe's general texts, or on --texts.  The client goes out of the
-    training's history, report and list of clients; the edit that was trained with it stays in --run, and so do sums
+    training's history, report and list of clients; the edit that was trained with it stays in FOLDER, and so do sums
     over all clients.  The same command continues an interrupted one.
 
     With --address the clients are asked where they are: each is to 'join' there with the records that it trained on;
@@ -307,7 +307,7 @@ def forget(
     from repforget.store import read_json
 
     context.obj.interrupted = f"Interrupted: what is finished is kept in '{out}'; the same command continues."
-    how = Distillation(distil_steps, texts=str(texts or "")) if distil and method == "rollback" else None
+    how = Distillation(distil_steps, texts="" if texts is None else str(texts.resolve())) if distil and method == "rollback" else None
     known(method)
     plan = Setup.read(run).plan
     post = _post(address, authority, certificate, key)

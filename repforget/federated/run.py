@@ -21,7 +21,7 @@ from repforget.federated.faults import Fault
 from repforget.federated.messages import Local
 from repforget.federated.server import Plan, federate
 from repforget.federated.simulate import here, on_ray
-from repforget.federated.sources import Source
+from repforget.federated.sources import Source, lasting
 from repforget.guarantee import Guarantee
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress
@@ -61,17 +61,19 @@ class Setup:
     def claim(self, folder: Path) -> None:
         """Take a fresh folder, or go on in one that was made for the same; UsageError in any other.
 
-        More rounds, patience and another least number of clients are no other training.
+        More rounds, patience and another least number of clients are no other training.  Model and probes are written
+        down by their whole paths.
         """
+        own = self._lasting()
         if (folder / RUN).exists():
-            old = Setup.read(folder)
+            old = Setup.read(folder)._lasting()
             if old.left:
                 raise UsageError(f"A client was forgotten in '{folder}', so that its training is over: train on in a "
                                  "new folder.")  # fmt: skip
-            held, asked = old.plan, self.plan
+            held, asked = old.plan, own.plan
             fields = {"model": (held.model, asked.model), "strategy": (held.local.rule, asked.local.rule),
                       "local training": (held.local, asked.local), "server": (held.adam, asked.adam),
-                      "clients": (dict(old.sources), dict(self.sources))}  # fmt: skip
+                      "clients": (dict(old.sources), dict(own.sources))}  # fmt: skip
             other = [name for name, (before, now) in fields.items() if before != now]
             if other:
                 raise UsageError(f"'{folder}' holds a training that differs in its {other[0]}: choose another folder "
@@ -79,7 +81,13 @@ class Setup:
             if self.plan.rounds < old.plan.rounds:
                 raise UsageError(f"'{folder}' holds a training of {old.plan.rounds} rounds and {self.plan.rounds} were "
                                  "asked for: choose another folder with --out.")  # fmt: skip
-        self.write(folder)
+        own.write(folder)
+
+    def _lasting(self) -> Setup:
+        """The same, wherever the next command is given."""
+        sources = {name: replace(source, knowledge=lasting(source.knowledge)) if source.knowledge else source
+                   for name, source in self.sources.items()}  # fmt: skip
+        return replace(self, plan=replace(self.plan, model=lasting(self.plan.model)), sources=sources)
 
 
 def mark(client: str) -> str:

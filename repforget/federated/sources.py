@@ -14,6 +14,13 @@ from repforget.training import Record, read_records, records_of
 from repforget.training.items import Forms, digest
 
 
+def lasting(name: str) -> str:
+    """The name of a model or probe that finds it from any working directory: the whole path of a file or folder."""
+    path = Path(name).expanduser()
+    files = (path, path / "config.json", path / "probe.yaml")
+    return str(path.resolve()) if any(file.is_file() for file in files) else name
+
+
 @dataclass(frozen=True)
 class Source:
     """Either ``path``, a file of records, or the records of ``clusters`` in one ``set`` of the probe ``knowledge``.
