@@ -7,8 +7,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -89,7 +87,7 @@ def held() -> int:
     return sum({s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in found)}.values())
 
 
-def launch(folder: Path, cases: dict[str, Any], event: str = "", **env: str) -> tuple[Warm, subprocess.Popen[str]]:
+def launch(folder: Path, cases: dict[str, Any], event: str = "", **env: str) -> tuple[Warm, Warm]:
     """Both processes, as a launcher would start them; with hash seeds of their own, so that orders of sets differ."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -99,9 +97,7 @@ def launch(folder: Path, cases: dict[str, Any], event: str = "", **env: str) -> 
               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", **env}  # fmt: skip
     arguments = (str(folder), json.dumps(cases), event)
     first, second = ({**common, "RANK": str(k), "LOCAL_RANK": str(k)} for k in range(2))
-    pipe = subprocess.PIPE
-    return Warm(SCRIPT, arguments, first), subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], text=True,
-                                                            stdout=pipe, stderr=pipe, env=second)  # fmt: skip
+    return Warm(SCRIPT, arguments, first), Warm(SCRIPT, arguments, second, server=1)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """Processes that start with everything imported: forked, as often as asked, from one that imported it once.
 
 Importing torch and transformers costs four seconds of a core, more than most of these processes then do. A fork of a
-process without threads is a process like any other: with its own environment, killed by its own signals.  All have
-one hash seed, so that two of them must not be what shows that the order of a set changes nothing.
+process without threads is a process like any other: with its own environment, killed by its own signals.  All of one
+server have one hash seed, so that two of them must not be what shows that the order of a set changes nothing.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
-from multiprocessing.context import ForkServerContext
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 IMPORTED = ["accelerate", "edit_models", "repforget.cli", "repforget.edit._dispatch", "repforget.loop",
             "torch.distributed.fsdp", "transformers.models.llama.modeling_llama"]  # fmt: skip
 
 
 @cache
-def _server() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
-    return context
+def _server(number: int) -> forkserver.ForkServer:
+    """One of several, each an interpreter of its own."""
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload(IMPORTED)
+    return server
 
 
 def _become(code: str, arguments: Sequence[str], env: Mapping[str, str], out: str, err: str) -> None:
@@ -47,14 +49,17 @@ def _become(code: str, arguments: Sequence[str], env: Mapping[str, str], out: st
 class Warm:
     """One such process, with the part of ``subprocess.Popen`` that tests use."""
 
-    def __init__(self, code: str, arguments: Sequence[str] = (), env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, code: str, arguments: Sequence[str] = (), env: Mapping[str, str] | None = None, server: int = 0
+    ) -> None:
         self._folder = Path(tempfile.mkdtemp())
         self._out, self._err = self._folder / "out", self._folder / "err"
         for path in (self._out, self._err):
             path.touch()
         given = (code, tuple(arguments), dict(os.environ if env is None else env), str(self._out), str(self._err))
-        self._process = _server().Process(target=_become, args=given)
-        self._process.start()
+        self._process = multiprocessing.get_context("forkserver").Process(target=_become, args=given)
+        with mock.patch.object(forkserver, "connect_to_new_process", _server(server).connect_to_new_process):
+            self._process.start()
         self.stdout = self._out.open()
 
     def poll(self) -> int | None:
