@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-DOUBT = 1e-14  # share by which the larger of two probabilities may be off in float64
+DOUBT = 4e-15  # share by which a probability may be off in float64, per square of the deviations it lies out at
 
 
 def hockey_stick(epsilon: float, distance: float) -> float:
@@ -19,8 +19,9 @@ def hockey_stick(epsilon: float, distance: float) -> float:
     if distance <= 0.0:
         return 0.0
     r = distance
-    larger = float(ndtr(r / 2 - epsilon / r))
-    return max(0.0, (1 + DOUBT) * larger - math.exp(epsilon + float(log_ndtr(-r / 2 - epsilon / r))))
+    out = r / 2 + epsilon / r
+    larger = (1 + DOUBT * (3 + out**2)) * float(ndtr(r / 2 - epsilon / r))
+    return max(0.0, larger - math.exp(epsilon + float(log_ndtr(-out))))
 
 
 def gaussian_epsilon(distance: float, delta: float) -> float:

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import mpmath
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -165,6 +166,16 @@ def test_the_noise_is_the_least_that_does_by_another_computation(epsilon: float,
         assert found > 2 * epsilon / math.sqrt(2 * math.log(1.25 / delta)), "the classic rule asks for more noise"
 
 
+@pytest.mark.parametrize("epsilon,delta", [(1028.0801431515447, 9.657268487290666e-12), (8.520206, 5.2234871e-14),
+                                           (0.00014773337170991986, 1.2884127549681367e-14)])  # fmt: skip
+def test_rounding_far_out_does_not_make_the_distance_larger(epsilon: float, delta: float) -> None:
+    """Deviations at which float64 alone errs by more than one part in 10^14, against 50 digits."""
+    with mpmath.workdps(50):
+        e, r = mpmath.mpf(epsilon), mpmath.mpf(gaussian_distance(epsilon, delta))
+        real = mpmath.ncdf(r / 2 - e / r) - mpmath.exp(e) * mpmath.ncdf(-r / 2 - e / r)
+        assert delta * (1 - 1e-6) < real <= delta
+
+
 def test_what_is_published_is_fresh_noise_on_a_coarse_grid() -> None:
     rows = table()
     head = fit_head(rows, "ridge", 1.0, release=Release(1.0, 1e-3, 0.3))
@@ -200,7 +211,8 @@ def test_what_the_noise_costs_is_told() -> None:
 def test_promises_that_cannot_be_made() -> None:
     from repforget.linear import Budget
 
-    for epsilon, delta, tau in ((0, 1e-3, 1), (math.inf, 1e-3, 1), (1, 0, 1), (1, 1, 1), (1, 1e-3, 0)):
+    for epsilon, delta, tau in ((0, 1e-3, 1), (math.inf, 1e-3, 1), (1, 0, 1), (1, 1, 1), (1, 1e-3, 0),
+                                (1, 1e-3, 5e-324)):  # fmt: skip
         with pytest.raises(UsageError):
             Release(epsilon, delta, tau)
     release, rows = Release(1.0, 1e-3, 1.0), table()
@@ -236,6 +248,11 @@ def test_publishing_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str
     code, out, _ = run(capsys, "head", "remove", folder, "--retrain", "--json")
     assert code == 0 and json.loads(out)["taken_out"]["rows"] == 0
     assert json.loads(out)["release"]["publications"] == 2
+
+    for taken, word in ((folder / "head.json", "belongs to the head"), (rows, "belongs to the head"),
+                        (tmp_path, "is a folder"), (rows / "w.npz", "cannot be written")):  # fmt: skip
+        code, _, err = run(capsys, "head", "show", folder, "--weights", taken)
+        assert code != 0 and word in err and len(load_head(folder).published) == 2, "nothing shown, nothing counted"
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt

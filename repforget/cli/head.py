@@ -136,12 +136,13 @@ def show(
     as_json: o.AsJson = False,
 ) -> None:  # fmt: skip
     """Show what a head is, what was taken out of it, and what holds."""
-    from repforget.linear import guarantee, load_head, opened, publish, save_head, write_weights
+    from repforget.linear import guarantee, load_head, opened, publish, refuse_target, save_head, write_weights
 
     if weights is None:
         head = load_head(folder)
     else:
         with opened(folder) as held:
+            refuse_target(held, folder, weights)
             head, seen = publish(held)
             if head.release is not None:
                 save_head(head, folder)  # counted before anybody can see it

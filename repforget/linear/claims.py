@@ -26,7 +26,8 @@ NORM = (
 )
 FOLDER = (
     "The folder stays secret, and so do these numbers and refusals, which depend on the rows: what is published is "
-    "what 'head show --weights' writes, at times that do not depend on them."
+    "what 'head show --weights' writes, at times that do not depend on them, and from this folder alone: a copy, or a "
+    "backup put back, does not count what the other published."
 )
 EARLIER = (
     "Requests may depend on what was published. Publications from before a request had the rows in and may tell of "

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from repforget.errors import ArtifactError
+from repforget.errors import ArtifactError, UsageError
 from repforget.linear.budget import Budget
 from repforget.linear.head import Head
 from repforget.linear.logistic import Logistic
@@ -138,6 +138,18 @@ def _head(body: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Head:
         tuple(body["counts"]), None if not body.get("release") else Release(**body["release"]),
         tuple(body.get("published", ())),
     )  # fmt: skip
+
+
+def refuse_target(head: Head, folder: Path, path: Path) -> None:
+    """An error where weights cannot be written to ``path`` or may not be, before a publication is counted for it."""
+    import tempfile
+
+    taken = path.resolve().is_relative_to(folder.resolve()) or path.resolve() == Path(head.source).resolve()
+    if taken or path.is_dir():
+        raise UsageError(f"'{path}' is a folder, or belongs to the head: name another file for the weights.")
+    with refusing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def write_weights(head: Head, weights: NDArray[Any], path: Path) -> Path:

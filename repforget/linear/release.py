@@ -46,7 +46,7 @@ class Release:
             raise UsageError(f"Epsilon is {self.epsilon}: give a finite number above 0.")
         if not 0 < self.delta < 1:
             raise UsageError(f"Delta is {self.delta}: give a number between 0 and 1.")
-        if not (math.isfinite(self.tau) and self.tau > 0):
+        if not (math.isfinite(self.tau) and self.tau > 1e-300):
             raise UsageError(f"The output noise is {self.tau}: give a positive standard deviation.")
 
     @property
