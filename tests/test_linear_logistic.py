@@ -270,14 +270,28 @@ def test_in_one_dimension_the_promise_holds_for_the_densities_themselves() -> No
     assert np.maximum(wrong - math.exp(0.5) * theirs, 0).sum() > 0.05, "the test would not notice a breach"
 
 
+def precisely(head: Logistic, x: np.ndarray, y: np.ndarray) -> float:
+    """The norm of the gradient, in longer floats."""
+    wide, w = x.astype(np.longdouble), head.weights.astype(np.longdouble)
+    gradient = wide.T @ (-y / (1 + np.exp(y * (wide @ w)))) + np.longdouble(head.lam) * len(x) * w + head.noise
+    return float(np.sqrt((gradient**2).sum()))
+
+
 def test_the_residual_covers_the_rounding_of_large_noise() -> None:
-    """Rows so short that the gradient is noise and penalty alone; measured in longer floats."""
+    """Rows so short that the gradient is noise and penalty alone; and what a step adds to it is rounding alone."""
+    grew = 0
     for seed in range(40):
         x, y = rows(30, 6, seed=seed)
-        head = fit_logistic(x * 1e-6, y, 1e-2, draw_noise(1e3, (6, 1), seed=seed))
-        wide, w = (x * 1e-6).astype(np.longdouble), head.weights.astype(np.longdouble)
-        gradient = wide.T @ (-y / (1 + np.exp(y * (wide @ w)))) + np.longdouble(head.lam) * 30 * w + head.noise
-        assert float(np.sqrt((gradient**2).sum())) <= head.residual
+        for scale in (1e-6, 1e-20):
+            short = scale * x
+            head = fit_logistic(short, y, 1e-2, draw_noise(1e3, (6, 1), seed=seed))
+            before = precisely(head, short, y)
+            assert before <= head.residual
+            new, bounds = change_logistic(head, short[:3], y[:3])
+            added = precisely(new, short[3:], y[3:]) - before
+            assert added <= bounds.data
+            grew += added > 0 and scale == 1e-20
+    assert grew > 5
 
 
 @settings(max_examples=25, deadline=None)
