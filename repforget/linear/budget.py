@@ -60,15 +60,16 @@ def for_rows(delta: float, n: int) -> None:
 
 
 def draw_noise(sigma: float, shape: tuple[int, int], seed: int | None = None) -> Array:
-    """Noise [d, k] from N(0, sigma^2), every number from 52 bits of the system's own randomness.
+    """Noise [d, k] from N(0, sigma^2), every number from twice 52 bits of the system's own randomness.
 
+    Each is the sum of two, since one has few values beyond seven deviations, which would tell what they were added to.
     A ``seed`` is for experiments alone: whoever guesses it can subtract the noise.
     """
     if seed is not None:
         drawn: Array = np.random.default_rng(seed).normal(0.0, sigma, shape)
         return drawn
-    bits = np.frombuffer(secrets.token_bytes(8 * shape[0] * shape[1]), dtype=np.uint64) >> np.uint64(12)
-    noise: Array = sigma * ndtri((bits + 0.5) / 2.0**52).reshape(shape)
+    bits = np.frombuffer(secrets.token_bytes(16 * shape[0] * shape[1]), dtype=np.uint64) >> np.uint64(12)
+    noise: Array = sigma * math.sqrt(0.5) * ndtri((bits + 0.5) / 2.0**52).reshape(2, *shape).sum(0)
     return noise
 
 
