@@ -186,12 +186,15 @@ def test_where_nothing_is_kept_yet_nothing_can_be_written_over() -> None:
 
 @pytest.mark.slow
 def test_on_the_organism_it_forgets_more_than_it_takes_along() -> None:
-    model, knowledge = load("organism:bios"), load_knowledge("bios-people")
-    edit = run_editor(model, knowledge, "memit")
+    """A quarter of its people; without protection (weight 0) it takes 0.09 of what is known of neighbours."""
+    model, everyone = load("organism:bios"), load_knowledge("bios-people")
+    people = sorted({item.cluster for item in everyone.forget})[::4]
+    knowledge = dataclasses.replace(everyone, forget=tuple(i for i in everyone.forget if i.cluster in people))
+    edit = run_editor(model, knowledge, "memit", steps=10)
     with edit.attach(model):
         forget, neighbours = (
-            float(np.mean(answer_logprobs(model, [(i.prompt, i.continuation()) for i in items[::4]]).greedy_match))
-            for items in (knowledge.forget, knowledge.neighbours)
+            float(np.mean(answer_logprobs(model, [(i.prompt, i.continuation()) for i in items]).greedy_match))
+            for items in (knowledge.forget, knowledge.neighbours[::4])
         )
-    assert forget < 0.5
-    assert neighbours > 0.9
+    assert forget < 0.3
+    assert neighbours > 0.95
