@@ -14,11 +14,21 @@ import tiny_models
 
 from repforget.artifact import load_edit
 from repforget.errors import UsageError
-from repforget.federated.clients import Client, Worker, local_settings
+from repforget.federated.clients import Client, Worker, answer, local_settings
 from repforget.federated.faults import unusual
 from repforget.federated.history import History
 from repforget.federated.leave import leave
-from repforget.federated.messages import Introduction, Local, Reply, Task, pack_reply, shown, unpack_reply
+from repforget.federated.messages import (
+    Introduction,
+    Local,
+    Reply,
+    Task,
+    named,
+    pack_reply,
+    pack_task,
+    shown,
+    unpack_reply,
+)
 from repforget.federated.records import Update
 from repforget.federated.run import Setup, finish, simulate
 from repforget.federated.server import Plan, federate
@@ -318,6 +328,23 @@ def test_a_server_killed_between_its_report_and_its_history_goes_on(
         run_of(base, data, run, 1)
         body = json.loads((run / "report.json").read_text())
         assert [row["round"] for row in body["rounds"]] == [1] and body["totals"]["up"] > 0
+
+
+@pytest.mark.parametrize("change", [
+    {"head": "no JSON"}, {"head": "[]"}, {"kind": "dance"}, {"kind": ["train"]}, {"kind": None}, {"round": "x"},
+    {"local": {"speed": 1}}, {"local": {"weights": ["no.such.weight"]}}, {"words": None, "kind": "unlearn"},
+    {"state": b"short"}, {"state": {"lm_head.weight": np.zeros((2, 2), np.float32)}},
+])  # fmt: skip
+def test_a_task_of_another_release_is_answered_by_one_sentence(base: LoadedModel, change: dict[str, Any]) -> None:
+    head, tensors = pack_task(Task(3, local_settings(base, rank=1)))
+    body = {**json.loads(head), **{name: value for name, value in change.items() if name not in ("head", "state")}}
+    if (state := change.get("state")) is not None:
+        tensors = state if isinstance(state, bytes) else pack_task(Task(3, Local(), state))[1]
+    asked = change.get("head", json.dumps(body)), tensors
+    back = unpack_reply(answer(Client.of("ann", base, [Record("a", "a", "Ada was born in", " Rome")]), asked))
+    assert back.failed is not None and back.failed.startswith("failed: ") and "\n" not in back.failed
+    assert "of one release" in back.failed or "same release" in back.failed
+    assert isinstance(named(asked), str)
 
 
 def test_what_was_trained_again_can_be_asked_for_again_from_anywhere(

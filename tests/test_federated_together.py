@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,44 @@ def test_masked_sums_give_the_edit_of_added_integers_bit_for_bit_and_that_of_all
             assert abs(ones - 0.5) < 5 * 0.5 / np.sqrt(64 * len(reply.told.tensors["sum"]))
 
 
+def test_nothing_but_counts_is_summed_below_the_minimum(model: LoadedModel, data: EditData) -> None:
+    fewest = min(Counter((fact.relation, fact.answer) for fact in data.forget).values())
+    fleet = Fleet.of(clients(model, data))
+    with pytest.raises(UsageError, match=f"All clients together have {fewest} points of a class.*minimum={fewest}"):
+        made(fleet, model, Sums(1e6, fewest + 1))
+    sent = [reply.told.tensors["sum"] for kind, reply in fleet.told if kind == "masked" and reply.told is not None]
+    classes = {(fact.relation, fact.answer) for fact in data.forget}
+    assert len(sent) == 4 and {len(each) for each in sent} == {len(classes) + 1}
+    assert made(Fleet.of(clients(model, data)), model, Sums(1e6, fewest)) is not None
+
+
+def test_a_class_of_one_client_is_said_to_be_its_own(model: LoadedModel, data: EditData) -> None:
+    own, said = clients(model, data), list[str]()
+    part = own["client0"].data
+    assert part is not None
+    only = tuple(dataclasses.replace(fact, answer="Oslo pilot") for fact in part.forget)
+    own["client0"] = dataclasses.replace(own["client0"], data=dataclasses.replace(part, forget=only))
+    made(Fleet.of(own), model, Sums(1e6, 1), note=said.append)
+    held = Counter(pair for each in own.values() if each.data is not None
+                   for pair in {(fact.relation, fact.answer) for fact in each.data.forget})  # fmt: skip
+    alone = list(held.values()).count(1)
+    assert alone >= 2 and said[0].startswith(f"{alone} of {len(held)} classes are with one client alone")
+    made(Fleet.of(own), model, CLEAR, note=said.append)
+    assert len(said) == 1
+
+
+def test_another_run_of_a_server_gets_no_sum_over_others(model: LoadedModel, data: EditData) -> None:
+    own = clients(model, data)  # they stay while the server is killed, and it begins anew with three of them
+    first = Fleet.of(own, client1_5="gone")
+    with pytest.raises(UsageError, match="'client1' died"):
+        made(first, model)
+    fewer = Fleet.of({name: each for name, each in own.items() if name != "client1"})
+    with pytest.raises(UsageError, match="'client0' .*has told another run of the server a sum over 4 clients"):
+        made(fewer, model, count=3)
+    assert [reply.failed is None for kind, reply in fewer.told if kind == "masked"] == [False] * 3
+    assert made(Fleet.of(own), model) is not None  # the same ones
+
+
 def test_a_question_comes_back_as_it_was(model: LoadedModel, data: EditData) -> None:
     reader = Local("all", model, data)
     asked: list[Question] = []
@@ -184,7 +223,8 @@ def test_a_client_lost_before_any_sum_is_known_is_left_out(model: LoadedModel, d
     found = made(fleet, model, note=said.append)
     assert said == ["Client 'client1' died before it answered after the exchange of keys, so that the masks of the "
                     "others stay on: beginning again with the others"]  # fmt: skip
-    assert equal(found, made(Here({n: c for n, c in own.items() if n != "client1"}), model, count=3))
+    fresh = clients(model, data)
+    assert equal(found, made(Here({n: c for n, c in fresh.items() if n != "client1"}), model, count=3))
     assert found.manifest.settings["clients"] == 3
 
 
@@ -229,9 +269,8 @@ def test_who_has_no_facts_or_will_not_tell_is_told_why_and_the_others_go_on(mode
     assert found.manifest.settings["clients"] == 3
     masked = Fleet.of({**own, "client3": strict}, 0.3)  # its own minimum is for the clear
     assert made(masked, model).manifest.settings["clients"] == 4
-    for how, name in ((Sums(1e6, 10**6), "together"), (Sums(None, 5), "client0")):  # fewer than five, but together
-        with pytest.raises(UsageError, match=f"'{name}' has a mean of"):
-            made(Here(own), model, how)
+    with pytest.raises(UsageError, match="'client0' has a mean of"):  # fewer than five, but together
+        made(Here(own), model, Sums(None, 5))
     with pytest.raises(UsageError, match="at least 3 different clients"):
         made(Here(own), model, count=2)
     with pytest.raises(ResourceError, match="4 of 5 clients are here"):

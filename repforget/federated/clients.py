@@ -17,7 +17,17 @@ from torch.nn import functional
 
 from repforget.artifact.weights import is_conv1d, owner_of
 from repforget.errors import NumericalError, RepforgetError, UsageError, nearest
-from repforget.federated.messages import Introduction, Local, Packed, Reply, Task, pack_reply, unpack_task
+from repforget.federated.messages import (
+    UNREADABLE,
+    Introduction,
+    Local,
+    Packed,
+    Reply,
+    Task,
+    pack_reply,
+    shown,
+    unpack_task,
+)
 from repforget.federated.records import LEFT, RIGHT, Update
 from repforget.models._fingerprint import tokenizer_digest
 from repforget.models.load import LoadedModel
@@ -57,6 +67,7 @@ class Client:
     data: EditData | None = None
     minimum: int = 1
     parties: dict[str, Party] = field(default_factory=dict, compare=False)  # keys of sums that are to come
+    summed: dict[str, frozenset[str]] = field(default_factory=dict, compare=False)  # run of a server -> in sums with
 
     @classmethod
     def of(
@@ -99,12 +110,18 @@ class Client:
 
 
 def answer(client: Worker, packed: Packed) -> Packed:
-    """What a client sends back to a packed task: its update, or the sentence of its refusal."""
-    task = unpack_task(packed)
+    """What a client sends back to a packed task, whatever was sent: its update, or the sentence of its refusal."""
+    number = 0
     try:
+        task = unpack_task(packed)
+        number = task.round
         return pack_reply(client.work(task))
     except RepforgetError as error:
-        return pack_reply(Reply(client.name, task.round, failed=f"failed: {str(error).rstrip('.')}"))
+        why = str(error).rstrip(".")
+    except (*UNREADABLE, RuntimeError) as error:  # words and tensors that another release would send
+        why = (f"it cannot do what it was asked ({type(error).__name__}: {shown(str(error))}); server and clients must "
+               "be of one release")  # fmt: skip
+    return pack_reply(Reply(client.name, number, failed=f"failed: {why}"))
 
 
 def trained_weights(model: LoadedModel, patterns: Sequence[str], rank: int) -> tuple[str, ...]:

@@ -155,7 +155,9 @@ def _again(
 
     if meet is not None:
         with meet() as fleet:
-            yield again(fleet)
+            asking = again(fleet)
+            yield asking
+            asking.door.members()  # who came too late to be asked hears why it may not take part
         return
     if away := [name for name in asked if name not in setup.sources]:
         raise UsageError(f"The records of client '{away[0]}' are with the client, not here: give --address, where the "

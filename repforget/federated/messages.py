@@ -137,7 +137,16 @@ def pack_task(task: Task) -> Packed:
 
 def unpack_task(packed: Packed) -> Task:
     head = json.loads(packed[0])
-    return Task(head["round"], Local(**head["local"]), _arrays(packed[1]), head["kind"], head["words"])
+    return Task(_whole(head["round"]), Local(**head["local"]), _arrays(packed[1]), head["kind"], head["words"])
+
+
+def named(packed: Packed) -> str:
+    """What kind of task this is, for people; "task" where that cannot be read."""
+    try:
+        kind = json.loads(packed[0])["kind"]
+    except UNREADABLE:
+        return "task"
+    return "round" if kind == "train" else shown(kind, LONGEST)
 
 
 def pack_reply(reply: Reply) -> Packed:

@@ -115,13 +115,20 @@ class Local:
 
     def keys(self, question: Question) -> Moments:
         points, labelled = self._labelled(question)
-        number = {frame: i for i, frame in enumerate(dict.fromkeys(frame for frame, _ in question.classes))}
+        number = {frame: i for i, frame in enumerate(frames_of(question.classes))}
         seen = new_statistics(self.model, question.sites, len(number))
         self._read(points, torch.tensor([number[pair[0]] for _, pair in labelled], dtype=torch.long), question, seen)
         space = new_statistics(self.model, question.sites)
         retain = subsample(self.data.retain, question.how.max_facts, question.seed)
         self._text(text_sequences(self.model, self.data, retain), question, space)
         return checked(self.name, {site: (seen[site], space[site]) for site in question.sites}, question.minimum)
+
+    def counts(self, question: Question, of: str) -> Tensor:
+        """Points behind every mean of "moments" (one per class) or "keys" (one per frame), [k] float64."""
+        names = question.classes if of == "moments" else frames_of(question.classes)
+        number = {name: i for i, name in enumerate(names)}
+        own = [number[pair if of == "moments" else pair[0]] for _, pair in self._labelled(question)[1]]
+        return torch.bincount(torch.tensor(own, dtype=torch.long), minlength=len(number)).double()
 
     def _labelled(self, question: Question) -> tuple[Points, list[tuple[int, tuple[str, str]]]]:
         """The points of the concept, and (number, (frame, label)) of each of them."""
@@ -155,6 +162,11 @@ class Local:
 
         if rows:
             collect_text(self.model, rows, question.sites, watch, edits=question.erasers)
+
+
+def frames_of(classes: Classes) -> tuple[str, ...]:
+    """The frames of classes, in their order."""
+    return tuple(dict.fromkeys(frame for frame, _ in classes))
 
 
 def checked(name: str, told: Moments, minimum: int) -> Moments:
@@ -210,7 +222,7 @@ def leace(
     chosen = choose_sites(model, sites, where, kinds=("attn_in", "mlp_in"), top_layers=top_layers)
     how = Reading(target, positions, sites, top_layers, sequential, max_facts, metric)
     classes = _classes(clients, Question(chosen, how, (), None, seed, minimum))
-    frames = {frame: i for i, frame in enumerate(dict.fromkeys(frame for frame, _ in classes))}
+    frames = {frame: i for i, frame in enumerate(frames_of(classes))}
     concept = Concept(torch.zeros(0, dtype=torch.long), torch.tensor([frames[frame] for frame, _ in classes]),
                       tuple("=".join(pair) for pair in classes))  # fmt: skip
     erasers: dict[Site, Eraser] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ from repforget.edit._collect import new_statistics
 from repforget.edit.erase._leace_math import Eraser
 from repforget.edit.erase._scrub import Reading
 from repforget.errors import UsageError
-from repforget.federated.messages import Task, Told, shown
-from repforget.federated.moments import Classes, Local, Moments, Question
+from repforget.federated.messages import Kind, Task, Told, shown
+from repforget.federated.moments import Classes, Local, Moments, Question, frames_of
 from repforget.federated.secure import Agreement, Party, flattened
 from repforget.models.load import LoadedModel
 from repforget.records import Site
@@ -31,6 +31,9 @@ Arrays = Mapping[str, np.ndarray]
 
 def told(client: Client, task: Task) -> Told:
     """A client's answer to a task that is no training; UsageError where it has no facts, or will not tell."""
+    if task.kind not in get_args(Kind):
+        raise UsageError(f"Client '{client.name}' was asked for '{shown(task.kind)}', which it does not know: use the "
+                         "same release as the server.")  # fmt: skip
     if client.data is None:
         raise UsageError(f"Client '{client.name}' {NO_FACTS}.")
     words = task.words
@@ -45,14 +48,29 @@ def told(client: Client, task: Task) -> Told:
     read = {"moments": local.moments, "keys": local.keys}[words["of"]]
     if task.kind == "moments":
         return Told({}, parts(read(replace(question, minimum=max(question.minimum, client.minimum)))))
-    if task.kind != "masked":
-        raise UsageError(f"Client '{client.name}' was asked for '{shown(task.kind)}', which it does not know: use the "
-                         "same release as the server.")  # fmt: skip
     if words["purpose"] not in client.parties:
         raise UsageError(f"Client '{client.name}' was asked for a sum without an exchange of keys: start again.")
     party = client.parties.pop(words["purpose"])
-    vector = flattened(sums(read(replace(question, minimum=0))))
+    _same_clients(client, party.agreement)
+    if words["counts"]:
+        vector = local.counts(question, words["of"]).numpy()
+    else:
+        vector = flattened(sums(read(replace(question, minimum=0))))
     return Told({}, {"sum": party.masked(vector, {who: bytes.fromhex(key) for who, key in words["public"].items()})})
+
+
+def _same_clients(client: Client, agreement: Agreement) -> None:
+    """UsageError where another run of a server, which may have ended in any way, was told a sum over other clients.
+
+    Within a run the server alone knows which totals it has seen.
+    """
+    run = agreement.purpose.partition(":")[0]
+    names = frozenset(agreement.clients)
+    if other := next((group for was, group in client.summed.items() if was != run and group != names), None):
+        raise UsageError(f"Client '{client.name}' has told another run of the server a sum over {len(other)} clients "
+                         f"({', '.join(sorted(other))}), and one over others would show by the difference what single "
+                         "ones told: bring the same clients, or join again to allow it.")  # fmt: skip
+    client.summed[run] = names
 
 
 def packed(question: Question) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -100,9 +118,8 @@ def _different(pair: tuple[Statistics, Statistics]) -> list[tuple[int, Statistic
 
 def blank(model: LoadedModel, question: Question, of: str) -> Moments:
     """Moments of nothing, of the shapes that the answer to ``question`` has."""
-    frames = dict.fromkeys(frame for frame, _ in question.classes)
     own = of == "moments" and question.how.metric == "concept"
-    count = len(question.classes) if of == "moments" else len(frames)
+    count = len(question.classes if of == "moments" else frames_of(question.classes))
     seen = new_statistics(model, question.sites, count, covariance=own or of == "keys")
     space = seen if own else new_statistics(model, question.sites)
     return {site: (seen[site], space[site]) for site in question.sites}

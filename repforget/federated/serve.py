@@ -23,7 +23,18 @@ from repforget.artifact import Edit
 from repforget.errors import MissingExtraError, ResourceError, UsageError
 from repforget.federated.clients import Worker, answer
 from repforget.federated.door import PAUSE
-from repforget.federated.messages import UNREADABLE, Introduction, Packed, Reply, Task, pack_task, shown, size
+from repforget.federated.messages import (
+    FAILED,
+    UNREADABLE,
+    Introduction,
+    Packed,
+    Reply,
+    Task,
+    named,
+    pack_task,
+    shown,
+    size,
+)
 from repforget.federated.run import Setup, finish, ready
 from repforget.federated.server import Plan, federate
 from repforget.federated.simulate import late, quiet, read_reply
@@ -131,8 +142,8 @@ class Remote:
             told = list(pool.map(self._introduced, new.values()))
         for (cid, proxy), member in zip(new.items(), told, strict=True):
             if member is None:
-                self.note("refused: a client that did not introduce itself")
-                self._hang_up(proxy, REFUSED, "did not introduce itself")
+                self.note("refused: a client that did not introduce itself as those of this release do")
+                self._hang_up(proxy, REFUSED, "did not introduce itself as clients of the server's release do")
             elif any(member.client == other.client for other, _ in self.known.values()):
                 self.note(f"refused: a second client '{shown(member.client)}'")
                 self._hang_up(proxy, REFUSED, "bears the name of a client that is already here")
@@ -307,16 +318,16 @@ def _flwr_client(flwr: Any, worker: Worker, note: Callable[[str], None]) -> tupl
     fine = messages.Status(messages.Code.OK, "")
 
     def get_properties(self: Any, ins: Any) -> Any:
-        said.update(ins.config)
+        said.update({what: ins.config[what] for what in (REFUSED, OVER) if what in ins.config})
         own = json.dumps(vars(worker.introduce()))
         return messages.GetPropertiesRes(fine, {"member": own})
 
     def fit(self: Any, ins: Any) -> Any:
-        asked = str(ins.config["head"]), b"".join(ins.parameters.tensors)
+        asked = str(ins.config.get("head", "")), b"".join(ins.parameters.tensors)
         head, tensors = answer(worker, asked)
-        number, kind = json.loads(head)["round"], json.loads(asked[0])["kind"]
-        said["rounds"].append(number)
-        note(f"{'round' if kind == 'train' else kind} {number}: {json.loads(head).get('failed', 'answered')}")
+        told = json.loads(head)
+        said["rounds"].append(told["round"])
+        note(f"{named(asked)} {told['round']}: {told.get(FAILED, 'answered')}")
         parameters = messages.Parameters([tensors] if tensors else [], "safetensors")
         return messages.FitRes(fine, parameters, 1, {"head": head})
 

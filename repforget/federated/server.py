@@ -102,6 +102,7 @@ def federate(
         report.add({**row, "kept": True})  # first: what it says of a round that was never written is dropped again
         history.append(state, updates)
         state = after
+    door.members()  # who came too late hears why it may not take part
     return state
 
 

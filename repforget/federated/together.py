@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -15,7 +16,7 @@ from repforget.federated.door import ATTEMPTS, Door, Fleet, Members
 from repforget.federated.messages import UNREADABLE, Introduction, Kind, Local, Reply, Task, Told
 from repforget.federated.moments import MINIMUM, Classes, Moments, Question, checked, leace, null_space
 from repforget.federated.questions import NO_FACTS, blank, classes_of, moments_of, packed, parts, strange, sums
-from repforget.federated.secure import LEAST, Agreement, restored, unmasked
+from repforget.federated.secure import LEAST, Agreement, Shapes, restored, unmasked
 from repforget.models.load import LoadedModel
 from repforget.progress import Progress
 
@@ -54,15 +55,18 @@ class Together:
     """All clients behind a fleet as one reader: each tells which classes it has, and moments masked or in the clear.
 
     Masked, the server sees uniform numbers and their sum (:mod:`repforget.federated.secure`), and the minimum of points
-    holds for the sum; in the clear it holds for every client.  ``traffic``: bytes to and from each client.
+    holds for the sum: the points of every class are added first, and moments of fewer are not asked for.  In the clear
+    it holds for every client.  ``traffic``: bytes to and from each client.
     """
 
     door: Door
     members: Members
     sums: Sums
     traffic: dict[str, tuple[int, int]] = field(default_factory=dict)
+    run: str = ""  # of the server, the same when all is begun again
     asked: int = 0
     opened: int = 0  # masked sums whose total is known
+    enough: bool = False  # points behind every mean
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -70,7 +74,11 @@ class Together:
 
     def classes(self, question: Question) -> Classes:
         told = self._ask("classes", {}, question)
-        return tuple(sorted({pair for each in told.values() for pair in classes_of(each.words)}))
+        holders = Counter(pair for each in told.values() for pair in dict.fromkeys(classes_of(each.words)))
+        if self.sums.bound is not None and (alone := sum(count == 1 for count in holders.values())):
+            self.door.note(f"{alone} of {len(holders)} classes are with one client alone: what sums tell of them is "
+                           "its own")  # fmt: skip
+        return tuple(sorted(holders))
 
     def moments(self, question: Question) -> Moments:
         return self._summed("moments", question)
@@ -84,18 +92,31 @@ class Together:
             wanted = parts(shape)
             told = self._ask("moments", {"of": of}, question, lambda told: strange(told.tensors, wanted))
             return _merged([moments_of(shape, told[name].tensors, summed=False) for name in self.names])
-        agreement = Agreement(self.names, self.sums.bound, secrets.token_hex(8))
+        if not self.enough:
+            counted = self._masked(of, question, {"counts": (next(iter(shape.values()))[0].k,)}, counts=True)["counts"]
+            few = min((round(float(count)) for count in counted if round(float(count))), default=0)
+            if few < question.minimum:
+                raise UsageError(f"All clients together have {few} points of a class, fewer than {question.minimum}, "
+                                 "and a mean over so few tells much about each: let more clients take part, or allow "
+                                 f"it with minimum={few}.")  # fmt: skip
+            self.enough = True
+        shapes = {name: value.shape for name, value in sums(shape).items()}
+        total = self._masked(of, question, shapes, counts=False)
+        return checked("together", moments_of(shape, total, summed=True), question.minimum)
+
+    def _masked(self, of: str, question: Question, shapes: Shapes, *, counts: bool) -> dict[str, np.ndarray]:
+        """The total of what the clients have, by a secure sum with keys of its own."""
+        agreement = Agreement(self.names, float(self.sums.bound or 0), f"{self.run}:{secrets.token_hex(8)}")
         wanted = {"public": np.zeros(32, np.uint8)}
         words = {"clients": self.names, "bound": agreement.bound, "purpose": agreement.purpose}
         keys = self._ask("key", words, None, lambda told: strange(told.tensors, wanted))
         public = {name: told.tensors["public"].tobytes().hex() for name, told in keys.items()}
-        shapes = {name: value.shape for name, value in sums(shape).items()}
         masked = {"sum": np.zeros(1 + sum(int(np.prod(size)) for size in shapes.values()), np.uint64)}
-        words = {"of": of, "purpose": agreement.purpose, "public": public}
+        words = {"of": of, "counts": counts, "purpose": agreement.purpose, "public": public}
         sent = self._ask("masked", words, question, lambda told: strange(told.tensors, masked))
         total = unmasked({name: told.tensors["sum"] for name, told in sent.items()}, agreement)
         self.opened += 1
-        return checked("together", moments_of(shape, restored(total, shapes), summed=True), question.minimum)
+        return restored(total, shapes)
 
     def _ask(
         self, kind: Kind, words: Mapping[str, Any], question: Question | None,
@@ -160,11 +181,12 @@ def edit_of_fleet(
     door = Door(fleet, model, note, lambda member: None if member.facts > 0 else NO_FACTS)
     traffic: dict[str, tuple[int, int]] = {}
     same: frozenset[str] = frozenset()
+    run = secrets.token_hex(8)
     wanted, attempt = clients, 0
     while True:
         attempt += 1
         members = _gathered(door, wanted, same)
-        reader = Together(door, members, sums, traffic)
+        reader = Together(door, members, sums, traffic, run)
         try:
             edit = made(model, {"all": reader}, seed=seed, progress=progress, minimum=sums.minimum)
         except LostError as lost:
@@ -180,6 +202,7 @@ def edit_of_fleet(
             note(f"{lost}: beginning again with {'the same clients' if same else 'the others'}")
             wanted = least
         else:
+            door.members()  # who came too late hears why it may not take part
             return edit, {name: traffic[name] for name in reader.names}
 
 
