@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+
+from warm import Warm
 
 Batches = Sequence[Sequence[Sequence[str]]]
 
@@ -22,8 +23,12 @@ def run(model: str, batches: Batches, timeout: float = 400.0) -> list[list[tuple
     """Exit code and output (stdout, then stderr) of every command."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryDirectory() as folder:
-        given = json.dumps([folder, model, batches])
-        subprocess.run([sys.executable, __file__], input=given, text=True, timeout=timeout, check=True, env=environment)
+        server = Warm(Path(__file__).read_text(), [json.dumps([folder, model, batches])], environment)
+        try:
+            said = server.communicate(timeout)
+        finally:
+            server.kill()
+        assert server.returncode == 0, said
         return [[_ended(Path(folder) / f"{i}-{k}") for k in range(len(batch))] for i, batch in enumerate(batches)]
 
 
@@ -51,7 +56,7 @@ def _child(path: Path, arguments: Sequence[str]) -> None:
 
 
 def _serve() -> None:
-    folder, model, batches = json.loads(sys.stdin.read())
+    folder, model, batches = json.loads(sys.argv[1])
     from repforget.cli import federated  # noqa: F401
     from repforget.federated import dealt, leave  # noqa: F401
     from repforget.federated.serve import grpc_parts
