@@ -202,9 +202,12 @@ def test_planted_people_are_forgotten_and_the_others_kept() -> None:
 
 @pytest.mark.slow
 def test_the_organism_forgets_people_and_keeps_neighbours_it_was_not_shown() -> None:
+    """A quarter of its people; of the others, 0.94 are left without strangers and 0.97 along directions by chance."""
     from repforget.knowledge_files import load_knowledge
 
-    model, knowledge = load("organism:bios"), load_knowledge("bios-people")
+    model, everyone = load("organism:bios"), load_knowledge("bios-people")
+    people = sorted({item.cluster for item in everyone.forget})[::4]
+    knowledge = dataclasses.replace(everyone, forget=tuple(i for i in everyone.forget if i.cluster in people))
     shown = {fact.subject for fact in knowledge.for_editor().retain}
     retain = [item for item in knowledge.retain if item.subject not in shown]
 
@@ -214,8 +217,8 @@ def test_the_organism_forgets_people_and_keeps_neighbours_it_was_not_shown() -> 
 
     sets: list[Any] = [knowledge.forget, knowledge.neighbours, retain]
     assert all(share(items) > 0.95 for items in sets)
-    with run_editor(model, knowledge, "null_space_surgery").attach(model):
+    with run_editor(model, knowledge, "null_space_surgery", steps=150, strangers=4000).attach(model):
         forget, neighbours, others = (share(items) for items in sets)
     assert forget < 0.13
-    assert neighbours > 0.92
-    assert others > 0.92
+    assert neighbours > 0.975
+    assert others > 0.975
