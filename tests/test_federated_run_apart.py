@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import edit_models
-import forked
 import numpy as np
 import pytest
 import tiny_models
+import warm
 from test_federated_moments import distance
 
 from repforget.artifact import load_edit
@@ -112,7 +112,7 @@ def test_commands_over_grpc_train_forget_and_tell_moments_as_one_process_does(
 
     local = ("--rank", "2", "--alpha", "4", "--lr", "0.01", "--batch-size", "2", "--rounds", "2", "--clients", "2")
     lost = "client-1"
-    train, forget, tell = forked.run(model, [
+    train, forget, tell = warm.commands([
         [command("serve", "--model", model, "--out", str(tmp_path / "run"), *local),
          joins("ann"), joins("bob", "--inject", "bob:2:die")],
         [command("forget", str(tmp_path / "run"), "bob", "--out", str(tmp_path / "left"), "--keep-record"),
@@ -120,21 +120,21 @@ def test_commands_over_grpc_train_forget_and_tell_moments_as_one_process_does(
         [command("moments", "--model", model, "--out", str(tmp_path / "moments"), "--clients", "4", "--minimum", "1"),
          *(joins(name, *(("--inject", f"{lost}:3:die") if name == lost else ())) for name in parts)],
     ])  # fmt: skip
-    assert [code for code, _ in train] == [0, 0, -9] and '"rounds": 2' in train[1][1]
+    assert [code for code, _, _ in train] == [0, 0, 1] and '"rounds": 2' in train[1][1]
     body = json.loads((tmp_path / "run" / "report.json").read_text())
     assert body["clients"] == {"ann": 2, "bob": 3} and body["totals"]["up"] > 0
     assert [row["failed"] for row in body["rounds"]] == [{}, {"bob": "died before it answered"}]
     two = {name: sources[name] for name in ("ann", "bob")}
     here = expected(model, two, tmp_path / "here", "bob:2:error")
     same(tmp_path / "run", here)
-    assert [code for code, _ in forget] == [0, 0]
+    assert [code for code, _, _ in forget] == [0, 0]
     leave(base, here, "bob", "retrain", tmp_path / "kept")
     same(tmp_path / "left", tmp_path / "kept")
-    assert sorted(code for code, _ in tell) == [-9, 0, 0, 0, 0]
+    assert sorted(str(code) for code, _, _ in tell) == ["0", "0", "0", "0", "1"]
     told = {name: Client(name, base, (), data=part) for name, part in parts.items() if name != lost}
     wanted, _ = edit_of_fleet(Here(told), base, "leace", 3, sums=Sums(SECURE.bound, 1))
     assert distance(load_edit(tmp_path / "moments"), wanted) < 1e-4  # rounding of other processes
-    sent = json.loads(tell[0][1][tell[0][1].index("{"):])["bytes"]
+    sent = json.loads(tell[0][1])["bytes"]
     assert sent.keys() == told.keys() and all(each["up"] > 1000 for each in sent.values())
 
 

@@ -21,13 +21,17 @@ from unittest import mock
 
 IMPORTED = ["accelerate", "edit_models", "repforget.cli", "repforget.edit._dispatch", "repforget.loop",
             "torch.distributed.fsdp", "transformers.models.llama.modeling_llama"]  # fmt: skip
+GRPC = ["repforget.cli.federated", "repforget.federated.dealt", "repforget.federated.leave", "flwr.client",
+        "flwr.server.superlink.fleet.grpc_bidi.grpc_server"]  # fmt: skip
+COMMAND = "import sys; from repforget.cli import main; main(sys.argv[1:])"
+Batches = Sequence[Sequence[Sequence[str]]]
 
 
 @cache
-def _server(number: int) -> forkserver.ForkServer:
+def _server(number: int, *more: str) -> forkserver.ForkServer:
     """One of several, each an interpreter of its own."""
     server = forkserver.ForkServer()
-    server.set_forkserver_preload(IMPORTED)
+    server.set_forkserver_preload([*IMPORTED, *more])
     return server
 
 
@@ -50,15 +54,16 @@ class Warm:
     """One such process, with the part of ``subprocess.Popen`` that tests use."""
 
     def __init__(
-        self, code: str, arguments: Sequence[str] = (), env: Mapping[str, str] | None = None, server: int = 0
-    ) -> None:
+        self, code: str, arguments: Sequence[str] = (), env: Mapping[str, str] | None = None, server: int = 0,
+        more: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self._folder = Path(tempfile.mkdtemp())
         self._out, self._err = self._folder / "out", self._folder / "err"
         for path in (self._out, self._err):
             path.touch()
         given = (code, tuple(arguments), dict(os.environ if env is None else env), str(self._out), str(self._err))
         self._process = multiprocessing.get_context("forkserver").Process(target=_become, args=given)
-        with mock.patch.object(forkserver, "connect_to_new_process", _server(server).connect_to_new_process):
+        with mock.patch.object(forkserver, "connect_to_new_process", _server(server, *more).connect_to_new_process):
             self._process.start()
         self.stdout = self._out.open()
 
@@ -85,3 +90,15 @@ class Warm:
         self.stdout.close()
         shutil.rmtree(self._folder)
         return said
+
+
+def commands(batches: Batches, timeout: float = 400.0) -> list[list[tuple[int | None, str, str]]]:
+    """Exit code, output and errors of the repforget commands of each batch, side by side, batch after batch."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "FLWR_TELEMETRY_ENABLED": "0"}
+    found = []
+    for batch in batches:
+        with mock.patch.dict(os.environ, env):  # for the server, where this is the first that it is asked for
+            running = [Warm(COMMAND, arguments, env, more=GRPC) for arguments in batch]
+        said = [each.communicate(timeout) for each in running]
+        found.append([(each.returncode, *texts) for each, texts in zip(running, said, strict=True)])
+    return found
