@@ -250,7 +250,8 @@ def test_publishing_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert json.loads(out)["release"]["publications"] == 2
 
     for taken, word in ((folder / "head.json", "belongs to the head"), (rows, "belongs to the head"),
-                        (tmp_path, "is a folder"), (rows / "w.npz", "cannot be written")):  # fmt: skip
+                        (tmp_path, "is a folder"), (rows / "w.npz", "cannot be written"),
+                        ("/proc/w.npz", "cannot be written")):  # fmt: skip
         code, _, err = run(capsys, "head", "show", folder, "--weights", taken)
         assert code != 0 and word in err and len(load_head(folder).published) == 2, "nothing shown, nothing counted"
 
