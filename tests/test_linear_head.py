@@ -253,6 +253,12 @@ def test_damage_and_strangers_are_told(tmp_path: Path) -> None:
         save_head(made("ridge"), tmp_path / "other")
     with pytest.raises(ArtifactError, match="There is no head"), opened(tmp_path / "other"):
         pass
+    with pytest.raises(ArtifactError, match="is not a head"):
+        save_head(made("ridge"), tmp_path / "other" / "notes.txt")
+    (tmp_path / "cut").mkdir()
+    for name in (".head.json.tmp-7", ".lock", "head-0123.safetensors"):  # of a first fit that was killed
+        (tmp_path / "cut" / name).write_bytes(b"")
+    assert load_head(save_head(made("ridge"), tmp_path / "cut", fresh=True)).n == 240
 
 
 def test_two_requests_at_once_do_not_lose_one(tmp_path: Path) -> None:
