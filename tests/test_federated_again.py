@@ -31,6 +31,7 @@ class Elsewhere(Here):
     failing: dict[tuple[str, int], list[str]] = dataclasses.field(default_factory=dict)
     away: set[str] = dataclasses.field(default_factory=set)
     given: list[tuple[str, str, int]] = dataclasses.field(default_factory=list)
+    late: tuple[str, str, int] | None = None  # the task during which all come who were away
     kill: int = 999  # the task during which the server dies
 
     def members(self) -> list[Introduction]:
@@ -44,6 +45,8 @@ class Elsewhere(Here):
             if len(self.given) == self.kill:
                 raise Killed
             self.given.append((name, task.kind, task.round))
+            if self.given[-1] == self.late:
+                self.away.clear()
             if reasons := self.failing.get((name, task.round)):
                 yield Reply(name, task.round, failed=reasons.pop())
             else:
@@ -106,7 +109,7 @@ def test_who_is_away_or_fails_every_time_is_named_and_the_rest_is_kept(
     few.clients["cid"] = Client.of("cid", base, records("cid")[:2])  # type: ignore[index]
     with pytest.raises(ResourceError, match="'cid' .it joins with 2 records and trained with 3: bring the same"):
         leave(base, run, "bob", "retrain", tmp_path / "out", meet=few.meet, **KEEP)
-    last = fleet(base)
+    last = fleet(base, away={"bob"}, late=("cid", "train", 2))  # refused, too late to be asked anything
     leave(base, run, "bob", "retrain", tmp_path / "out", meet=last.meet, **KEEP)
     assert ("ann", "train", 1) not in last.given and last.away == {"bob"}
     with pytest.raises(UsageError, match="Rollback asks no client"):

@@ -109,9 +109,12 @@ def test_texts_are_nobodys_and_never_the_judges() -> None:
 
 def test_texts_that_hold_a_record_of_the_client_are_refused(data: dict[str, Source], tmp_path: Path) -> None:
     own = records("bob")[2]
-    file = written(tmp_path, "The fox  sleeps.", f"They said: {own.prompt.upper()}  {own.answer.strip()} .")
-    with pytest.raises(UsageError, match="hold the record 'bob-2' of client 'bob'"):
-        general_texts(data, "bob", file)
+    said = f"They said: {own.prompt.upper()}  {own.answer.strip()} ."
+    wide = "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in said)
+    for text in (said, wide, said.replace(" ", "\n"), f"{own.prompt}{own.answer.strip()}"):
+        file = written(tmp_path, "The fox  sleeps.", text)
+        with pytest.raises(UsageError, match="hold the record 'bob-2' of client 'bob'"):
+            general_texts(data, "bob", file)
     assert general_texts(data, "ann", file)[0][0] == "The fox  sleeps."
     assert "were not searched" in general_texts({}, "bob", file)[1][0]
     with pytest.raises(UsageError, match="give --texts FILE, or --no-distil"):

@@ -3,47 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+from repforget.cli import _federated as f
 from repforget.cli import _options as o
 from repforget.cli._output import print_json, print_table
 from repforget.cli._progress import display
 
-if TYPE_CHECKING:
-    from repforget.federated.serve import Certificates, Post
-    from repforget.federated.server import Plan
-
 app = typer.Typer(help="Train with clients that keep their records, and forget one of them.", no_args_is_help=True,
                   rich_markup_mode="rich")  # fmt: skip
-
-Out = Annotated[Path, typer.Option("--out", help="Folder of the training; the same command continues there.")]
-Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Rounds in all.")]
-Strategy = Annotated[str, typer.Option("--strategy", help="fedavg, fedsgd or fedadam.")]
-Epochs = Annotated[int, typer.Option("--epochs", min=1, help="Passes of a client over its records in a round.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Records per step.")]
-Rate = Annotated[float, typer.Option("--lr", help="Learning rate of the clients.")]
-ServerRate = Annotated[float, typer.Option("--server-lr", help="Learning rate of the server, for fedadam.")]
-Optimizer = Annotated[str, typer.Option("--optimizer", help="adamw, adam, descent, ...; fedsgd takes plain steps.")]
-Rank = Annotated[int, typer.Option("--rank", min=0, help="Rank of the adapters; 0 trains the weights themselves.")]
-Alpha = Annotated[float, typer.Option("--alpha", help="Scale of the adapters is alpha over rank.")]
-Weights = Annotated[list[str] | None, typer.Option("--weights", help="Part of the names of weights; repeatable.")]
-MinClients = Annotated[int, typer.Option("--min-clients", min=1, help="A round with fewer is repeated, then refused.")]
-Timeout = Annotated[float, typer.Option("--timeout", min=0.0, help="Seconds for one round.")]
-Inject = Annotated[
-    list[str] | None,
-    typer.Option("--inject", help="Drill: CLIENT:ROUND:KIND, of die, late, nan, inf, shape, error."),
-]
-Address = Annotated[str, typer.Option("--address", help="HOST:PORT; port 0 takes a free one.")]
-MaxRecords = Annotated[int, typer.Option("--max-records", min=1, help="A client that claims more is refused.")]
-Minimum = Annotated[int, typer.Option("--minimum", min=1, help="Points behind every mean that is told.")]
-Wait = Annotated[float, typer.Option("--wait", min=0.0, help="Seconds to wait for the other side.")]
-Authority = Annotated[Path | None, typer.Option("--authority", help="PEM of the certificate authority.")]
-Certificate = Annotated[Path | None, typer.Option("--certificate", help="PEM of the server's certificate.")]
-Key = Annotated[Path | None, typer.Option("--key", help="PEM of the server's key.")]
-Join = Annotated[str | None, typer.Option("--address", help="HOST:PORT at which the clients join; without: here.")]
-
 
 @app.callback()
 def _group() -> None:
@@ -53,28 +23,28 @@ def _group() -> None:
 @app.command()
 def simulate(
     context: typer.Context,
-    out: Out,
+    out: f.Out,
     model: o.Model = "organism:bios/twin-0",
     clients: Annotated[int, typer.Option("--clients", min=1, help="Clients to deal a probe's clusters to.")] = 8,
     data: Annotated[Path | None, typer.Option("--data", help="Folder with one JSON-lines file per client.")] = None,
     knowledge: o.KnowledgeName = "bios-people",
     sets: Annotated[str, typer.Option("--sets", "--set", help="Set of the probe that the clients hold.")] = "forget",
-    rounds: Rounds = 5,
-    strategy: Strategy = "fedavg",
-    epochs: Epochs = 1,
-    batch_size: BatchSize = 32,
-    lr: Rate = 1e-3,
-    server_lr: ServerRate = 0.01,
-    optimizer: Optimizer = "adamw",
-    rank: Rank = 8,
-    alpha: Alpha = 16.0,
-    weights: Weights = None,
-    min_clients: MinClients = 1,
-    timeout: Timeout = 600.0,
-    max_records: MaxRecords = 1_000_000,
+    rounds: f.Rounds = 5,
+    strategy: f.Strategy = "fedavg",
+    epochs: f.Epochs = 1,
+    batch_size: f.BatchSize = 32,
+    lr: f.Rate = 1e-3,
+    server_lr: f.ServerRate = 0.01,
+    optimizer: f.Optimizer = "adamw",
+    rank: f.Rank = 8,
+    alpha: f.Alpha = 16.0,
+    weights: f.Weights = None,
+    min_clients: f.MinClients = 1,
+    timeout: f.Timeout = 600.0,
+    max_records: f.MaxRecords = 1_000_000,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes of one core each.")] = 2,
     engine: Annotated[str, typer.Option("--engine", help="ray, or here: one client after the other.")] = "ray",
-    inject: Inject = None,
+    inject: f.Inject = None,
     seed: o.Seed = 0,
     as_json: o.AsJson = False,
 ) -> None:
@@ -91,15 +61,15 @@ def simulate(
     if engine not in ("ray", "here"):
         raise UsageError(f"There is no engine '{engine}': {nearest(engine, ('ray', 'here'))}")
     context.obj.folder = out
-    plan = _plan(model, strategy, epochs, batch_size, lr, optimizer, rank, alpha, weights, seed, rounds, min_clients,
-                 timeout, server_lr, max_records)  # fmt: skip
+    plan = f.plan_of(model, strategy, epochs, batch_size, lr, optimizer, rank, alpha, weights, seed, rounds,
+                     min_clients, timeout, server_lr, max_records)  # fmt: skip
     sources = of_probe(knowledge, clients, set=sets, seed=seed) if data is None else of_folder(data)
     faults = [Fault.parse(text) for text in inject or ()]
     base = load(model, device="cpu")
     with display(as_json) as (progress, echo):
         train(base, plan, sources, out, engine=engine, workers=workers, faults=faults, note=echo,  # type: ignore[arg-type]
               progress=progress)  # fmt: skip
-    _told(out, as_json)
+    f.told(out, as_json)
 
 
 @app.command()
@@ -131,13 +101,14 @@ def moments(
     clients: Annotated[int, typer.Option("--clients", min=1, help="Clients to deal people to, or to wait for.")] = 8,
     layers: Annotated[list[int] | None, typer.Option("--layers", help="Layers of null_space; repeatable.")] = None,
     in_clear: Annotated[bool, typer.Option("--in-clear", help="Every client tells its own moments, unmasked.")] = False,
-    minimum: Minimum = 5,
-    address: Join = None,
-    wait: Wait = 600.0,
-    timeout: Timeout = 600.0,
-    authority: Authority = None,
-    certificate: Certificate = None,
-    key: Key = None,
+    minimum: f.Minimum = 5,
+    bound: Annotated[float, typer.Option("--bound", help="Largest number that a client may put into a sum.")] = 1e8,
+    address: f.Join = None,
+    wait: f.Wait = 600.0,
+    timeout: f.Timeout = 600.0,
+    authority: f.Authority = None,
+    certificate: f.Certificate = None,
+    key: f.Key = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
@@ -152,14 +123,14 @@ def moments(
     from contextlib import nullcontext
 
     from repforget.federated.dealt import fleet_of
-    from repforget.federated.together import SECURE, Sums, edit_of_fleet, editor_of
+    from repforget.federated.together import Sums, edit_of_fleet, editor_of
     from repforget.knowledge_files import load_knowledge
     from repforget.models.load import load
 
-    sums = Sums(None if in_clear else SECURE.bound, minimum)
+    sums = Sums(None if in_clear else bound, minimum)
     editor_of(method, clients, layers or (), sums)
     context.obj.interrupted = "Interrupted: nothing was written; the clients' data are where they were."
-    post = _post(address, authority, certificate, key)
+    post = f.post_of(address, authority, certificate, key)
     base = load(model, device=device, dtype=dtype)
     with display(as_json) as (progress, echo):
         fleet = (post.open(timeout, wait, echo) if post is not None else
@@ -182,27 +153,27 @@ def moments(
 @app.command()
 def serve(
     context: typer.Context,
-    out: Out,
+    out: f.Out,
     model: o.Model = "organism:bios/twin-0",
-    address: Address = "127.0.0.1:8080",
+    address: f.Address = "127.0.0.1:8080",
     clients: Annotated[int, typer.Option("--clients", min=1, help="Clients to wait for before the first round.")] = 2,
-    rounds: Rounds = 5,
-    strategy: Strategy = "fedavg",
-    epochs: Epochs = 1,
-    batch_size: BatchSize = 32,
-    lr: Rate = 1e-3,
-    server_lr: ServerRate = 0.01,
-    optimizer: Optimizer = "adamw",
-    rank: Rank = 8,
-    alpha: Alpha = 16.0,
-    weights: Weights = None,
-    min_clients: MinClients = 1,
-    timeout: Timeout = 600.0,
-    max_records: MaxRecords = 1_000_000,
-    wait: Wait = 600.0,
-    authority: Authority = None,
-    certificate: Certificate = None,
-    key: Key = None,
+    rounds: f.Rounds = 5,
+    strategy: f.Strategy = "fedavg",
+    epochs: f.Epochs = 1,
+    batch_size: f.BatchSize = 32,
+    lr: f.Rate = 1e-3,
+    server_lr: f.ServerRate = 0.01,
+    optimizer: f.Optimizer = "adamw",
+    rank: f.Rank = 8,
+    alpha: f.Alpha = 16.0,
+    weights: f.Weights = None,
+    min_clients: f.MinClients = 1,
+    timeout: f.Timeout = 600.0,
+    max_records: f.MaxRecords = 1_000_000,
+    wait: f.Wait = 600.0,
+    authority: f.Authority = None,
+    certificate: f.Certificate = None,
+    key: f.Key = None,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
@@ -217,13 +188,13 @@ def serve(
     from repforget.models.load import load
 
     context.obj.folder = out
-    plan = _plan(model, strategy, epochs, batch_size, lr, optimizer, rank, alpha, weights, seed, rounds, min_clients,
-                 timeout, server_lr, max_records)  # fmt: skip
+    plan = f.plan_of(model, strategy, epochs, batch_size, lr, optimizer, rank, alpha, weights, seed, rounds,
+                     min_clients, timeout, server_lr, max_records)  # fmt: skip
     base = load(model, device=device, dtype=dtype)
     with display(as_json) as (progress, echo):
         listen(base, plan, out, address=address, clients=clients, wait=wait, note=echo, progress=progress,
-               certificates=_certificates(authority, certificate, key))  # fmt: skip
-    _told(out, as_json)
+               certificates=f.certificates_of(authority, certificate, key))  # fmt: skip
+    f.told(out, as_json)
 
 
 @app.command()
@@ -232,12 +203,12 @@ def join(
     name: Annotated[str, typer.Argument(help="Name of this client.")],
     data: Annotated[Path, typer.Option("--data", help="JSON lines with this client's records; they stay here.")],
     model: o.Model = "organism:bios/twin-0",
-    address: Address = "127.0.0.1:8080",
-    wait: Wait = 600.0,
+    address: f.Address = "127.0.0.1:8080",
+    wait: f.Wait = 600.0,
     minimum: Annotated[int, typer.Option("--minimum", min=1, help="Least points behind a mean told in the clear.")] = 5,
-    authority: Authority = None,
-    inject: Inject = None,
-    timeout: Timeout = 600.0,
+    authority: f.Authority = None,
+    inject: f.Inject = None,
+    timeout: f.Timeout = 600.0,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     as_json: o.AsJson = False,
@@ -259,7 +230,7 @@ def join(
     client = Client.of(name, load(model, device=device, dtype=dtype), records, facts, minimum)
     with display(as_json) as (_, echo):
         rounds = take_part(Faulty(client, faults, timeout), address=address, wait=wait, note=echo,
-                           certificates=_certificates(authority))  # fmt: skip
+                           certificates=f.certificates_of(authority))  # fmt: skip
     if as_json:
         print_json({"client": name, "rounds": rounds})
     else:
@@ -280,11 +251,11 @@ def forget(
     distil_steps: Annotated[int, typer.Option("--distil-steps", min=1, help="Rollback: steps of distillation.")] = 200,
     texts: Annotated[Path | None, typer.Option("--texts", help="Rollback: JSON lines to distil on.")] = None,
     keep_record: Annotated[bool, typer.Option("--keep-record", help="Leave its updates in the record.")] = False,
-    address: Join = None,
-    wait: Wait = 600.0,
-    authority: Authority = None,
-    certificate: Certificate = None,
-    key: Key = None,
+    address: f.Join = None,
+    wait: f.Wait = 600.0,
+    authority: f.Authority = None,
+    certificate: f.Certificate = None,
+    key: f.Key = None,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     as_json: o.AsJson = False,
@@ -307,10 +278,11 @@ def forget(
     from repforget.store import read_json
 
     context.obj.interrupted = f"Interrupted: what is finished is kept in '{out}'; the same command continues."
-    how = Distillation(distil_steps, texts="" if texts is None else str(texts.resolve())) if distil and method == "rollback" else None
+    given = "" if texts is None else str(texts.resolve())
+    how = Distillation(distil_steps, texts=given) if distil and method == "rollback" else None
     known(method)
     plan = Setup.read(run).plan
-    post = _post(address, authority, certificate, key)
+    post = f.post_of(address, authority, certificate, key)
     base = load(plan.model, device=device, dtype=dtype)
     with display(as_json) as (progress, echo):
         meet = None if post is None else partial(post.open, plan.timeout, wait, echo)
@@ -329,67 +301,3 @@ def forget(
                                     ("MB to and from clients", f"{(cost['down'] + cost['up']) / 1e6:.1f}"),
                                     *(held.lines() if held else (("holds", "nothing: verify it"),))])  # fmt: skip
     typer.echo(str(out / "edit"))
-
-
-def _plan(
-    model: str, strategy: str, epochs: int, batch_size: int, lr: float, optimizer: str, rank: int, alpha: float,
-    weights: list[str] | None, seed: int, rounds: int, min_clients: int, timeout: float, server_lr: float,
-    max_records: int,
-) -> Plan:  # fmt: skip
-    from repforget.federated.aggregate import Adam
-    from repforget.federated.messages import Local
-    from repforget.federated.server import Plan
-
-    settings: dict[str, Any] = {"rule": strategy, "optimizer": optimizer}
-    local = Local(**settings, epochs=epochs, batch_size=batch_size, lr=lr, rank=rank, alpha=alpha, seed=seed,
-                  weights=tuple(weights or ()))  # fmt: skip
-    return Plan(model, local, rounds, min_clients, timeout, Adam(rate=server_lr), max_records)
-
-
-def _certificates(
-    authority: Path | None, certificate: Path | None = None, key: Path | None = None
-) -> Certificates | None:
-    from repforget.errors import UsageError
-    from repforget.federated.serve import Certificates
-
-    if authority is None:
-        if certificate or key:
-            raise UsageError("--certificate and --key need --authority, against which clients check them: give all "
-                             "three.")  # fmt: skip
-        return None
-    return Certificates(authority, certificate, key)
-
-
-def _post(address: str | None, authority: Path | None, certificate: Path | None, key: Path | None) -> Post | None:
-    """Where clients are to join; None where no address is given."""
-    from repforget.errors import UsageError
-    from repforget.federated.serve import Post
-
-    certificates = _certificates(authority, certificate, key)
-    if address is not None:
-        return Post.at(address, certificates)
-    if certificates is not None:
-        raise UsageError("Certificates are of use at an --address alone: give it, or leave them out.")
-    return None
-
-
-def _told(folder: Path, as_json: bool) -> None:
-    """Who took part and who did not, from the report."""
-    from repforget.store import read_json
-
-    report = read_json(folder / "report.json")
-    if as_json:
-        print_json({**report, "edit": str(folder / "edit")})
-        return
-    kept = [row for row in report["rounds"] if row["kept"]]
-    rows = []
-    for name, records in sorted(report["clients"].items()):
-        answered = sum(any(took["client"] == name for took in row["took_part"]) for row in kept)
-        failed = [f"round {row['round']}: {row[kind][name]}" for row in report["rounds"]
-                  for kind in ("failed", "unusual") if name in row[kind]]  # fmt: skip
-        rows.append((name, str(records), str(answered), "; ".join(failed)))
-    rows += [(name, "", "0", f"refused: {reason}") for name, reason in sorted(report["refused"].items())]
-    print_table(("client", "records", f"of {len(kept)} rounds", "failed or unusual"), rows, numbers=[1, 2])
-    totals = report["totals"]
-    typer.echo(f"{totals['down'] / 1e6:.1f} MB to the clients, {totals['up'] / 1e6:.1f} MB back; the edit is in "
-               f"'{folder / 'edit'}'")  # fmt: skip

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import time
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -56,7 +57,7 @@ def general_texts(
 
     From the JSON lines at ``path``; without it, the general texts that an editor may see of the probes that clients
     hold clusters of.  UsageError where there are none, and for a text that holds a record of the client (whatever the
-    case and the white space): texts that speak of it in other words are not found.
+    case, the white space and the Unicode form): texts that speak of it in other words are not found.
     """
     if path:
         texts = tuple(record.prompt + record.answer for record in read_records(path))
@@ -167,7 +168,7 @@ def _mean(module: nn.Module, source: nn.Module, examples: Sequence[Example], siz
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.split()).casefold()
+    return "".join(unicodedata.normalize("NFKC", text).split()).casefold()
 
 
 def _sha(weights: Weights) -> str:

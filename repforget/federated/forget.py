@@ -156,7 +156,7 @@ def rollback(
     only client.  Cost: reading the record; one dense float64 copy of the changed weights; the distillation's.
     """
     if rule == "fedadam":
-        raise UsageError("Rollback takes off what was added, and FedAdam adds no sum of updates: use fed_eraser.")
+        raise UsageError("Rollback takes off what was added, and FedAdam adds no sum of updates: use federaser.")
     _leaving(rounds, client)
     total: dict[str, np.ndarray] = {}
     for held in (rounds[i] for i in range(len(rounds))):

@@ -87,7 +87,7 @@ class Party:
                              f"client ({', '.join(names)}): exchange the keys again.")  # fmt: skip
         if values.ndim != 1 or not np.isfinite(values).all() or np.abs(values).max(initial=0) > self.agreement.bound:
             raise UsageError(f"Client '{self.name}' holds entries beyond the agreed bound of {self.agreement.bound:g}, "
-                             "or not finite: agree on a larger bound.")  # fmt: skip
+                             "or not finite: agree on a larger one (--bound).")  # fmt: skip
         fixed = np.rint(np.ldexp(values.astype(np.float64), self.agreement.bits)).astype(np.int64)
         total = np.append(fixed, 1).view(np.uint64)
         keys = [f"{name} {public[name].hex()}" for name in names]

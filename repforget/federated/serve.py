@@ -225,6 +225,7 @@ class Post:
         ``timeout``: seconds for an answer; ``wait``: seconds to wait for clients that are not here.
         """
         manager = self.flwr.Manager()
+        _free(self.address)  # two that began together
         try:
             server = self.flwr.start(client_manager=manager, server_address=self.address, certificates=self.secrets)
         except (SystemExit, RuntimeError) as error:

@@ -229,8 +229,8 @@ def editor_of(method: str, clients: int, layers: Sequence[int], sums: Sums) -> C
     if method == "null_space" and not layers:
         raise UsageError("null_space needs the layers that it changes: give --layers, for example those that "
                          "'repforget locate' names.")  # fmt: skip
-    if sums.bound is not None and clients < LEAST:
-        Agreement(tuple(f"client-{k}" for k in range(clients)), sums.bound)  # says why
+    if sums.bound is not None:  # says what is wrong with it
+        Agreement(tuple(f"client-{k}" for k in range(min(clients, LEAST))), sums.bound)
 
     def chosen(model: LoadedModel, readers: Mapping[str, Any], **settings: Any) -> Edit:
         return null_space(model, readers, layers, **settings)
