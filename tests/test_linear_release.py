@@ -122,6 +122,7 @@ def test_publications_add_up_and_end() -> None:
     assert head.release is not None and publications_left(head, head.release) == 9
     for _ in range(9):
         head, _ = publish(head)
+        assert head.release is not None and publications_left(head, head.release) == 9 - len(head.published)
     assert spent(head) == pytest.approx(3 * head.distance) and len(head.published) == 9
     with pytest.raises(ResourceError, match="9 publications have used"):
         publish(head)
