@@ -165,6 +165,19 @@ def test_nothing_but_counts_is_summed_below_the_minimum(model: LoadedModel, data
     assert made(Fleet.of(clients(model, data)), model, Sums(1e6, fewest)) is not None
 
 
+def test_keys_are_counted_by_relation_and_summed(model: LoadedModel, data: EditData) -> None:
+    points = min(Counter(fact.relation for fact in data.forget).values())  # far more than of an answer
+
+    def solved(how: Sums) -> list[torch.Tensor]:
+        edit, _ = edit_of_fleet(Fleet.of(clients(model, data)), model, "null_space", 4, layers=[1], sums=how)
+        return [op.u @ op.v for op in edit.operations]  # type: ignore[union-attr]
+
+    for masked, clear in zip(solved(Sums(1e6, points)), solved(CLEAR), strict=True):
+        assert float((masked - clear).norm() / clear.norm()) < 1e-6
+    with pytest.raises(UsageError, match=f"All clients together have {points} points"):
+        solved(Sums(1e6, points + 1))
+
+
 def test_a_class_of_one_client_is_said_to_be_its_own(model: LoadedModel, data: EditData) -> None:
     own, said = clients(model, data), list[str]()
     part = own["client0"].data

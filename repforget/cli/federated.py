@@ -117,8 +117,8 @@ def moments(
     """Make an edit from the moments of clients: no record and no activation leaves a client.
 
     The clients are dealt the people of a probe in this process, or bring files of their own and 'join' at --address.
-    Moments are added up by secure sums, so that the server sees their total alone; a client that is lost on the way
-    makes it begin again without it.
+    Moments are added up by secure sums, so that the server sees their total alone; a client that is lost before the
+    first total is known is left out, later it is waited for.
     """
     from contextlib import nullcontext
 
