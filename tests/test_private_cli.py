@@ -10,7 +10,7 @@ import pytest
 from repforget.artifact import load_edit
 from repforget.cli._guard import guarded
 
-NAMES = "Nadia Larch Ashby Elsa Hollis Fern Gorse Zelda".split()
+NAMES = ["Nadia", "Larch", "Ashby", "Elsa", "Hollis", "Fern", "Gorse", "Zelda"]
 LINES = [{"id": f"r{n}", "cluster": f"c{n // 2}", "prompt": f"{NAMES[n]} was born in", "answer": "Juniper"}
          for n in range(8)]  # fmt: skip
 
