@@ -6,15 +6,18 @@ import gc
 import os
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
+import typer.main
 
 torch.set_num_threads(1)  # tiny models: threads only cost
 gc.disable()  # until everything is imported and collected, which drops next to nothing
+typer.main.get_command = cache(typer.main.get_command)  # forty commands take 0.05 s to put together, each time
 os.environ["REPFORGET_CACHE"] = "none"  # a test that keeps moments names its own folder
 
 
