@@ -168,8 +168,10 @@ def test_one_layer_cannot_be_dropped() -> None:
 
 def test_planted_layers() -> None:
     """Three of four with a contrast and the default steps; one, as by chance, without."""
-    hits = {contrast: sum(located(layer, "atp_star", contrast=contrast).layers("mlp_out")[0] == layer
-                          for layer in planted.LAYERS) for contrast in (0.0, 1.0)}  # fmt: skip
+    ranked = {contrast: [located(layer, "atp_star", contrast=contrast) for layer in planted.LAYERS]
+              for contrast in (0.0, 1.0)}  # fmt: skip
+    hits = {contrast: sum(each.layers("mlp_out")[0] == layer for layer, each in zip(planted.LAYERS, found, strict=True))
+            for contrast, found in ranked.items()}  # fmt: skip
     assert hits == {0.0: 1, 1.0: 3}
-    found = located(0, "atp_star", contrast=0.0)
+    found = ranked[0.0][0]
     assert any("all heads by layer" in name for name in found.tables) and found.band.beats_random
