@@ -333,13 +333,14 @@ def test_a_server_killed_between_its_report_and_its_history_goes_on(
 @pytest.mark.parametrize("change", [
     {"head": "no JSON"}, {"head": "[]"}, {"kind": "dance"}, {"kind": ["train"]}, {"kind": None}, {"round": "x"},
     {"local": {"speed": 1}}, {"local": {"weights": ["no.such.weight"]}}, {"words": None, "kind": "unlearn"},
-    {"state": b"short"}, {"state": {"lm_head.weight": np.zeros((2, 2), np.float32)}},
+    {"state": b"short"}, {"state": np.zeros((2, 3), np.float32)},
 ])  # fmt: skip
 def test_a_task_of_another_release_is_answered_by_one_sentence(base: LoadedModel, change: dict[str, Any]) -> None:
-    head, tensors = pack_task(Task(3, local_settings(base, rank=1)))
+    local = local_settings(base, rank=1)
+    head, tensors = pack_task(Task(3, local))
     body = {**json.loads(head), **{name: value for name, value in change.items() if name not in ("head", "state")}}
     if (state := change.get("state")) is not None:
-        tensors = state if isinstance(state, bytes) else pack_task(Task(3, Local(), state))[1]
+        tensors = state if isinstance(state, bytes) else pack_task(Task(3, local, {local.weights[0]: state}))[1]
     asked = change.get("head", json.dumps(body)), tensors
     back = unpack_reply(answer(Client.of("ann", base, [Record("a", "a", "Ada was born in", " Rome")]), asked))
     assert back.failed is not None and back.failed.startswith("failed: ") and "\n" not in back.failed

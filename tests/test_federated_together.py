@@ -72,11 +72,16 @@ class Fleet(Here):
                 self.away.add(name)
             if how == "died":
                 self.away.clear()  # and whoever was away comes
+            if how == "late":
+                self.away.clear()  # too late to be asked
+                how = None
             if how in ("gone", "died"):
                 yield Reply(name, task.round, failed="died before it answered")
                 continue
             reply = next(super().ask(task, [name]))
-            if how is not None:
+            if how == "old":
+                reply = dataclasses.replace(reply, round=task.round - 1)
+            elif how is not None:
                 assert reply.told is not None
                 reply = dataclasses.replace(reply, told=spoiled(reply.told, how))
             self.told.append((task.kind, reply))
@@ -162,7 +167,10 @@ def test_nothing_but_counts_is_summed_below_the_minimum(model: LoadedModel, data
     sent = [reply.told.tensors["sum"] for kind, reply in fleet.told if kind == "masked" and reply.told is not None]
     classes = {(fact.relation, fact.answer) for fact in data.forget}
     assert len(sent) == 4 and {len(each) for each in sent} == {len(classes) + 1}
-    assert made(Fleet.of(clients(model, data)), model, Sums(1e6, fewest)) is not None
+    just = Fleet.of(clients(model, data))
+    assert made(just, model, Sums(1e6, fewest)) is not None
+    sizes = [reply.told.tensors["sum"].size for kind, reply in just.told if kind == "masked" and reply.told is not None]
+    assert sizes.count(len(classes) + 1) == 4 < len(sizes)  # counted once
 
 
 def test_keys_are_counted_by_relation_and_summed(model: LoadedModel, data: EditData) -> None:
@@ -259,7 +267,8 @@ def test_once_a_sum_is_known_only_the_same_clients_may_be_in_another(model: Load
 
 
 @pytest.mark.parametrize(("task", "how", "words"), [
-    (1, "words", "cannot be read"), (2, "shape", "sent 'public' as uint8"), (3, "shape", "sent 'sum' as uint64"),
+    (1, "words", "cannot be read"), (2, "old", "answered question 1, not 2"),
+    (2, "shape", "sent 'public' as uint8"), (3, "shape", "sent 'sum' as uint64"),
     (3, "dtype", "not as uint64")])  # fmt: skip
 def test_strange_answers_are_named(model: LoadedModel, data: EditData, task: int, how: str, words: str) -> None:
     own = clients(model, data)
@@ -280,6 +289,9 @@ def test_who_has_no_facts_or_will_not_tell_is_told_why_and_the_others_go_on(mode
     assert "has no facts to read moments from: give --data" in fleet.refused["bare"]
     assert "points at" in fleet.refused["client3"] and fleet.refused.keys() == {"bare", "empty", "client3"}
     assert found.manifest.settings["clients"] == 3
+    late = Fleet.of({**own, "bare": bare}, 0.3, client1_3="late")
+    late.away.add("bare")
+    assert made(late, model, CLEAR) is not None and late.refused.keys() == {"bare"}
     masked = Fleet.of({**own, "client3": strict}, 0.3)  # its own minimum is for the clear
     assert made(masked, model).manifest.settings["clients"] == 4
     with pytest.raises(UsageError, match="'client0' has a mean of"):  # fewer than five, but together

@@ -130,6 +130,8 @@ class Together:
         def wrong(reply: Reply, member: Introduction) -> str | None:
             if reply.failed is not None or reply.told is None:
                 return reply.failed or "told nothing"
+            if reply.round != task.round:
+                return f"answered question {reply.round}, not {task.round}"
             try:
                 if kind == "classes":
                     classes_of(reply.told.words)
