@@ -44,7 +44,9 @@ OF_ROBUST: dict[str, dict[str, Any]] = {
 }
 WRAPPED: dict[str, dict[str, Any]] = {"latent_adversarial": {"steps": 120}, "sam": {"steps": 80}}
 OF_COMBINE: dict[str, dict[str, Any]] = {"dual_optim": {"retain_steps": 2}, "gru": {"add_retain": True}}
-WITH_COMBINE: dict[str, dict[str, Any]] = {"dual_optim": {"optimizer": "descent", "clip": 0.0, "steps": 300}}
+WITH_COMBINE: dict[str, dict[str, Any]] = {
+    "dual_optim": {"optimizer": "descent", "clip": 0.0, "steps": 150, "lr": 1.25e-3},
+}
 HARDLY = {"mgda": 0.75}  # the shorter gradient decides, and what is known by heart has next to none
 OF_RETAIN: dict[str, dict[str, Any]] = {"ewc": {"retain_weight": 1e7}, "hidden_state": {"retain_weight": 30.0}}
 
