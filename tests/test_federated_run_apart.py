@@ -150,10 +150,13 @@ def test_a_port_in_use_is_not_shared(world: tuple[str, dict[str, Source]], tmp_p
 
     base = load(world[0], device="cpu")
     address = f"127.0.0.1:{free_port()}"
+    early = Post.at(address)  # and while its model loads
     other = start_grpc_server(client_manager=SimpleClientManager(), server_address=address)
     try:
         with pytest.raises(ResourceError, match="No server can listen at '127.0.0.1:.*in use"):
             serve(base, plan(world[0]), tmp_path / "run", address=address, wait=0.1)
+        with pytest.raises(ResourceError, match="in use"), early.open(1.0, 0.1, print):
+            pass
     finally:
         other.stop(grace=0).wait()
     assert not (tmp_path / "run").exists()
