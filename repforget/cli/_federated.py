@@ -12,6 +12,7 @@ from repforget.cli._output import print_json, print_table
 if TYPE_CHECKING:
     from repforget.federated.serve import Certificates, Post
     from repforget.federated.server import Plan
+    from repforget.guarantee import Guarantee
 
 Out = Annotated[Path, typer.Option("--out", help="Folder of the training; the same command continues there.")]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Rounds in all.")]
@@ -102,3 +103,20 @@ def told(folder: Path, as_json: bool) -> None:
     totals = report["totals"]
     typer.echo(f"{totals['down'] / 1e6:.1f} MB to the clients, {totals['up'] / 1e6:.1f} MB back; the edit is in "
                f"'{folder / 'edit'}'")  # fmt: skip
+
+
+def left(out: Path, client: str, held: Guarantee | None, as_json: bool) -> None:
+    """What forgetting a client cost, and what holds of the result."""
+    from repforget.store import read_json
+
+    cost = read_json(out / "forget.json")
+    if as_json:
+        lines = None if held is None else dict(held.lines())
+        print_json({**cost, "client": client, "edit": str(out / "edit"), "guarantee": lines})
+        return
+    print_table(("what", "value"), [("local trainings", str(cost["trainings"])),
+                                    ("steps of distillation", str(cost.get("distil_steps", 0))),
+                                    ("CPU seconds", f"{cost['cpu_seconds']:.1f}"),
+                                    ("MB to and from clients", f"{(cost['down'] + cost['up']) / 1e6:.1f}"),
+                                    *(held.lines() if held else (("holds", "nothing: verify it"),))])  # fmt: skip
+    typer.echo(str(out / "edit"))

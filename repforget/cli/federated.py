@@ -275,7 +275,6 @@ def forget(
     from repforget.federated.leave import known, leave
     from repforget.federated.run import Setup
     from repforget.models.load import load
-    from repforget.store import read_json
 
     context.obj.interrupted = f"Interrupted: what is finished is kept in '{out}'; the same command continues."
     given = "" if texts is None else str(texts.resolve())
@@ -289,15 +288,4 @@ def forget(
         edit = leave(base, run, client, method, out, interval=interval, local_share=local_share,  # type: ignore[arg-type]
                      editor=editor, distil=how, keep_record=keep_record, meet=meet, note=echo,
                      progress=progress)  # fmt: skip
-    cost = read_json(out / "forget.json")
-    held = edit.manifest.guarantee
-    if as_json:
-        lines = None if held is None else dict(held.lines())
-        print_json({**cost, "client": client, "edit": str(out / "edit"), "guarantee": lines})
-        return
-    print_table(("what", "value"), [("local trainings", str(cost["trainings"])),
-                                    ("steps of distillation", str(cost.get("distil_steps", 0))),
-                                    ("CPU seconds", f"{cost['cpu_seconds']:.1f}"),
-                                    ("MB to and from clients", f"{(cost['down'] + cost['up']) / 1e6:.1f}"),
-                                    *(held.lines() if held else (("holds", "nothing: verify it"),))])  # fmt: skip
-    typer.echo(str(out / "edit"))
+    f.left(out, client, edit.manifest.guarantee, as_json)
