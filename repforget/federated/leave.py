@@ -60,11 +60,7 @@ def leave(
     else, and where clients are needed that are not here.  Costs and what each way leaves behind:
     :mod:`repforget.federated.forget`.
     """
-    known(method)
-    if meet and method == "rollback":
-        raise UsageError("Rollback asks no client: leave the address out, or choose another method.")
-    if distil and method != "rollback":
-        raise UsageError(f"Only rollback distils, and '{method}' was asked for: leave the distillation out.")
+    _checked(method, meet, distil)
     if out.resolve() == folder.resolve():
         raise UsageError(f"The result cannot go into the folder of the training, '{folder}': give a new one with "
                          "--out.")  # fmt: skip
@@ -105,6 +101,14 @@ def known(method: str) -> None:
     """UsageError for what is no way to forget."""
     if method not in METHODS:
         raise UsageError(f"There is no way to forget '{method}': {nearest(method, METHODS)}")
+
+
+def _checked(method: str, meet: Meet | None, distil: Distillation | None) -> None:
+    known(method)
+    if meet and method == "rollback":
+        raise UsageError("Rollback asks no client: leave the address out, or choose another method.")
+    if distil and method != "rollback":
+        raise UsageError(f"Only rollback distils, and '{method}' was asked for: leave the distillation out.")
 
 
 def _answers(request: Mapping[str, Any], client: str, out: Path) -> bool:
