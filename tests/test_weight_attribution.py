@@ -23,7 +23,7 @@ from repforget.errors import UsageError
 from repforget.locate._gradients import facts_of, unit_sums, weights
 from repforget.locate.wagle import attribution
 from repforget.masks import masks_of
-from repforget.records import Component
+from repforget.records import Component, RandomBand
 
 ALL = (*tiny_models.CONFIGS, *tiny_models.VARIANTS)
 
@@ -163,5 +163,30 @@ def test_fisher_is_the_mean_square_of_single_gradients(contrast: str) -> None:
     sizes = [sum(int(m.expand_as(table[n]).sum()) for n, m in own.items()) for own in parts.values()]
     expected = forget / sizes if contrast == "none" else forget / (retain + 0.01 * retain.mean())
     found = rf.locate(model, people(), "fisher", nodes=["mlp_out"], items=4, draws=20, contrast=contrast)
+    scores = dict(zip(found.components, found.scores, strict=True))
+    np.testing.assert_allclose([scores[c] for c in wanted], expected, rtol=1e-4)
+
+
+def test_wagle_takes_the_weights_where_retained_data_would_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand at a mu where both parts count: |(w - g_r / mu) g_f|, of losses, averaged over each MLP's weights."""
+    model, wanted = tiny("llama"), components("mlp_out.0", "mlp_out.1")
+    facts, parts = facts_of(model, people(), 4, 0), {c: masks_of(model, [c]).masks for c in wanted}
+    names = sorted({n for own in parts.values() for n in own})
+    table = [dict(model.module.named_parameters())[n] for n in names]
+    none = RandomBand(1, 20, 0.0, 0.0, 0.0, "none"), (), 0.0
+    monkeypatch.setattr("repforget.locate._gradients.exact_band", lambda *_: none)
+
+    def slopes(runs: Sequence[Run]) -> list[torch.Tensor]:
+        told = [(run, model.module(torch.tensor([run.base])).logits[0].log_softmax(-1)) for run in runs]
+        loss = -sum(logp[k - 1, run.base[k]] for run, logp in told for k in range(run.start, len(run.base)))
+        return list(torch.autograd.grad(loss, table))
+
+    forget, retain = slopes(facts.forget), slopes(facts.retain)
+    table = [w.detach() for w in table]
+    mu = sum(float(g.norm()) for g in retain) / sum(float(w.norm()) for w in table)
+    each = {n: ((w - g / mu) * f).abs() for n, w, g, f in zip(names, table, retain, forget, strict=True)}
+    expected = [sum(float((each[n] * m).sum()) for n, m in own.items())
+                / sum(int(m.expand_as(each[n]).sum()) for n, m in own.items()) for own in parts.values()]  # fmt: skip
+    found = rf.locate(model, people(), "wagle", nodes=["mlp_out"], items=4, draws=20, mu=mu)
     scores = dict(zip(found.components, found.scores, strict=True))
     np.testing.assert_allclose([scores[c] for c in wanted], expected, rtol=1e-4)
