@@ -9,10 +9,13 @@ import planted
 import pytest
 import tiny_models
 import torch
+import transformers
 from test_circuits import model_of, runs
-from test_locate_planted import located
+from test_locate_planted import KNOWLEDGE, located
+from test_locate_planted import model as planted_model
 from torch import Tensor
 
+import repforget as rf
 from repforget.causal import patch_scores, prepare
 from repforget.errors import UsageError
 from repforget.locate.atp_star import _nodes, _reader, attributions
@@ -20,7 +23,7 @@ from repforget.locate.attribution_patching import node_attributions
 from repforget.models.capture import capture, hooks
 from repforget.models.load import LoadedModel, wrap
 from repforget.models.sites import site_map
-from repforget.records import Component, Site
+from repforget.records import Component, RandomBand, Site
 
 PLAIN: dict[str, Any] = {"qk_fix": False, "grad_drop": False}
 FIXED: dict[str, Any] = {"qk_fix": True, "grad_drop": False}
@@ -125,10 +128,18 @@ def test_a_prompt_patched_into_itself_moves_nothing(name: str) -> None:
     assert np.abs(found.parts).max() < 1e-5 and np.abs(found.roles).max() < 1e-5
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2"])
+def deep() -> LoadedModel:
+    config = transformers.LlamaConfig(**{**tiny_models.CONFIGS["llama"][1], "num_hidden_layers": 3})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return wrap(transformers.LlamaForCausalLM(config).eval(), tiny_models.tiny_tokenizer(), "deep")
+
+
+@pytest.mark.parametrize("name", ["deep", "gpt_neox", "gemma2"])
 def test_dropped_layers_are_averaged_as_defined(name: str) -> None:
-    """Brute force: the writes of one layer are cut off from the graph, layer by layer."""
-    model, items = model_of(name), runs((9, 7))
+    """Brute force: the writes of one layer are cut off from the graph, layer by layer; magnitudes only differ from a
+    sum where two layers or more are behind a node, hence one model of three."""
+    model, items = deep() if name == "deep" else model_of(name), runs((9, 7))
     components = _nodes(model, ("heads", "mlp_out"), "all")
     passes = []
     for layer in range(model.n_layers):
@@ -153,9 +164,22 @@ def test_roles_and_components_add_up() -> None:
         np.testing.assert_allclose(roles.sum(0), found.parts[own].sum(0), atol=1e-6)
 
 
-def test_one_layer_cannot_be_dropped() -> None:
-    import transformers
+@pytest.mark.skipif(not (planted.FOLDER / "base").exists(), reason="planted-fact models are not built")
+def test_without_repairs_its_contrasted_scores_are_those_of_attribution_patching(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both ways of patching, whose signs differ, on forget and on retain facts."""
+    band = RandomBand(1, 20, 0.0, 0.0, 0.0, "none"), (), 0.0
+    scores = []
+    for method, given in (("atp_star", PLAIN), ("attribution_patching", {"recheck": 0})):
+        monkeypatch.setattr(f"repforget.locate.{method}.exact_band", lambda *_, **__: band)
+        found = rf.locate(planted_model(1), KNOWLEDGE, method, nodes=("mlp_out",), mode="both", items=6, partners=1,
+                          steps=1, contrast=1.0, **given)  # fmt: skip
+        scores.append(dict(zip(found.components, found.scores, strict=True)))
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4, abs=1e-6)
 
+
+def test_one_layer_cannot_be_dropped() -> None:
     config = transformers.LlamaConfig(**{**tiny_models.CONFIGS["llama"][1], "num_hidden_layers": 1})
     with torch.random.fork_rng():
         model = wrap(transformers.LlamaForCausalLM(config).eval(), tiny_models.tiny_tokenizer(), "one")

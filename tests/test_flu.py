@@ -49,12 +49,16 @@ def test_the_number_chosen_follows_the_scores() -> None:
 def test_heads_read_the_keys_and_values_of_their_group(name: str) -> None:
     model = model_of(name)
     places = site_map(model)
-    heads = [Component(Site("attn_z", 1, places.n_heads - 1)), Component(Site("attn_z", 1, 0))]
-    last = places.n_kv_heads - 1
-    found = receiver_for(model, heads, "heads")
-    assert set(found) == {Site("q", 1, places.n_heads - 1), Site("q", 1, 0),
-                          *(Site(kind, 1, group) for kind in "kv" for group in (0, last))}  # fmt: skip
-    assert receiver_for(model, heads, "residual") == (Site("resid_pre", 1),)
+    heads, size = range(places.n_heads), places.n_heads // places.n_kv_heads
+    for head in heads:
+        found = receiver_for(model, [Component(Site("attn_z", 1, head))], "heads")
+        assert set(found) == {Site("q", 1, head), Site("k", 1, head // size), Site("v", 1, head // size)}
+    both = [Component(Site("attn_z", layer, head)) for layer in (1, 0) for head in heads]
+    assert set(receiver_for(model, both[: len(heads)], "heads")) == {
+        *(Site("q", 1, head) for head in heads), *(Site(k, 1, g) for k in "kv" for g in range(places.n_kv_heads))
+    }  # fmt: skip
+    assert receiver_for(model, both[:1], "residual") == (Site("resid_pre", 1),)
+    assert receiver_for(model, both, "residual") == (Site("resid_pre", 0),)  # before the earliest of them
 
 
 def test_scores_are_the_path_effects_on_what_the_named_heads_read() -> None:

@@ -80,6 +80,27 @@ def test_answers_of_the_facts_that_judge_do_not_change_the_ranking_they_judge(
     assert found[0][1] == found[1][1] == found[2][1]
 
 
+@pytest.mark.parametrize(("method", "more"), [
+    ("activation_patching", {"nodes": ("mlp_out",)}), ("attribution_patching", {"recheck": 0, "steps": 1}),
+    ("path_patching", {"nodes": ("mlp_out",)}), ("causal_tracing", {"samples": 1, "window": 1}),
+    ("atp_star", {"steps": 1, "grad_drop": False}), ("direct_logit_attribution", {}), ("lens_trajectory", {}),
+    ("flu", {"partners": 1}),
+])  # fmt: skip
+def test_the_ranking_that_is_judged_is_made_as_the_one_that_is_shown(
+    method: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all facts fall into the half that ranks, the two are one: same contrast, same sign, same layers."""
+    found: list[Any] = []
+    monkeypatch.setattr(import_module(f"repforget.locate.{method}"), "exact_band", band_of(found))
+    for module in ("_exact", "_tracing"):
+        monkeypatch.setattr(f"repforget.locate.{module}.in_second_half", lambda c, seed: np.zeros(len(c), dtype=bool))
+    shown = [rf.locate(model(1), KNOWLEDGE, method, items=6, contrast=contrast, **more).components
+             for contrast in (0.0, 2.0)]  # fmt: skip
+    assert shown[0] != shown[1]  # the contrast does decide
+    for whole, (_, judged) in zip(shown, found, strict=True):
+        assert list(judged) == [c for c in whole if c in judged] and len(judged) > 1
+
+
 def test_the_size_of_a_circuit_is_chosen_on_other_facts_than_report_its_faithfulness(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
