@@ -31,6 +31,7 @@ class Elsewhere(Here):
     failing: dict[tuple[str, int], list[str]] = dataclasses.field(default_factory=dict)
     away: set[str] = dataclasses.field(default_factory=set)
     given: list[tuple[str, str, int]] = dataclasses.field(default_factory=list)
+    shares: set[float] = dataclasses.field(default_factory=set)  # of the epochs, as asked for
     late: tuple[str, str, int] | None = None  # the task during which all come who were away
     kill: int = 999  # the task during which the server dies
 
@@ -45,6 +46,7 @@ class Elsewhere(Here):
             if len(self.given) == self.kill:
                 raise Killed
             self.given.append((name, task.kind, task.round))
+            self.shares.add(task.local.share)
             if self.given[-1] == self.late:
                 self.away.clear()
             if reasons := self.failing.get((name, task.round)):
@@ -86,6 +88,7 @@ def test_a_killed_server_asks_nobody_twice_and_who_failed_is_asked_again(
     rounds = [1, 2] if method == "retrain" else [2]
     assert sorted(second.given) == sorted([("ann", "train", r) for r in rounds if r != number]
                                           + [("cid", "train", r) for r in [*rounds, 2, 2]])  # fmt: skip
+    assert second.shares == {1.0 if method == "retrain" else 0.5}
     assert sum("Round 2: client 'cid' died before it answered; it is asked again" in line for line in said) == 2
     third = fleet(base)
     leave(base, run, "bob", method, tmp_path / "there", meet=third.meet, **KEEP)

@@ -28,6 +28,7 @@ from repforget.federated.sources import Source, of_probe
 from repforget.guarantee import unearned
 from repforget.knowledge_files import load_knowledge
 from repforget.models.load import LoadedModel, fingerprint
+from repforget.training import collate
 
 HOW = Distillation(40, lr=4e-3, batch_size=8, temperature=2.0)
 
@@ -43,13 +44,15 @@ def some(model: LoadedModel, local: Local, seed: int, size: float = 0.05) -> dic
             for name, value in untouched(model, local).items()}  # fmt: skip
 
 
-def apart(model: LoadedModel, local: Local, teacher: Weights, student: Weights, held: Sequence[str]) -> float:
+def apart(
+    model: LoadedModel, local: Local, teacher: Weights, student: Weights, held: Sequence[str], heat: float = 1.0
+) -> float:
     """KL per token in float64, one text at a time, by another library."""
     said: list[list[np.ndarray]] = []
     for state in (teacher, student):
         with changed(model.module, local, state), torch.no_grad():
             ids = [torch.tensor([model.tokenizer(text)["input_ids"]]) for text in held]
-            said.append([log_softmax(model.module(i).logits[0, :-1].double().numpy(), -1) for i in ids])
+            said.append([log_softmax(model.module(i).logits[0, :-1].double().numpy() / heat, -1) for i in ids])
     each = [(np.exp(p) * (p - q)).sum(-1) for p, q in zip(*said, strict=True)]
     return float(np.concatenate(each).mean())
 
@@ -73,6 +76,21 @@ def test_the_student_comes_nearer_to_its_teacher_on_texts_it_never_saw(architect
     whole = apart(model, local, teacher, student, seen), apart(model, local, teacher, found.weights, seen)
     assert f"{whole[0]:.3g} nats" in found.notes[0] and f"and {whole[1]:.3g} after" in found.notes[0]
     assert f"{len(seen)} general texts" in found.notes[0] and not unearned(found.notes[0])
+
+
+def test_the_loss_is_the_softened_divergence_times_the_square_of_the_temperature(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, seen, found = model_of(), texts(2, 8), list[float]()
+    local = local_settings(model, rank=0, weights=("down_proj",))
+    student, teacher = some(model, local, 0), some(model, local, 1, 0.5)
+
+    def fake(module: Any, stream: Any, *, loss: Any, **_: Any) -> None:
+        found.append(float(loss(module, collate(next(iter(stream)), "cpu")).detach()))
+
+    monkeypatch.setattr("repforget.federated.distil.finetune", fake)
+    distilled(model, local, student, teacher, seen, Distillation(1, batch_size=len(seen), temperature=3.0))
+    assert found == pytest.approx([9 * apart(model, local, teacher, student, seen, 3.0)], rel=1e-4)
 
 
 def test_seed_and_temperature_decide_and_a_teacher_of_itself_moves_nothing() -> None:

@@ -266,6 +266,18 @@ def test_once_a_sum_is_known_only_the_same_clients_may_be_in_another(model: Load
         made(Fleet.of(clients(model, data, 3), 0.3, client1_3="gone"), model, count=3)
 
 
+def test_a_sum_of_an_attempt_before_the_last_is_known_too(model: LoadedModel, data: EditData) -> None:
+    """The second attempt ends before any sum of its own: who left it cannot be left out of the third."""
+    fleet = Fleet.of(clients(model, data), 0.3, client1_5="died")
+
+    def then(line: str) -> None:
+        if "client1" in line:
+            fleet.faults["client2_2"] = "gone"
+
+    with pytest.raises(ResourceError, match="'client2' did not come back in 0.3 s, and sums with it are known"):
+        made(fleet, model, note=then)
+
+
 @pytest.mark.parametrize(("task", "how", "words"), [
     (1, "words", "cannot be read"), (2, "old", "answered question 1, not 2"),
     (2, "shape", "sent 'public' as uint8"), (3, "shape", "sent 'sum' as uint64"),

@@ -305,6 +305,26 @@ def test_states_follow_from_events(ledger: Ledger) -> None:
         requests(ledger, 9)
 
 
+def test_a_check_that_fails_later_does_not_undo_a_theorem(ledger: Ledger) -> None:
+    for outcome in ("pass", "exact"):
+        number = ledger.record_all([("asked", asked())])[0].request
+        ledger.record("verdict", number, {"outcome": outcome, "sentence": ""})
+        ledger.record("reverified", number, {"outcome": "fail", "after": 9})
+    measured, proved = requests(ledger)
+    assert (measured.state, measured.answered) == ("tried", None)
+    assert (proved.state, proved.rechecked) == ("done", "fail") and proved.answered is not None
+
+
+def test_who_reads_before_writing_keeps_others_from_both(ledger: Ledger) -> None:
+    with Ledger(ledger.path, wait=0.0) as other:
+        with ledger.writing():
+            with pytest.raises(ResourceError, match="written by another process"), other.writing():
+                pytest.fail("two read what both then build upon")
+            ledger.record_all([("asked", asked())])
+        with other.writing():
+            assert other.newest == 1
+
+
 @pytest.mark.parametrize(("text", "end"), [
     ("30d", NOON + timedelta(days=30)), ("72 h", NOON + timedelta(hours=72)), ("2w", NOON + timedelta(days=14)),
     ("2030-02-03", datetime(2030, 2, 3, 23, 59, 59, 999999, tzinfo=UTC)),

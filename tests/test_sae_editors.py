@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,16 @@ def test_on_every_architecture_they_work_or_say_why_not(architecture: str) -> No
         assert edit.artifact == "weights"
     except SiteError as error:
         assert architecture in ("gemma2", "gemma3", "mixtral", "olmo2") and "pisces" not in str(error)
+
+
+def test_removing_features_counts_less_what_it_takes_from_retained_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    room, after = import_module("repforget.locate.sae_features"), {"forget": -3.0, "retain": -2.5}
+    sae = dictionary()
+    monkeypatch.setattr(room, "_answers", lambda model, batches, removed: after[batches])
+    for contrast in (0.0, 0.5, 1.0):
+        taken = room._taken(tiny(), list(after), [-1.0, -2.0], {sae.site: sae}, [Component(sae.site, feature=1)],
+                            contrast)  # fmt: skip
+        assert taken == pytest.approx(2.0 - contrast * 0.5)
 
 
 @pytest.mark.skipif(not (planted.FOLDER / "base").exists(), reason="planted-fact models are not built")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from repforget.errors import UnknownNameError, UsageError
 from repforget.shards import Settings, block_groups, expected_share, place, planned
-from repforget.shards.plan import tracks
+from repforget.shards.plan import Stage, tracks
 from repforget.store import digest
 from repforget.training import Record
 
@@ -72,6 +72,17 @@ def test_a_plan_without_records_is_the_plan_of_those_that_are_left(seed: int, go
         assert untouched == (one.key == other.key)
     shuffled = planned(settings, "b", records[::-1])
     assert [s.key for s in shuffled] == [s.key for s in planned(settings, "b", records)]
+
+
+def test_every_epoch_position_and_seed_has_an_order_of_its_own() -> None:
+    settings = Settings(GROUP, shards=1, slices=2, batch_size=4, epochs=2)
+    first, second = planned(settings, "b", MANY[:40])
+
+    def order(stage: Stage, epoch: int, how: Settings = settings) -> list[Record]:
+        return [r for batch in stage.batches(how, epoch) for r in batch if r in first.records]
+
+    orders = (order(first, 0), order(first, 1), order(second, 0), order(first, 0, replace(settings, seed=1)))
+    assert len({tuple(each) for each in orders}) == 4 and len({frozenset(each) for each in orders}) == 1
 
 
 def test_a_unit_is_never_split_unless_the_unit_is_the_record() -> None:
