@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -34,7 +36,7 @@ from repforget.models.load import LoadedModel
 from repforget.models.sites import site_map
 from repforget.models.value_vectors import concept_scores, projections, readouts
 from repforget.models.weights import get_weight, set_weight
-from repforget.records import Component, Site
+from repforget.records import Component, RandomBand, Site
 
 ALL = tuple(tiny_models.ALL)
 DENSE = tuple(name for name in ALL if name != "mixtral")
@@ -259,3 +261,32 @@ def test_what_they_find_of_four_planted_layers() -> None:
     assert hits("activation_statistics", top=4) == 4
     assert hits("concept_vectors", items=8) <= 3
     assert hits("knowledge_neurons", prompts=1, items=16, steps=8) <= 2
+
+
+@pytest.mark.parametrize(("aggregate", "groups"), [("fact", [2, 2, 2]), ("texts", [6])])
+def test_prompts_are_grouped_by_their_fact_or_all_together(
+    aggregate: str, groups: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+
+    def kept(values: torch.Tensor, names: list[str], *rest: float) -> Any:
+        seen.append(sorted(Counter(names).values()))
+        return knowledge_neurons(values, names, *rest)
+
+    none = RandomBand(1, 20, 0.0, 0.0, 0.0, "none"), (), 0.0
+    monkeypatch.setattr("repforget.attribution.knowledge_neurons", kept)
+    monkeypatch.setattr("repforget.locate._gradients.exact_band", lambda *_: none)
+    rf.locate(tiny("llama"), people(), "knowledge_neurons", items=3, prompts=2, steps=1, draws=20,
+              aggregate=aggregate)  # fmt: skip
+    assert max(seen, key=sum) == groups
+
+
+def test_noise_on_value_vectors_counts_less_what_it_takes_from_retained_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    room, after = import_module("repforget.locate.concept_vectors"), {"forget": -3.0, "retain": -2.5}
+    monkeypatch.setattr(room, "_answers", lambda model, runs: after[runs])
+    chosen = [Component(Site("mlp_post", 1), 7)]
+    for contrast in (0.0, 0.5, 1.0):
+        taken = room._taken(tiny("llama"), list(after), [-1.0, -2.0], chosen, 5.0, contrast, 0)
+        assert taken == pytest.approx(2.0 - contrast * 0.5)
