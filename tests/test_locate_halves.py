@@ -16,6 +16,7 @@ import repforget as rf
 from repforget.errors import KnowledgeError
 from repforget.knowledge import Knowledge
 from repforget.locate._exact import Moves, in_second_half, may_rank
+from repforget.locate._pairs import Pairs
 from repforget.locate._tasks import corrupted_tasks
 from repforget.records import RandomBand
 
@@ -163,6 +164,49 @@ def test_a_sweep_ranks_for_the_band_by_classifiers_that_the_judged_have_not_taug
     judges = {c for c, late in zip(clusters, in_second_half(clusters, 0), strict=True) if late}
     whole = [rf.locate(model(1), known, "probe_sweep", classifier="lda", statements=1).scores
              for known in (parted(set(), 999)[0], parted(judges, 999)[1])]  # fmt: skip
+    assert whole[0] != whole[1] and found[0] == found[1]
+
+
+def test_features_are_ranked_on_one_half_and_judged_on_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    room, asked, orders = import_module("repforget.locate.sae_features"), list[Any](), list[Any]()
+    halves, real = room._halves(KNOWLEDGE.for_editor(), 24, 0), room._activity
+
+    def effect(model: Any, saes: Any, half: Any, *_: Any) -> Any:
+        asked.append(half)
+        return [Pairs(()), Pairs(())], lambda chosen: np.zeros(len(chosen))
+
+    def band(pool: Any, order: Any, *_: Any) -> Any:
+        orders.append(order)
+        return RandomBand(1, 20, 0.0, 0.0, 0.0, "none"), ()
+
+    def turned(model: Any, saes: Any, half: Any, progress: Any) -> Any:
+        found = real(model, saes, half, progress)
+        if half != halves[1]:
+            return found
+        return {site: (replace(a, mean=b.mean), replace(b, mean=a.mean)) for site, (a, b) in found.items()}
+
+    monkeypatch.setattr(room, "_effect", effect)
+    monkeypatch.setattr(room, "band_of", band)
+    given: dict[str, Any] = {"sites": ["mlp_out.1"], "size": 64, "sae_steps": 20, "max_facts": 24, "percentile": 0.0}
+    whole = [rf.locate(model(1), KNOWLEDGE, "sae_features", **given).scores]
+    monkeypatch.setattr(room, "_activity", turned)
+    whole.append(rf.locate(model(1), KNOWLEDGE, "sae_features", **given).scores)
+    assert whole[0] != whole[1] and orders[0] == orders[1] and asked == [halves[1]] * 2
+
+
+def test_value_vectors_are_ranked_by_the_answers_of_facts_that_do_not_judge_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    room, found = import_module("repforget.locate.concept_vectors"), list[Any]()
+    monkeypatch.setattr(room, "band_of", lambda pool, order, *_: found.append(order) or (
+        RandomBand(1, 20, 0.0, 0.0, 0.0, "none"), ()))  # fmt: skip
+    clusters = [item.cluster for item in KNOWLEDGE.forget]
+    late = in_second_half(clusters, 0)
+    others = [*KNOWLEDGE.forget[1:], KNOWLEDGE.forget[0]]  # of another relation
+    turned = [replace(item, answer=other.answer) if judged else item
+              for item, other, judged in zip(KNOWLEDGE.forget, others, late, strict=True)]  # fmt: skip
+    whole = [rf.locate(model(1), known, "concept_vectors", items=8).scores
+             for known in (KNOWLEDGE, Knowledge.build("turned", turned, KNOWLEDGE.retain))]  # fmt: skip
     assert whole[0] != whole[1] and found[0] == found[1]
 
 
