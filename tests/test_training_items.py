@@ -30,6 +30,8 @@ def test_records_are_read_and_named(tmp_path: Path) -> None:
     assert [r.id for r in chosen(records, ["c", "ann"], "data")] == ["c", "a", "b"]
     with pytest.raises(UsageError, match="'eve' is neither a record nor a cluster .* never trained on"):
         chosen(records, ["ann", "eve"], "data")
+    with pytest.raises(UsageError, match=r"never trained on; did you mean 'ann'\?"):
+        chosen(records, ["an"], "data")
     assert digest(records) == digest(records[::-1]) != digest(records[:2])
 
 

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,9 +110,10 @@ def chosen(records: Sequence[Record], names: Iterable[str], where: str) -> tuple
     wanted = list(dict.fromkeys(names))
     unknown = [name for name in wanted if name not in by_name]
     if unknown:
+        near = get_close_matches(unknown[0], sorted({r.cluster for r in records}), cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "give ids or clusters of it."
         raise UsageError(f"'{unknown[0]}' is neither a record nor a cluster of '{where}' ({len(unknown)} of "
-                         f"{len(wanted)} names are not): it was never trained on; give ids or clusters of "
-                         "it.")  # fmt: skip
+                         f"{len(wanted)} names are not): it was never trained on; {hint}")  # fmt: skip
     return tuple(dict.fromkeys(record for name in wanted for record in by_name[name]))
 
 
