@@ -54,6 +54,9 @@ def test_from_training_to_a_request(cli: Cli, data: Path, tmp_path: Path) -> Non
     code, said, warned = cli(*TRAIN)
     assert code == 0 and "3 records were taken out" in warned and "7 records, 3 taken out" in said
 
+    code, said, _ = cli("edit", "shard_removal", "--model", "organism:bios/twin-0", "--set", "folder=folder",
+                        "--set", "names=[Milo]", "--out", "gone")  # fmt: skip
+    assert code == 0 and "\n holds     the adapters are, bit for bit" in said and unearned(said, [held]) == ()
     code, said, _ = cli("shards", "export", "folder", "--out", "edit", "--as", "edit", "--json")
     assert code == 0 and json.loads(said)["settings"]["combine"] == "sum"
     assert json.loads((tmp_path / "edit" / "edit.json").read_text())["manifest"]["method"] == "train_shards"

@@ -23,12 +23,12 @@ def print_json(data: Any) -> None:
 
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[int] = ()) -> None:
-    """A table on stdout; the columns ``numbers`` are aligned right."""
+    """A table on stdout; the columns ``numbers`` are aligned right; without a heading there is no line for it."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_header=any(headings))
     for index, heading in enumerate(headings):
         right = index in numbers
         table.add_column(heading, justify="right" if right else "left", no_wrap=right, overflow="fold")

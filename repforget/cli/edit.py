@@ -66,4 +66,6 @@ def command(
         print_json({"folder": str(out), "manifest": manifest})
         return
     print_table(("kind", "touched"), [row[:2] for row in tables.touched_rows(manifest)])
+    if held := tables.guarantee_rows(manifest):
+        print_table(("", ""), held)
     typer.echo(f"artifact: {made.artifact}; saved to {out}")
