@@ -212,6 +212,11 @@ def test_a_new_ledger_of_a_training_is_about_its_base(tmp_path: Path, base: str,
         assert made.facts["model"] == shards.opened(training).base["model"] == base
 
 
+def test_a_training_has_no_questions_to_check_with(cli: Callable[..., tuple[int, str, str]], book: Ledger) -> None:
+    code, _, said = cli("request", "check", "--ledger", str(book.path))
+    assert code == 2 and "has no questions: give --knowledge, a probe to ask from" in said
+
+
 def test_a_training_and_a_probe_are_about_the_same_people(book: Ledger, training: Path, tmp_path: Path) -> None:
     source = _towns(tmp_path / "towns")
     asking.ask(book, ["w31"])  # of the training

@@ -174,14 +174,20 @@ def check(
     that names nothing in the probe, or of which the original knew nothing, is left out and named. Exit code 10 where
     knowledge of a request came back, 11 where that could not be decided or one was left out.
     """
+    from repforget.errors import UsageError
     from repforget.knowledge_files import load_knowledge
     from repforget.requests._picture import matrix
     from repforget.requests.again import again
     from repforget.requests.ledger import Ledger
+    from repforget.requests.sharded import SCHEME
     from repforget.store import write_atomic
 
     with Ledger(ledger) as book, display(as_json) as (progress, _):
-        probe = load_knowledge(knowledge or str(book.facts["source"]))
+        source = str(book.facts["source"])
+        if knowledge is None and source.startswith(SCHEME):
+            raise UsageError(f"'{ledger}' is about the sharded training '{source.removeprefix(SCHEME)}', which has no "
+                             "questions: give --knowledge, a probe to ask from, and --before.")  # fmt: skip
+        probe = load_knowledge(knowledge or source)
         found = again(book, probe, before=before, floor=floor, progress=progress)
         head = book.head
     if picture is not None:

@@ -50,14 +50,16 @@ def history(ledger: Ledger, request: int) -> list[dict[str, Any]]:
 
 
 def event_rows(events: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """One row per event, its content cut short."""
+    """One row per event; sentences are whole, other content is cut short."""
     return [(str(e["seq"]), e["at"][:19] + (f" ({e['clock']})" if e["clock"] else ""), e["kind"], _short(e["body"]),
              e["hash"][:12]) for e in events]  # fmt: skip
 
 
 def _short(body: Mapping[str, Any]) -> str:
-    text = next((str(body[key]) for key in ("sentence", "reason", "method") if body.get(key)), "")
-    text = text or ", ".join(f"{key} {value}" for key, value in body.items() if isinstance(value, str | int | bool))
+    for key in ("sentence", "reason", "method"):
+        if body.get(key):
+            return str(body[key])
+    text = ", ".join(f"{key} {value}" for key, value in body.items() if isinstance(value, str | int | bool))
     return text if len(text) <= SHORT else text[: SHORT - 3] + "..."
 
 
