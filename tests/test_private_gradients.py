@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from repforget.errors import UsageError
 from repforget.private.adapters import Trained, everything, low_rank
 from repforget.private.gradients import clipped_sum, passes, per_record, record_losses
-from repforget.private.units import Randomness, units_of
+from repforget.private.units import DRAW, NOISE, Randomness, units_of
 from repforget.training import Example, Record, only
 
 FULL = ("gpt2", "llama", "llama_tied", "gpt_neox", "qwen2", "olmo2")
@@ -185,6 +185,15 @@ def test_units_are_drawn_each_with_its_own_chance() -> None:
     assert (sizes == 0).mean() == pytest.approx(0.7**6, abs=0.02)
     assert source.drawn(0, 6, 1.0) == [0, 1, 2, 3, 4, 5]
     assert Randomness.fresh() != Randomness.fresh()
+
+
+def test_who_is_drawn_and_the_noise_of_a_step_come_from_streams_of_their_own() -> None:
+    source, purposes = Randomness(3), (DRAW, NOISE)
+    assert len({source.of(step, purpose).random() for step in range(50) for purpose in purposes}) == 100
+    for step in range(3):  # and each is used for what it is there for
+        assert source.drawn(step, 9, 0.5) == np.flatnonzero(source.of(step, DRAW).random(9) < 0.5).tolist()
+        (noise,) = source.add_noise(step, [torch.zeros(4, dtype=torch.float64)], 1.0)
+        assert noise.tolist() == source.of(step, NOISE).standard_normal(4).tolist()
 
 
 def test_a_unit_is_all_records_of_a_cluster() -> None:
