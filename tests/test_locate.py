@@ -331,7 +331,7 @@ def test_selections_match_number_and_width(n: int, k: int, seed: int) -> None:
 
 
 def test_automatic_size_leaves_enough_selections() -> None:
-    assert top_size(toy_pool(300), "auto") == 1
+    assert (top_size(toy_pool(300), "auto"), top_size(toy_pool(6), "auto")) == (1, 3)  # too few: half of them
     for n, k, possible in ((60, 2, 1770), (12, 3, 220), (8, 3, 56)):
         assert top_size(toy_pool(n), "auto") == k
         assert len(selections(toy_pool(n), toy_pool(n)[:k], 10**6, 0)) == possible >= MIN_SELECTIONS
