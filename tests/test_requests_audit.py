@@ -274,7 +274,7 @@ def test_the_commands_from_the_asking_to_the_audit(cli: Cli, tmp_path: Path) -> 
     code, out, _ = cli("request", "add", "p003,p004", "--who", "Eva Paris", "--deadline", "2w")
     assert (code, out) == (0, "request 1: open\n")
     code, out, said = cli("request", "add", "Milo Garrov", "--json")
-    assert code == 2 and json.loads(out)["state"] == "refused" and "did you mean 'Milo Garrow'" in said
+    assert code == 2 and json.loads(out)["state"] == "refused" and "Did you mean 'Milo Garrow'" in said
     code, _, said = cli("request", "add", "--keep", "p004-award")
     assert code == 2 and "by request 1:" in said
     assert cli("request", "add", "--keep", "p005", "--ledger", "other.sqlite")[0] == 0

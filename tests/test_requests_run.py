@@ -128,7 +128,8 @@ def test_names_of_the_source_are_blotted_out_of_the_basis(book: Ledger) -> None:
 def test_a_request_that_means_nothing_is_recorded_and_refused(book: Ledger, fake: FakeLoop) -> None:
     made, told = asking.ask(book, ["f0l", "f01"])
     assert (made.state, fake.recipes) == ("refused", []) and "1 of its 2 names mean nothing" in made.reason
-    assert told.startswith("did you mean 'f")
+    assert told.startswith("Did you mean 'f")
+    assert "in 'company': it holds" in matching.meaningless(1, 2, "training:company")
     with pytest.raises(UsageError, match="needs no answer"):
         answer(book, [made.id], Order())
 

@@ -99,7 +99,7 @@ def other_spellings(names: Sequence[str], kept: Sequence[str], known: Sequence[N
 def hint(name: str, known: Sequence[Named]) -> str:
     """The nearest names, for whoever mistyped one; nothing where none is near."""
     near = nearest(name, {other for entry in known for other in entry.names})
-    return near if near.startswith("did") else ""
+    return near.replace("did", "Did", 1) if near.startswith("did") else ""
 
 
 def items_of(ledger: Ledger, request: Request, knowledge: Knowledge) -> tuple[Item, ...]:
@@ -149,8 +149,10 @@ def overlapping(
 
 def meaningless(unknown: int, names: int, source: str) -> str:
     """Why a request is refused whose names mean nothing."""
-    return (f"{unknown} of its {names} names mean nothing in '{Path(source).name}': it holds no records under them "
-            "now, which does not show that the model knows nothing of them.")  # fmt: skip
+    from repforget.requests.sharded import SCHEME
+
+    return (f"{unknown} of its {names} names mean nothing in '{Path(source.removeprefix(SCHEME)).name}': it holds no "
+            "records under them now, which does not show that the model knows nothing of them.")  # fmt: skip
 
 
 def carved(knowledge: Knowledge, forget: Sequence[Item], gone: Iterable[str] = ()) -> Knowledge:
