@@ -26,7 +26,7 @@ from repforget.federated.records import Update
 from repforget.federated.run import operations_of, simulate
 from repforget.federated.server import Plan
 from repforget.federated.sources import Source, of_folder, of_probe
-from repforget.guarantee import unearned
+from repforget.guarantee import Guarantee, unearned
 from repforget.models.load import LoadedModel, fingerprint, wrap
 from repforget.training import Example, Record
 
@@ -348,6 +348,7 @@ def test_commands(data: dict[str, Source], tmp_path: Path, cli: Callable[..., tu
     made = load_edit(tmp_path / "g" / "edit")
     assert code == 0 and json.loads(out)["trainings"] == 4 and made.manifest.guarantee is not None
     assert not unearned(out + err, [made.manifest.guarantee])
+    assert Guarantee.from_json(json.loads(out)["guarantee"]) == made.manifest.guarantee  # every assumption
     assert b"bob" not in b"".join(p.read_bytes() for p in (tmp_path / "run" / "history").rglob("*") if p.is_file())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -111,12 +112,12 @@ def left(out: Path, client: str, held: Guarantee | None, as_json: bool) -> None:
 
     cost = read_json(out / "forget.json")
     if as_json:
-        lines = None if held is None else dict(held.lines())
-        print_json({**cost, "client": client, "edit": str(out / "edit"), "guarantee": lines})
+        claim = None if held is None else asdict(held)
+        print_json({**cost, "client": client, "edit": str(out / "edit"), "guarantee": claim})
         return
     print_table(("what", "value"), [("local trainings", str(cost["trainings"])),
                                     ("steps of distillation", str(cost.get("distil_steps", 0))),
                                     ("CPU seconds", f"{cost['cpu_seconds']:.1f}"),
                                     ("MB to and from clients", f"{(cost['down'] + cost['up']) / 1e6:.1f}"),
                                     *(held.lines() if held else (("holds", "nothing: verify it"),))])  # fmt: skip
-    typer.echo(str(out / "edit"))
+    typer.echo(f"the edit is in '{out / 'edit'}'")
