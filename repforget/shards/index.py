@@ -66,7 +66,7 @@ def touched_by(training: Training, name: str) -> list[dict[str, Any]]:
 def summed_scores(training: Training, path: str | Path) -> dict[tuple[int, int], float]:
     """Influence scores per (shard, slice), from JSON lines with ``score`` and ``id`` or ``cluster``.
 
-    'repforget influence --clusters' writes such lines.  Records that were taken out count for nothing; any other name
+    'repforget influence find --clusters' writes such lines.  Records that were taken out count for nothing; any other name
     that is not in the training is refused, and so is a cluster whose records lie in several slices (unit: record).
     """
     try:
