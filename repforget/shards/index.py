@@ -66,8 +66,8 @@ def touched_by(training: Training, name: str) -> list[dict[str, Any]]:
 def summed_scores(training: Training, path: str | Path) -> dict[tuple[int, int], float]:
     """Influence scores per (shard, slice), from JSON lines with ``score`` and ``id`` or ``cluster``.
 
-    'repforget influence find --clusters' writes such lines.  Records that were taken out count for nothing; any other name
-    that is not in the training is refused, and so is a cluster whose records lie in several slices (unit: record).
+    'repforget influence find --clusters' writes such lines.  Records that were taken out count for nothing; any other
+    name that is not in the training is refused, and so is a cluster whose records lie in several slices (unit: record).
     """
     try:
         lines = [json.loads(line) for line in Path(path).read_bytes().splitlines() if line.strip()]
