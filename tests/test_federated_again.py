@@ -97,6 +97,20 @@ def test_a_killed_server_asks_nobody_twice_and_who_failed_is_asked_again(
     assert costs[0]["down"] == costs[1]["down"] and costs[0]["trainings"] == costs[1]["trainings"]
 
 
+def test_a_kept_answer_that_is_damaged_is_asked_for_again(
+    base: LoadedModel, data: dict[str, Source], tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    run, out = run_of(base, data, tmp_path / "run"), tmp_path / "out"
+    with pytest.raises(Killed):
+        leave(base, run, "bob", "retrain", out, meet=fleet(base, kill=1).meet, **KEEP)
+    (kept,) = out.glob("again/answer-*/tensors.safetensors")
+    kept.write_bytes(kept.read_bytes()[:-4])
+    second = fleet(base)
+    found = leave(base, run, "bob", "retrain", out, meet=second.meet, **KEEP)
+    assert second.given.count(("ann", "train", 1)) == 1
+    assert equal(found, leave(base, run, "bob", "retrain", tmp_path / "here", **KEEP))
+
+
 def test_who_is_away_or_fails_every_time_is_named_and_the_rest_is_kept(
     base: LoadedModel, data: dict[str, Source], tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip

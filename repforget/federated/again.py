@@ -18,7 +18,7 @@ from repforget.federated.server import Plan
 from repforget.models.load import LoadedModel
 from repforget.store import Store
 
-HEAD, TENSORS = "head.json", "tensors.safetensors"
+ANSWER, HEAD, TENSORS = "answer", "head.json", "tensors.safetensors"
 
 
 @dataclass
@@ -97,25 +97,33 @@ class Again:
 
         for reply, reason in self.door.ask(task, {name: members[name] for name in missing}, fault):
             if reason is None:
-                self._place(keys[reply.client], reply)
+                self._keep(keys[reply.client], reply)
             else:
                 failed[reply.client] = reason
         return failed
 
-    def _place(self, key: Mapping[str, str], reply: Reply | None = None) -> Path | None:
-        """Where the answer of this key lies, after ``reply`` is written there; None where there is none."""
+    def _place(self, key: Mapping[str, str]) -> Path | None:
+        """Where the answer of this key lies, whole; None where there is none."""
+        try:
+            return self.kept.stage(ANSWER, key, _none)
+        except _NoAnswerError:
+            return None
 
+    def _keep(self, key: Mapping[str, str], reply: Reply) -> None:
         def build(folder: Path) -> None:
-            if reply is None:
-                raise LookupError
             head, tensors = pack_reply(reply)
             (folder / HEAD).write_text(head, encoding="utf-8")
             (folder / TENSORS).write_bytes(tensors)
 
-        try:
-            return self.kept.stage("answer", key, build)
-        except LookupError:
-            return None
+        self.kept.stage(ANSWER, key, build)
+
+
+class _NoAnswerError(Exception):
+    """Nothing is kept that would answer the question."""
+
+
+def _none(folder: Path) -> None:
+    raise _NoAnswerError
 
 
 def _named(task: Task) -> str:
