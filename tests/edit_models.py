@@ -41,3 +41,11 @@ def model(architecture: str = "llama") -> Any:
     from repforget.models.load import wrap
 
     return wrap(tiny_models.build(architecture), tiny_models.tiny_tokenizer(), f"tiny-{architecture}")
+
+
+def double() -> Any:
+    """The same of llama in float64, where sums in another order agree."""
+    from repforget.models.load import wrap
+
+    loaded = model()
+    return wrap(loaded.module.double(), loaded.tokenizer, "tiny-double")

@@ -77,7 +77,7 @@ def damaged() -> Iterator[LoadedModel]:
 
 @cache
 def standard() -> tuple[Task, ...]:
-    """The standard battery on fewer items: it passes less easily, and what fails here fails on all of them."""
+    """The standard battery on fewer items, which widens every interval: it passes less easily than on all."""
     return tasks([{name: {**settings, "max_items": KEPT if name == "collateral" else ITEMS}}
                   for name, settings in level("standard").items()])  # fmt: skip
 

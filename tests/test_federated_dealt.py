@@ -17,13 +17,12 @@ from repforget.errors import UsageError
 from repforget.federated.dealt import dealt, fleet_of
 from repforget.federated.together import Sums, edit_of_fleet
 from repforget.knowledge import EditData
-from repforget.models.load import LoadedModel, wrap
+from repforget.models.load import LoadedModel
 
 
 @pytest.fixture(scope="module")
 def model() -> LoadedModel:
-    loaded = edit_models.model()
-    return wrap(loaded.module.double(), loaded.tokenizer, "tiny-double")
+    return edit_models.double()
 
 
 @pytest.fixture(scope="module")

@@ -41,8 +41,7 @@ F64 = torch.float64
 
 @pytest.fixture(scope="module")
 def model() -> LoadedModel:
-    loaded = edit_models.model()
-    return wrap(loaded.module.double(), loaded.tokenizer, "tiny-double")
+    return edit_models.double()
 
 
 @pytest.fixture(scope="module")

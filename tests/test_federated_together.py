@@ -27,7 +27,7 @@ from repforget.federated.secure import Agreement
 from repforget.federated.simulate import Here
 from repforget.federated.together import Sums, edit_of_fleet
 from repforget.knowledge import EditData
-from repforget.models.load import LoadedModel, wrap
+from repforget.models.load import LoadedModel
 from repforget.training import Record
 
 pytest.importorskip("cryptography", reason="the extra 'federated' is not installed")
@@ -36,8 +36,7 @@ MASKED, CLEAR = Sums(1e6, 5), Sums(None, 1)
 
 @pytest.fixture(scope="module")
 def model() -> LoadedModel:
-    loaded = edit_models.model()
-    return wrap(loaded.module.double(), loaded.tokenizer, "tiny-double")
+    return edit_models.double()
 
 
 @pytest.fixture(scope="module")
