@@ -119,8 +119,8 @@ def answer(client: Worker, packed: Packed) -> Packed:
     except RepforgetError as error:
         why = str(error).rstrip(".")
     except (*UNREADABLE, RuntimeError) as error:  # words and tensors that another release would send
-        why = (f"it cannot do what it was asked ({type(error).__name__}: {shown(str(error))}); server and clients must "
-               "be of one release")  # fmt: skip
+        why = (f"it cannot do what it was asked ({type(error).__name__}: {shown(str(error))}); if that does not say "
+               "why, check that server and clients are of one release")  # fmt: skip
     return pack_reply(Reply(client.name, number, failed=f"failed: {why}"))
 
 
